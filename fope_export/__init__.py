@@ -1,0 +1,35 @@
+"""Export language models trained with FoPE to ONNX, run them, and prove that they compute what PyTorch computes.
+
+Names load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+_HOMES = {
+    "Bundle": "bundle",
+    "ExportConfig": "config",
+    "FopeError": "errors",
+    "FopeRotary": "fope.rotary",
+    "Sampling": "generation",
+    "Spectrum": "fope.spectrum",
+    "Text": "tokens",
+    "complete": "generation",
+    "export": "graph.export",
+    "load_backend": "backends.choose",
+    "load_checkpoint": "model.checkpoint",
+    "validate": "parity.run",
+}
+__all__ = [*_HOMES]
+__version__ = version("fope-export")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

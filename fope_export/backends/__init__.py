@@ -1,0 +1,1 @@
+"""What runs a decoder, behind one protocol."""

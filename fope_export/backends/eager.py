@@ -1,0 +1,33 @@
+"""PyTorch, eager: what everything else is compared with."""
+
+import copy
+from typing import Self
+
+import torch
+
+from fope_export.backends.base import Feeds, Logits
+from fope_export.model.decoder import Cache, Decoder
+
+
+class EagerBackend:
+    """A decoder in PyTorch on `device`, in the dtype its weights have."""
+
+    def __init__(self, model: Decoder, *, device: str = "cpu", name: str = "torch") -> None:
+        self.name = name
+        self.model = model.to(device)
+        self.vocab_size = model.config.vocab_size
+        self.device = device
+
+    @classmethod
+    def in_float64(cls, model: Decoder) -> Self:
+        """The truth: a copy of `model` that computes everything but the angles in float64."""
+        return cls(copy.deepcopy(model).double(), name="torch float64")
+
+    def empty_cache(self, batch: int) -> Cache:
+        return self.model.empty_cache(batch)
+
+    @torch.inference_mode()
+    def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
+        inputs = (torch.from_numpy(array).to(self.device) for array in feeds)
+        logits, present = self.model(*inputs, cache)
+        return logits.cpu().numpy(), present

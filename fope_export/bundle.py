@@ -1,0 +1,203 @@
+"""The folder that one stage writes and the next reads: a manifest with hashes, written whole or not at all."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from fope_export.config import ExportConfig, ModelConfig
+from fope_export.errors import BundleError
+
+MANIFEST = "fope_export.json"
+MODEL = "model.onnx"
+FORMAT_VERSION = 1
+
+
+class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An input or output of the graph; named sizes are symbolic."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The checkpoint that a bundle was made from: `files` are SHA-256 by name."""
+
+    path: str
+    dialect: str
+    files: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `fope_export.json` says. `files` are the SHA-256 of every other file, by path inside the bundle."""
+
+    format_version: int
+    tool_version: str
+    libraries: dict[str, str]
+    source: Source
+    model: ModelConfig
+    spectra: list[dict[str, Any]]
+    """One a layer: `freq`, and the SHA-256 of the coefficients; `model.spectrum` has the constants."""
+    export: ExportConfig
+    inputs: list[Port]
+    outputs: list[Port]
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with a valid manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Self:
+        """Read the bundle in folder `path`; `verify` also compares every file with its hash.
+
+        Raises BundleError naming the folder or file, and what to do.
+        """
+        folder = Path(path)
+        bundle = cls(folder, _read_manifest(folder))
+        if verify and (damaged := bundle.damaged()):
+            name, reason = next(iter(damaged.items()))
+            raise BundleError(
+                f"{folder / name}: {reason}",
+                hint="Export the checkpoint again; `fope-export validate` shows what the change did.",
+            )
+        return bundle
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    def damaged(self) -> dict[str, str]:
+        """Files that are gone or no longer what the manifest records, with the reason."""
+        found = {}
+        for name, recorded in self.manifest.files.items():
+            if not (self.path / name).is_file():
+                found[name] = "is missing"
+            elif sha256(self.path / name) != recorded:
+                found[name] = "differs from the hash in the manifest"
+        return found
+
+    def add(self, files: Mapping[str, bytes]) -> Self:
+        """Add or replace small files; interrupted anywhere, what remains is still a valid bundle."""
+        others = {name: digest for name, digest in self.manifest.files.items() if name not in files}
+        _write_manifest(self.path, msgspec.structs.replace(self.manifest, files=others))
+        for name, content in files.items():
+            _write(self.path / name, content)
+        added = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((others | added).items())))
+        _write_manifest(self.path, manifest)
+        return type(self)(self.path, manifest)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def creating(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write a bundle into; it becomes `out` when the block ends with a manifest in it.
+
+    An error or a kill leaves `out` as it was. Leftovers of killed runs are swept away. Raises BundleError when `out`
+    holds something that is not a bundle.
+    """
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    work = out.parent / f".{out.name}.{os.getpid()}.partial"
+    work.mkdir()
+    try:
+        yield work
+        _read_manifest(work)
+        _put_in_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_target(out: Path) -> None:
+    """Raises BundleError unless `out` is free, an empty folder, or a bundle that may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        _read_manifest(out)
+    except BundleError as cause:
+        raise BundleError(
+            f"{out} exists and is not a bundle; nothing was written", hint="Choose another folder, or remove it."
+        ) from cause
+
+
+def complete(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest` with the hashes of all files of `folder`: the last write of a bundle."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = msgspec.structs.replace(manifest, files={p.relative_to(folder).as_posix(): sha256(p) for p in files})
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    if not out.exists():
+        work.rename(out)
+        return
+    old = out.parent / f".{out.name}.{os.getpid()}.old"
+    out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what runs that no longer live have left beside `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)")
+    for path in out.parent.iterdir():
+        if (match := pattern.fullmatch(path.name)) and not _alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export`.")
+    try:
+        version = msgspec.json.decode(path.read_bytes()).get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path}: format version {version}, this program reads {FORMAT_VERSION}",
+                hint="Export the checkpoint again with this version.",
+            )
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.MsgspecError, AttributeError) as cause:
+        raise BundleError(f"{path}: not a valid manifest: {cause}", hint="Export the checkpoint again.") from cause
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    _write(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

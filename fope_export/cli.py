@@ -1,0 +1,286 @@
+"""The command line: parse, call, print. Heavy imports wait until a command needs them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fope_export.errors import ConfigError, FopeError
+
+PASSED, FAILED, MISUSED = 0, 1, 2
+
+EPILOG = """\
+examples:
+  fope-export export checkpoint/ out/          checkpoint -> portable ONNX bundle
+  fope-export validate out/                    prove that it computes what PyTorch computes
+  fope-export run out/ --prompt 'def main('    generate text
+  fope-export demo                             all of it, on a model that comes along
+
+exit codes: 0 good, 1 a check failed, 2 bad input or misuse
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="fope-export",
+        description="Export language models with FoPE (Fourier Position Embedding) to ONNX, run and validate them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version")
+    commands = top.add_subparsers(metavar="command", title="commands")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        return sub
+
+    sub = command("demo", demo, "Export, validate, run and measure the model that comes along, in a minute or two.")
+    sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for bundles and report (default: demo)")
+
+    sub = command("doctor", doctor, "Say what this machine can do, and why not.")
+    _json(sub)
+
+    sub = command("export", export, "Write a checkpoint as a portable ONNX bundle.")
+    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo)")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
+    sub.add_argument("--opset", type=int, choices=(23, 24), default=23, help="ONNX opset (default: 23)")
+    _json(sub)
+
+    sub = command("validate", validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.")
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
+    sub.add_argument(
+        "--lengths", type=_lengths, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
+    sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
+    sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
+    _backend(sub)
+    _json(sub)
+
+    sub = command("run", run, "Generate text (or token ids) with a bundle.")
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl"
+    )
+    source.add_argument("--prompt-ids", type=_lengths, help="token ids to continue, as 12,7,99")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="default: 0")
+    sub.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    _backend(sub)
+    _json(sub)
+
+    sub = command("inspect", inspect, "Describe a checkpoint, a bundle or an ONNX file.")
+    sub.add_argument("path", type=Path, metavar="PATH")
+    _json(sub)
+    return top
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _backend(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--backend", help="onnxruntime or torch (default: the best that this machine runs)")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 1,64,512") from None
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError("negative numbers make no sense here")
+    return numbers
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run everything on the shipped models."""
+    from fope_export.demo import demo_table, run_demo
+    from fope_export.terminal import RESULTS, stages
+
+    with stages("demo") as report:
+        result = run_demo(args.out, report)
+    RESULTS.print(demo_table(result))
+    RESULTS.print(f"report: {result.page}", markup=False)
+    return PASSED if result.passed else FAILED
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Describe the machine."""
+    from fope_export.backends.choose import abilities, read_machine
+    from fope_export.terminal import RESULTS, doctor_table, print_sections
+
+    machine = read_machine()
+    if args.json:
+        _print_json({"machine": machine, "abilities": abilities(machine)})
+        return PASSED
+    print_sections(
+        {
+            "machine": {"system": f"{machine.system}, {machine.cores} cores", "python": machine.python},
+            "libraries": machine.packages,
+        }
+    )
+    RESULTS.print("[bold]can it[/]")
+    RESULTS.print(doctor_table(abilities(machine)))
+    return PASSED
+
+
+def export(args: argparse.Namespace) -> int:
+    """Checkpoint to bundle."""
+    from fope_export.config import ExportConfig
+    from fope_export.graph.export import export as export_bundle
+    from fope_export.terminal import RESULTS, stages
+
+    with stages("export") as report:
+        bundle = export_bundle(args.checkpoint, args.out, ExportConfig(opset=args.opset), report=report)
+    if args.json:
+        _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
+    else:
+        size = sum((bundle.path / name).stat().st_size for name in bundle.manifest.files)
+        RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, opset {args.opset}", markup=False)
+        RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
+    return PASSED
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Bundle against checkpoint."""
+    from fope_export.bundle import Bundle
+    from fope_export.parity.cases import load_inputs, save_inputs, standard_cases
+    from fope_export.parity.run import validate as validate_bundle
+    from fope_export.report import parity_record, parity_table, place, write_parity
+    from fope_export.terminal import RESULTS, progress
+
+    bundle = Bundle.open(args.bundle, verify=False)
+    model = bundle.manifest.model
+    cases = load_inputs(args.load_inputs, model) if args.load_inputs else standard_cases(model, args.seed, args.lengths)
+    if args.save_inputs:
+        save_inputs(args.save_inputs, bundle.manifest, cases)
+    with progress("validate") as report:
+        result = validate_bundle(bundle, checkpoint=args.checkpoint, backend=args.backend, cases=cases, report=report)
+    bundle = write_parity(bundle, result)
+    if args.json:
+        _print_json(parity_record(bundle, result))
+        return PASSED if result.passed else FAILED
+    RESULTS.print(parity_table(result))
+    for name, reason in result.damaged.items():
+        RESULTS.print(f"[red]FAIL[/] {name} {reason}")
+    if found := place(result):
+        RESULTS.print(found, markup=False, style="red")
+    RESULTS.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
+    RESULTS.print(f"report: {bundle.path / 'reports/parity.html'}", markup=False)
+    return PASSED if result.passed else FAILED
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate from a prompt, a batch of prompts, or token ids."""
+    from fope_export.backends.choose import load_backend
+    from fope_export.bundle import Bundle
+    from fope_export.config import convert
+    from fope_export.generation import Sampling, complete, generate
+    from fope_export.terminal import report_speed
+    from fope_export.tokens import Text
+
+    options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
+    sampling = convert(options, Sampling, where="run")
+    bundle = Bundle.open(args.bundle)
+    eos = bundle.manifest.model.eos_token_id
+    if args.prompt_ids:
+        backend = load_backend(bundle, args.backend)
+        steps = generate(backend, [_known(args.prompt_ids, bundle.manifest.model.vocab_size)], sampling, eos=eos)
+        ids = [token for (token,) in steps]
+        _print_json(ids) if args.json else print(*ids, sep=",")
+        return PASSED
+    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
+    text, backend = Text(bundle.path), load_backend(bundle, args.backend)
+    pieces = complete(backend, text, prompts, sampling, stop=args.stop, eos=eos)
+    texts = [""] * len(prompts)
+    with report_speed() as count:
+        for row, piece in pieces:
+            texts[row] += piece
+            count(piece)
+            if len(prompts) == 1 and not args.json:
+                print(piece, end="", flush=True)
+    if args.json:
+        _print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
+    elif len(prompts) == 1:
+        print()
+    else:
+        for prompt, written in zip(prompts, texts, strict=True):
+            print(f"--- {prompt}\n{written}")
+    return PASSED
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Describe what lies at a path."""
+    from fope_export.inspection import inspect as describe
+    from fope_export.terminal import print_sections
+
+    description = describe(args.path)
+    _print_json(description) if args.json else print_sections(description)
+    return PASSED
+
+
+def _known(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
+    if max(ids) >= vocabulary:
+        raise ConfigError(f"token {max(ids)} is outside the vocabulary of {vocabulary}", hint="Ids start at 0.")
+    return ids
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        prompts = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, ValueError) as cause:
+        raise ConfigError(
+            f"{path}: {cause}", hint="One prompt a line; in a .jsonl file, one JSON string a line."
+        ) from cause
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"{path}: no prompts", hint="One prompt a line; in a .jsonl file, one JSON string a line.")
+    return prompts
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=dict), indent=2).decode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.version:
+        from fope_export import __version__
+
+        print(f"fope-export {__version__}")
+        return PASSED
+    if "function" not in args:
+        parser().print_help()
+        return MISUSED
+    try:
+        return int(args.function(args))
+    except FopeError as error:
+        if args.traceback:
+            raise
+        from fope_export.terminal import print_error
+
+        print_error(error)
+        return MISUSED
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

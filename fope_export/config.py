@@ -1,0 +1,93 @@
+"""Configuration: frozen, closed (an unknown key is an error: a dropped flag is a wrong model), checked at birth."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from fope_export.errors import ConfigError
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+T = TypeVar("T")
+
+
+class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one layer's position embedding is, apart from its numbers. No field has a default: a guess is a wrong model.
+
+    D kept frequencies are mixed into F rotated channel pairs, separately for each of G coefficient groups; the other
+    head_dim / 2 - F pairs are "rotated" by the constants `sin_pad` and `cos_pad`.
+    """
+
+    head_dim: Count
+    frequencies: Size  # D
+    pairs: Size  # F
+    groups: Count  # G
+    sin_pad: float
+    cos_pad: float
+    sign: Literal[1, -1]
+    pairing: Literal["half", "interleaved"]
+    full_precision: bool  # rotate in float32 whatever the model's dtype
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}, and channel pairs need an even one")
+        if self.pairs > self.head_dim // 2:
+            raise ConfigError(f"{self.pairs} rotated pairs do not fit a head_dim of {self.head_dim}")
+        if self.pairs and not self.frequencies:
+            raise ConfigError(f"{self.pairs} rotated pairs have no frequency to turn with")
+
+
+class ModelConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="model_type", tag="fope"
+):
+    """A pre-norm decoder: RMSNorm, fused attention projection, FoPE, SwiGLU; no biases."""
+
+    vocab_size: Count  # rows of the embedding, padding rows included
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    norm_eps: Positive
+    tie_embeddings: bool
+    training_length: Count  # tokens; it decides which frequencies were kept
+    rope_theta: Positive | None  # base of the frequencies, where they follow theta ** (-2i / head_dim)
+    floored: bool  # frequencies without one whole period in training_length were removed
+    eos_token_id: Size | None
+    pad_token_id: Size | None
+    spectrum: SpectrumConfig
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
+        if self.num_kv_heads % self.spectrum.groups:
+            raise ConfigError(
+                f"{self.spectrum.groups} coefficient groups do not divide {self.num_kv_heads} key-value heads",
+                hint="Coefficients are shared (1 group) or per key-value head.",
+            )
+        for name in ("eos_token_id", "pad_token_id"):
+            if (token := getattr(self, name)) is not None and token >= self.vocab_size:
+                raise ConfigError(f"{name} is {token}, outside a vocabulary of {self.vocab_size}")
+
+
+class ExportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model is written as ONNX. The defaults are the portable file that every runtime takes."""
+
+    opset: Literal[23, 24] = 23
+    cache: Literal["dynamic"] = "dynamic"
+    dtype: Literal["fp32"] = "fp32"
+
+
+def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = True) -> T:
+    """`data` as the configuration class `to`; `strict=False` also takes numbers written as text.
+
+    Raises ConfigError naming `where`, the field, what was expected and what came.
+    """
+    try:
+        return msgspec.convert(data, to, strict=strict)
+    except msgspec.ValidationError as cause:
+        raise ConfigError(f"{where}: {cause}") from cause
+    except ConfigError as cause:
+        raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause

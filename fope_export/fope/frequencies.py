@@ -1,0 +1,51 @@
+"""Frequencies as training computed them, in radians per token.
+
+In torch and float32 on purpose: numpy's float32 power differs in the last bit, and at position 100,000 the last bit
+of a frequency is the third digit of an angle.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def exponential(theta: float, dim: int, *, upper: float = 1.0, floor: float = 0.0) -> Tensor:
+    """theta ** (-2i / dim) for i < dim / 2 as float32 [dim / 2], mapped affinely from [0, 1] to [floor, upper]."""
+    freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    return floor + freq * (upper - floor)
+
+
+def floor_to_zero(freq: Tensor, training_length: int, ratio: float = 1.0) -> Tensor:
+    """Zero every frequency that completes less than `ratio` periods in `training_length` tokens (paper, Eq. 13)."""
+    return torch.where(freq < 2 * math.pi / training_length * ratio, 0.0, freq)
+
+
+def interpolate(freq: Tensor, original_length: int, length: int) -> Tensor:
+    """Position interpolation (PI, arXiv 2306.15595): squeeze `length` tokens into `original_length`."""
+    return freq * (original_length / length)
+
+
+def yarn(
+    freq: Tensor, dim: int, theta: float, *, scale: float, original_length: int,
+    beta_fast: float = 32.0, beta_slow: float = 1.0, factor: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """YARN (arXiv 2309.00071, section 3.2): divide slow frequencies by `scale`, keep fast ones, blend between.
+
+    freq [dim / 2]. `factor` weighs the kept part (`len_extra_yarn_factor` of the authors' code; 1 in Hugging Face's).
+    """
+
+    def pair_of(rotations: float) -> float:
+        return dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_of(beta_fast)), 0)
+    high: float = min(math.ceil(pair_of(beta_slow)), dim - 1)
+    high += 0.001 if low == high else 0.0
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    keep = (1 - ramp) * factor
+    return freq / scale * (1 - keep) + freq * keep
+
+
+def yarn_attention_factor(scale: float) -> float:
+    """The factor on sine and cosine in Hugging Face's YARN; the authors' YARN has none."""
+    return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0

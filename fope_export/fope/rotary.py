@@ -1,0 +1,184 @@
+"""The rotation in torch: one registered operator that computes, differentiates and traces, and its drop-in module.
+
+S sequence, H query heads, K key-value heads, E head_dim, D kept frequencies, F rotated pairs, G coefficient groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fope_export.config import SpectrumConfig
+from fope_export.fope import contract, frequencies
+from fope_export.fope.initialise import initial_coefficients
+from fope_export.fope.spectrum import Spectrum
+
+
+@torch.library.custom_op(contract.TORCH_NAME, mutates_args=())
+def rotary(
+    q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
+    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, full_precision: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rotate q [B, S, H, E] and k [B, S, K, E] as `contract` says; the results have their shapes and dtypes.
+
+    Angles and series are float32 (float64 for float64 inputs, of the same float32 angles); so is the rotation with
+    `full_precision`. Differentiable in q, k, sin_coef and cos_coef.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    sin, cos = _tables(position_ids, freq, sin_coef, cos_coef, q.shape[-1] // 2, sin_pad, cos_pad, sign, wide)
+    dtype = wide if full_precision else q.dtype
+    sin, cos = sin.to(dtype), cos.to(dtype)
+    q_rotated, k_rotated = (_turn(x.to(dtype), sin, cos, interleaved).to(x.dtype) for x in (q, k))
+    return q_rotated, k_rotated
+
+
+@rotary.register_fake
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _basis(position_ids: Tensor, freq: Tensor, wave: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """wave(position * freq) as [B, S, D]. The angle is a float32 product by definition, whatever `dtype` is."""
+    return wave((position_ids.to(torch.float32)[..., None] * freq).to(dtype))
+
+
+def _tables(
+    position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
+    half: int, sin_pad: float, cos_pad: float, sign: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sign * S and C of the definition, each [B, S, G, E / 2]."""
+    groups, count, pairs = sin_coef.shape
+    tables = []
+    for wave, coef, pad in ((torch.sin, sin_coef, sin_pad), (torch.cos, cos_coef, cos_pad)):
+        flat = coef.to(dtype).transpose(0, 1).reshape(count, groups * pairs)
+        table = (_basis(position_ids, freq, wave, dtype) @ flat).unflatten(-1, (groups, pairs))
+        tables.append(nn.functional.pad(table, (0, half - pairs), value=pad))
+    return (tables[0] if sign == 1 else tables[0] * sign), tables[1]
+
+
+def _split(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two channels of every pair of x [B, S, H, E], each [B, S, G, H / G, E / 2]."""
+    grouped = x.unflatten(2, (groups, -1))
+    if interleaved:
+        return grouped[..., 0::2], grouped[..., 1::2]
+    left, right = grouped.chunk(2, dim=-1)
+    return left, right
+
+
+def _turn(x: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
+    left, right = _split(x, sin.shape[2], interleaved)
+    sin, cos = sin.unsqueeze(3), cos.unsqueeze(3)
+    pair = (left * cos - right * sin, right * cos + left * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return turned.flatten(2, 3)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    *tensors, ctx.sin_pad, ctx.cos_pad, ctx.sign, ctx.interleaved, ctx.full_precision = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    """The rotation's transpose turns the other way; a coefficient collects its basis times the pairs it mixed into."""
+    q, k, position_ids, freq, sin_coef, cos_coef = ctx.saved_tensors
+    fields = (ctx.sin_pad, ctx.cos_pad)
+    back = rotary(
+        dq, dk, position_ids, freq, sin_coef, cos_coef, *fields, -ctx.sign, ctx.interleaved, ctx.full_precision
+    )
+    dsin, dcos = None, None
+    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        groups, _, pairs = sin_coef.shape
+        by_sin = by_cos = sin_coef.new_zeros((), dtype=wide)
+        for x, grad in ((q, dq), (k, dk)):
+            left, right = (half[..., :pairs].to(wide) for half in _split(x, groups, ctx.interleaved))
+            dleft, dright = (half[..., :pairs].to(wide) for half in _split(grad, groups, ctx.interleaved))
+            by_sin = by_sin + (dright * left - dleft * right).sum(3) * ctx.sign
+            by_cos = by_cos + (dleft * left + dright * right).sum(3)
+        mixed = "bsd,bsgf->gdf"
+        dsin = torch.einsum(mixed, _basis(position_ids, freq, torch.sin, wide), by_sin).to(sin_coef.dtype)
+        dcos = torch.einsum(mixed, _basis(position_ids, freq, torch.cos, wide), by_cos).to(cos_coef.dtype)
+    return *back, None, None, dsin, dcos, None, None, None, None, None
+
+
+rotary.register_autograd(_backward, setup_context=_save)
+
+
+class FopeRotary(nn.Module):
+    """FoPE for any attention, in the place where RoPE stands: `q, k = rotary(q, k, position_ids)`.
+
+    q [B, S, H, head_dim], k [B, S, K, head_dim], position_ids int64 [B, S]. Its numbers stay float32 when the model
+    around them is cast. Construct it with `create` to train, or from a checkpoint's spectrum with `from_spectrum`.
+
+    `learnable` trains the coefficients (the paper freezes them); `normalize` divides them by their sum over D.
+    """
+
+    freq: Tensor
+
+    def __init__(self, config: SpectrumConfig, *, learnable: bool = False, normalize: bool = False) -> None:
+        super().__init__()
+        self.config, self.normalize = config, normalize
+        shape = (config.groups, config.frequencies, config.pairs)
+        self.register_buffer("freq", torch.zeros(config.frequencies))
+        self.sin_coef = nn.Parameter(torch.zeros(shape), requires_grad=learnable)
+        self.cos_coef = nn.Parameter(torch.zeros(shape), requires_grad=learnable)
+
+    @classmethod
+    def create(
+        cls, *, head_dim: int, groups: int, training_length: int, theta: float = 10_000.0,
+        init: str = "eye_xavier_norm", gain: float = 0.3, pairing: str = "half",
+        learnable: bool = False, normalize: bool = False, generator: torch.Generator | None = None,
+    ) -> Self:  # fmt: skip
+        """A fresh FoPE as the authors start it, for `groups` heads (1: shared) and sequences of `training_length`.
+
+        Keeps the D frequencies that complete a period in `training_length` and rotates F = min(D, head_dim / 4) pairs.
+        """
+        freq = frequencies.floor_to_zero(frequencies.exponential(theta, head_dim), training_length)
+        freq = freq[freq != 0]
+        shape = (groups, len(freq), min(len(freq), head_dim // 4))
+        sin_coef, cos_coef = (initial_coefficients(shape, init, gain, generator) for _ in range(2))
+        spectrum = Spectrum.fope(freq.numpy(), sin_coef.numpy(), cos_coef.numpy(), head_dim, pairing=pairing)
+        return cls.from_spectrum(spectrum, learnable=learnable, normalize=normalize)
+
+    @classmethod
+    def from_spectrum(cls, spectrum: Spectrum, *, learnable: bool = False, normalize: bool = False) -> Self:
+        """The module that rotates by `spectrum`, with its own copy of the numbers."""
+        module = cls(spectrum.config, learnable=learnable, normalize=normalize)
+        with torch.no_grad():
+            for name in ("freq", "sin_coef", "cos_coef"):
+                getattr(module, name).copy_(torch.from_numpy(getattr(spectrum, name)))
+        return module
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The canonical spectrum it stands for now, normalisation applied."""
+        return Spectrum(self.config, *(t.detach().cpu().numpy() for t in (self.freq, *self._coefficients())))
+
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        if not self.normalize:
+            return self.sin_coef, self.cos_coef
+        return normalized(self.sin_coef), normalized(self.cos_coef)
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        turned: tuple[Tensor, Tensor] = rotary(
+            q, k, position_ids, self.freq, *self._coefficients(), c.sin_pad, c.cos_pad, float(c.sign),
+            c.pairing == "interleaved", c.full_precision,
+        )  # fmt: skip
+        return turned
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, never to another dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def normalized(coef: Tensor) -> Tensor:
+    """Coefficients [..., D, F] divided by their sum over D (`fourier_norm` of the authors' code)."""
+    return coef / coef.sum(dim=-2, keepdim=True)

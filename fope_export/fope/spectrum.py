@@ -1,0 +1,81 @@
+"""The canonical spectrum: what every dialect's flags and coefficients come down to (arXiv 2412.17739, Eq. 13)."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fope_export.config import SpectrumConfig, convert
+from fope_export.errors import ConfigError
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """One layer's position embedding, whole.
+
+    freq      [D]        float32, radians per token, not negative and not ascending
+    sin_coef  [G, D, F]  float32
+    cos_coef  [G, D, F]  float32
+
+    Raises ConfigError when the numbers do not have the shapes that `config` states, or are not finite.
+    """
+
+    config: SpectrumConfig
+    freq: Floats
+    sin_coef: Floats
+    cos_coef: Floats
+
+    def __post_init__(self) -> None:
+        c = self.config
+        wanted = {
+            "freq": (c.frequencies,),
+            "sin_coef": (c.groups, c.frequencies, c.pairs),
+            "cos_coef": (c.groups, c.frequencies, c.pairs),
+        }
+        for name, shape in wanted.items():
+            value = getattr(self, name)
+            if value.shape != shape or value.dtype != np.float32:
+                raise ConfigError(f"{name} is {value.dtype} {value.shape}, expected float32 {shape}")
+            if not np.isfinite(value).all():
+                raise ConfigError(f"{name} holds values that are not finite")
+        if (self.freq < 0).any() or (np.diff(self.freq) > 0).any():
+            raise ConfigError("frequencies must descend and not be negative")
+
+    @classmethod
+    def rope(cls, freq: Floats, head_dim: int, *, scale: float = 1.0, pairing: str = "half") -> Self:
+        """RoPE with `freq` [head_dim / 2], zeros last if any: each pair turns with its own frequency.
+
+        `scale` multiplies sine and cosine (the attention factor of Hugging Face's YARN).
+        """
+        kept = np.ascontiguousarray(freq[freq != 0], dtype=np.float32)
+        eye = (np.eye(len(kept), dtype=np.float32) * np.float32(scale))[None]
+        return cls._of(kept, eye, eye, head_dim, sin_pad=0.0, cos_pad=scale, pairing=pairing)
+
+    @classmethod
+    def nope(cls, head_dim: int) -> Self:
+        """No position embedding: nothing is rotated."""
+        return cls.rope(np.zeros(0, np.float32), head_dim)
+
+    @classmethod
+    def fope(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
+        """The authors' FoPE: sine and cosine of the unrotated pairs are both 1. `fields` override the configuration."""
+        return cls._of(freq, sin_coef, cos_coef, head_dim, **{"sin_pad": 1.0, "cos_pad": 1.0} | fields)
+
+    @classmethod
+    def _of(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
+        groups, frequencies, pairs = sin_coef.shape
+        sizes = {"head_dim": head_dim, "frequencies": frequencies, "pairs": pairs, "groups": groups}
+        fields = {"sign": 1, "pairing": "half", "full_precision": True} | sizes | fields
+        return cls(convert(fields, SpectrumConfig, where="spectrum"), freq, sin_coef, cos_coef)
+
+    def describe(self) -> dict[str, Any]:
+        """The numbers as plain data; the coefficients, which are long, by their SHA-256."""
+        digest = {
+            f"{name}_sha256": hashlib.sha256(getattr(self, name).tobytes()).hexdigest()
+            for name in ("sin_coef", "cos_coef")
+        }
+        return {"freq": [float(f) for f in self.freq], **digest}

@@ -1,0 +1,79 @@
+"""The configuration files that other runtimes look for beside a model.onnx."""
+
+from typing import Any
+
+from fope_export.bundle import MODEL
+from fope_export.config import ModelConfig
+
+CONTEXT_LENGTH = 131_072
+"""What runtimes that insist on a maximum are told. The graph itself has none."""
+
+
+def companions(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """File name -> contents."""
+    return {
+        "config.json": hugging_face(config),
+        "generation_config.json": _tokens(config),
+        "genai_config.json": genai(config),
+    }
+
+
+def hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """For Optimum, which reads sizes from it and needs a model type it knows; the graph decides what is computed."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.spectrum.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        **_tokens(config),
+    }
+
+
+def genai(config: ModelConfig) -> dict[str, Any]:
+    """For ONNX Runtime GenAI: a plain decoder with separate past and present caches."""
+    eos, pad = config.eos_token_id, config.pad_token_id
+    return {
+        "model": {
+            "type": "decoder",
+            "vocab_size": config.vocab_size,
+            "context_length": CONTEXT_LENGTH,
+            "eos_token_id": 0 if eos is None else eos,
+            "pad_token_id": (eos or 0) if pad is None else pad,
+            "decoder": {
+                "filename": MODEL,
+                "hidden_size": config.hidden_size,
+                "head_size": config.spectrum.head_dim,
+                "num_attention_heads": config.num_heads,
+                "num_key_value_heads": config.num_kv_heads,
+                "num_hidden_layers": config.num_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "session_options": {"provider_options": []},
+            },
+        },
+        "search": {"max_length": CONTEXT_LENGTH, "past_present_share_buffer": False},
+    }
+
+
+def _tokens(config: ModelConfig) -> dict[str, Any]:
+    ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    return {name: token for name, token in ids.items() if token is not None}

@@ -1,0 +1,151 @@
+"""The rotation in ONNX: its schema, its function body in standard operators, and how torch.onnx reaches them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.defs import OpSchema
+from onnxscript.values import Op, Opset
+
+import fope_export.fope.rotary  # noqa: F401 (registers the torch operator)
+from fope_export.fope import contract
+
+_FOPE = Opset(contract.DOMAIN, contract.VERSION)
+_FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+
+def schema() -> OpSchema:
+    """`contract` as an ONNX operator schema."""
+
+    def parameter(port: contract.Port) -> OpSchema.FormalParameter:
+        names = {"int64": "tensor(int64)", "float32": "tensor(float)"}
+        return OpSchema.FormalParameter(port.name, names.get(port.dtype, port.dtype))
+
+    kinds = {float: OpSchema.AttrType.FLOAT, int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
+    attributes = contract.ATTRIBUTES | dict.fromkeys(contract.DISPATCH, str)
+    return OpSchema(
+        contract.NAME,
+        contract.DOMAIN,
+        contract.VERSION,
+        inputs=[parameter(port) for port in contract.INPUTS],
+        outputs=[parameter(port) for port in contract.OUTPUTS],
+        type_constraints=[("T", _FLOAT_TYPES, "the model's dtype")],
+        attributes=[OpSchema.Attribute(name, kinds[kind], required=True) for name, kind in attributes.items()],
+    )
+
+
+_CALL = Op(_FOPE, contract.NAME, schema())
+
+
+def _translate(
+    q: ir.Value, k: ir.Value, position_ids: ir.Value, freq: ir.Value, sin_coef: ir.Value, cos_coef: ir.Value,
+    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, full_precision: bool,
+) -> Any:  # fmt: skip
+    heads, kv_heads, head_dim, groups = _size(q, 2), _size(k, 2), _size(q, 3), _size(sin_coef, 0)
+    return _CALL(
+        q, k, position_ids, freq, sin_coef, cos_coef,
+        sin_pad=sin_pad, cos_pad=cos_pad, sign=sign, interleaved=int(interleaved),
+        compute_dtype=int(ir.DataType.FLOAT if full_precision or q.dtype is None else q.dtype),
+        head_dim=head_dim, heads_per_group=heads // groups, kv_heads_per_group=kv_heads // groups, **contract.DISPATCH,
+    )  # fmt: skip
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    """A size that is part of the architecture, and so known."""
+    assert value.shape is not None
+    dim = value.shape[axis]
+    assert isinstance(dim, int)
+    return dim
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.fope.rotary.default: _translate}
+"""For torch.onnx.export's `custom_translation_table`."""
+
+
+_BODY = """
+<domain: "fope", opset_import: ["" : {opset}]>
+FopeRotary
+<sin_pad, cos_pad, sign, interleaved, compute_dtype, head_dim, heads_per_group, kv_heads_per_group,
+ plugin_namespace, plugin_version>
+(q, k, position_ids, freq, sin_coef, cos_coef) => (q_rotated, k_rotated)
+{{
+  # Sizes; runtimes fold them, and all that follows from coefficients alone, when they load the model.
+  zero = Constant <value_ints: ints = [0]> ()
+  one = Constant <value_ints: ints = [1]> ()
+  two = Constant <value_ints: ints = [2]> ()
+  last = Constant <value_ints: ints = [-1]> ()
+  keep_rest = Constant <value_ints: ints = [0, -1]> ()
+  zero_float = Constant <value_float: float = 0.0> ()
+  one_float = Constant <value_float: float = 1.0> ()
+  head_dim_scalar = Constant <value_int: int = @head_dim> ()
+  head_dim = Reshape (head_dim_scalar, one)
+  half = Div (head_dim, two)
+  groups = Shape <start: int = 0, end: int = 1> (sin_coef)
+  pairs = Shape <start: int = 2, end: int = 3> (sin_coef)
+
+  # The coefficients [G, D, F] become [D + 1, G * E/2]; the added row holds the pads, for a basis that ends in 1.
+  unturned = Sub (half, pairs)
+  to_half = Concat <axis: int = 0> (zero, unturned)
+  row_shape = Concat <axis: int = 0> (groups, one, pairs)
+  row = Expand (zero_float, row_shape)
+  sin_pad_value = Constant <value_float: float = @sin_pad> ()
+  cos_pad_value = Constant <value_float: float = @cos_pad> ()
+  sin_pad_row = Pad (row, to_half, sin_pad_value, last)
+  cos_pad_row = Pad (row, to_half, cos_pad_value, last)
+  sin_rows = Pad (sin_coef, to_half, zero_float, last)
+  cos_rows = Pad (cos_coef, to_half, zero_float, last)
+  sin_unsigned = Concat <axis: int = 1> (sin_rows, sin_pad_row)
+  cos_weights_grouped = Concat <axis: int = 1> (cos_rows, cos_pad_row)
+  sign_value = Constant <value_float: float = @sign> ()
+  sin_weights_grouped = Mul (sin_unsigned, sign_value)
+  sin_weights_by_row = Transpose <perm: ints = [1, 0, 2]> (sin_weights_grouped)
+  cos_weights_by_row = Transpose <perm: ints = [1, 0, 2]> (cos_weights_grouped)
+  sin_weights = Reshape (sin_weights_by_row, keep_rest)
+  cos_weights = Reshape (cos_weights_by_row, keep_rest)
+
+  # The basis [B, S, D + 1], the same in every layer: sines and cosines of exact float32 angles, then 1.
+  positions = Unsqueeze (position_ids, last)
+  positions_float = Cast <to: int = 1> (positions)
+  angles = Mul (positions_float, freq)
+  sines = Sin (angles)
+  cosines = Cos (angles)
+  one_column = Constant <value_ints: ints = [0, 1]> ()
+  sin_basis = Pad (sines, one_column, one_float, last)
+  cos_basis = Pad (cosines, one_column, one_float, last)
+
+  # RotaryEmbedding shares one table between heads; with groups laid along the sequence, each has its own.
+  table_shape = Concat <axis: int = 0> (keep_rest, half)
+  sin_flat = MatMul (sin_basis, sin_weights)
+  cos_flat = MatMul (cos_basis, cos_weights)
+  sin_grouped = Reshape (sin_flat, table_shape)
+  cos_grouped = Reshape (cos_flat, table_shape)
+  sin = Cast <to: int = @compute_dtype> (sin_grouped)
+  cos = Cast <to: int = @compute_dtype> (cos_grouped)
+{turn_q}
+{turn_k}
+}}
+"""
+_TURN = """
+  {x}_group_scalar = Constant <value_int: int = @{heads}> ()
+  {x}_group = Reshape ({x}_group_scalar, one)
+  {x}_width = Mul ({x}_group, head_dim)
+  {x}_grouped_shape = Concat <axis: int = 0> (keep_rest, {x}_width)
+  {x}_flat = Reshape ({x}, {x}_grouped_shape)
+  {x}_grouped = Cast <to: int = @compute_dtype> ({x}_flat)
+  {x}_turned = RotaryEmbedding <num_heads: int = @{heads}, interleaved: int = @interleaved> ({x}_grouped, cos, sin)
+  {x}_heads = Mul (groups, {x}_group)
+  {x}_shape = Concat <axis: int = 0> (keep_rest, {x}_heads, head_dim)
+  {x}_unflat = Reshape ({x}_turned, {x}_shape)
+  {x}_rotated = CastLike ({x}_unflat, {x})
+"""
+
+
+def function(opset: int) -> ir.Function:
+    """The rotation as a model-local function for a model of this `opset` (23 or later)."""
+    turns = {
+        f"turn_{x}": _TURN.format(x=x, heads=heads)
+        for x, heads in (("q", "heads_per_group"), ("k", "kv_heads_per_group"))
+    }
+    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.format(opset=opset, **turns)))

@@ -1,0 +1,127 @@
+"""What a checkpoint, a bundle or an ONNX file is, as plain data."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from fope_export.bundle import MANIFEST, Bundle
+from fope_export.config import ModelConfig
+from fope_export.errors import FopeError
+
+Description = dict[str, dict[str, Any]]
+"""Section -> what it says."""
+
+
+def inspect(path: str | Path) -> Description:
+    """Describe the checkpoint, bundle or ONNX file at `path`. Raises FopeError when it is none of them."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _bundle(Bundle.open(path, verify=False))
+    if path.is_file():
+        return _onnx(path)
+    return _checkpoint(path)
+
+
+def _checkpoint(path: Path) -> Description:
+    from fope_export.model.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    parameters = sum(p.numel() for p in checkpoint.model.parameters())
+    spectrum = checkpoint.model.attentions()[0].rotary.spectrum
+    tensors = {name: " x ".join(map(str, t.shape)) for name, t in checkpoint.model.state_dict().items()}
+    shared = sum("layers.0." in name for name in tensors)
+    shown = {name: shape for name, shape in tensors.items() if "layers." not in name or name.startswith("layers.0.")}
+    return {
+        "checkpoint": {"path": str(path), "layout": checkpoint.dialect, "parameters": f"{parameters:,}"},
+        "model": _model(checkpoint.config),
+        "spectrum": _spectrum(checkpoint.config, spectrum.describe()),
+        f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
+        "files": {
+            p.name: f"{_size(p)}  {digest}"
+            for p, digest in zip(checkpoint.files, checkpoint.hashes().values(), strict=True)
+        },
+    }
+
+
+def _bundle(bundle: Bundle) -> Description:
+    manifest, damaged = bundle.manifest, bundle.damaged()
+    return {
+        "bundle": {
+            "path": str(bundle.path),
+            "made by": f"fope-export {manifest.tool_version}",
+            "from": f"{manifest.source.path} ({manifest.source.dialect})",
+            "written as": f"opset {manifest.export.opset}, {manifest.export.dtype}, {manifest.export.cache} cache",
+        },
+        "model": _model(manifest.model),
+        "spectrum": _spectrum(manifest.model, manifest.spectra[0]),
+        "inputs": {port.name: _port(port.dtype, port.shape) for port in manifest.inputs},
+        "outputs": {port.name: _port(port.dtype, port.shape) for port in manifest.outputs},
+        "files": {
+            name: f"{_size(bundle.path / name)}  {digest}" + (f"  {damaged[name].upper()}" if name in damaged else "")
+            for name, digest in manifest.files.items()
+        },
+    }
+
+
+def _onnx(path: Path) -> Description:
+    try:
+        model = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(path)
+    except Exception as cause:  # protobuf, the checker and the file system raise unrelated classes
+        raise FopeError(
+            f"{path}: not a valid ONNX file: {cause}", hint="Give a checkpoint, a bundle or a .onnx file."
+        ) from cause
+    counted = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)
+    return {
+        "onnx": {
+            "path": str(path),
+            "size": _size(path),
+            "made by": f"{model.producer_name} {model.producer_version}".strip(),
+            "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
+            "weights": f"{sum(_bytes(t) for t in model.graph.initializer) / 1e6:,.1f} MB",
+        },
+        "inputs": {value.name: _value(value) for value in model.graph.input},
+        "outputs": {value.name: _value(value) for value in model.graph.output},
+        "nodes": {name: str(count) for name, count in counted.most_common()},
+        "functions": {f"{f.domain}::{f.name}": f"{len(f.node)} nodes" for f in model.functions},
+        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+    }
+
+
+def _model(config: ModelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(config)
+    return {name: value for name, value in fields.items() if name not in ("spectrum", "model_type")}
+
+
+def _spectrum(config: ModelConfig, numbers: dict[str, Any]) -> dict[str, Any]:
+    freq = numbers["freq"]
+    described = {
+        "frequencies": f"{len(freq)}" + (f", from {freq[0]:.4g} to {freq[-1]:.4g} rad per token" if freq else ""),
+        "shortest floor": f"{2 * 3.141592653589793 / config.training_length:.4g} (one period in the training length)",
+    }
+    fields: dict[str, Any] = msgspec.to_builtins(config.spectrum)
+    return fields | described | {name: value for name, value in numbers.items() if name != "freq"}
+
+
+def _port(dtype: str, shape: list[int | str]) -> str:
+    return f"{dtype} [{', '.join(map(str, shape))}]"
+
+
+def _value(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return _port(onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), shape)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    items = 1
+    for dim in tensor.dims:
+        items *= dim
+    return int(items * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "missing"

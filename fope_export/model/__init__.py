@@ -1,0 +1,1 @@
+"""Checkpoints: the decoder, the layouts on disk, strict loading."""

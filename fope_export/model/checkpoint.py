@@ -1,0 +1,133 @@
+"""Strict loading: every tensor present, none left over, every shape and number right, and no code executed."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fope_export.bundle import sha256
+from fope_export.config import ModelConfig
+from fope_export.errors import CheckpointError
+from fope_export.model.blueprint import Blueprint, Format
+from fope_export.model.decoder import Decoder
+from fope_export.model.formats import recognise
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was read and found consistent. `model` is a float32 decoder in eval mode."""
+
+    path: Path
+    dialect: str
+    config: ModelConfig
+    model: Decoder
+    files: tuple[Path, ...]
+    """The files it was read from: configuration, weights, tokenizer."""
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        return tuple(path for path in self.files if path.name in TOKENIZER_FILES)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each of `files`, by name."""
+        return {path.name: sha256(path) for path in self.files}
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the checkpoint in folder `path`.
+
+    Raises CheckpointError or ConfigError with the file, what was expected, what was found and what to do.
+    """
+    folder = Path(path)
+    layout = recognise(folder)
+    plan = layout.plan(folder)
+    weights = _weights_file(folder, layout)
+    tensors = {layout.tensor_name(key): tensor for key, tensor in read_tensors(weights).items()}
+    with torch.device("meta"):
+        model = Decoder(plan.config)
+    model.load_state_dict(_assemble(plan, tensors, model, weights), assign=True, strict=False)
+    if plan.config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    names = ("config.yaml", "config.json", weights.name, *TOKENIZER_FILES)
+    files = tuple(folder / name for name in names if (folder / name).is_file())
+    return Checkpoint(folder, layout.name, plan.config, model.eval().requires_grad_(False), files)
+
+
+def _weights_file(folder: Path, layout: Format) -> Path:
+    for name in layout.weights:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(
+        f"{folder}: no weights, expected {' or '.join(layout.weights)}",
+        hint=f"The folder looks like layout {layout.name} ({layout.evidence}).",
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt or .bin file, memory-mapped where the file allows it.
+
+    Raises CheckpointError when it is truncated, is not such a file, or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as cause:
+        reason = str(cause).partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: holds more than tensors, or is damaged: {reason}",
+            hint="Only plain state dicts are read; nothing in a checkpoint is executed.",
+        ) from cause
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as cause:
+        raise CheckpointError(
+            f"{path}: cannot be read: {cause}", hint="The file looks truncated or damaged: copy it again."
+        ) from cause
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(data).__name__}")
+    return dict(data)
+
+
+def _assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
+    """The decoder's state dict in float32, every stored tensor accounted for."""
+    wanted = set(plan.sources.values())
+    for what, names, hint in (
+        ("missing", wanted - set(tensors), "The configuration describes a larger model or another dialect."),
+        ("left over", set(tensors) - wanted, "The configuration describes a smaller model or another dialect."),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {listed}", hint=hint)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = dict(plan.constants)
+    for name, source in plan.sources.items():
+        tensor = plan.adapt(name, tensors[source])
+        _check(tensor, shapes[name], f"{path}: {source}")
+        state[name] = tensor.to(torch.float32).contiguous()
+    return state
+
+
+def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
+    if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
+        raise CheckpointError(
+            f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
+            hint="max_sequence_length must be the training length, not the length that is exported or served.",
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}",
+            hint="The configuration and the weights belong to different models.",
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{where} is {tensor.dtype}, expected floating point")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
+        )

@@ -1,0 +1,120 @@
+"""The paper's architecture: a pre-norm decoder with FoPE in every block.
+
+B batch, S sequence (new tokens), P past, T = P + S total, H query heads, K key-value heads, E head_dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fope_export.config import ModelConfig
+from fope_export.fope.rotary import FopeRotary
+
+Cache = list[tuple[Tensor, Tensor]]
+"""Rotated keys and values of every layer, each [B, K, P, E]."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the cache and the new tokens; keys enter the cache rotated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.spectrum.head_dim
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.att_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.rotary = FopeRotary(config.spectrum)
+        self.attn_out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, position_ids: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        projected = self.att_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k = self.rotary(q, k, position_ids)
+        keys = torch.cat((past[0], k.transpose(1, 2)), dim=2)
+        values = torch.cat((past[1], v.transpose(1, 2)), dim=2)
+        attended = nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.attn_out(attended.transpose(1, 2).flatten(2)), (keys, values)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with one fused projection: the first half of its output is gated by the second."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ff_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.ff_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.ff_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.ff_out(nn.functional.silu(gate) * x)
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ff_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, position_ids: Tensor, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, present = self.attention(self.attn_norm(x), mask, position_ids, past)
+        x = x + attended
+        return x + self.feed_forward(self.ff_norm(x)), present
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits and the grown cache out. Call it with the names of the exported graph's inputs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Cache
+    ) -> tuple[Tensor, Cache]:
+        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 = padding. Logits are [B, S, V]."""
+        x = self.embed(input_ids)
+        mask = causal_mask(attention_mask, input_ids.shape[1], x.dtype)
+        present: Cache = []
+        for layer, past in zip(self.layers, past_key_values, strict=True):
+            x, grown = layer(x, mask, position_ids, past)
+            present.append(grown)
+        return self.lm_head(self.norm(x)), present
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache with no past, of the model's dtype and on its device."""
+        config = self.config
+        empty = self.embed.weight.new_zeros(batch, config.num_kv_heads, 0, config.spectrum.head_dim)
+        return [(empty, empty)] * config.num_layers
+
+    def attentions(self) -> list[Attention]:
+        """Every layer's attention, in order."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
+
+def causal_mask(attention_mask: Tensor, sequence: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, S, T] for the last `sequence` of T tokens: 0 where a token may look, else dtype's minimum.
+
+    The minimum is finite, so that a padding row that sees nothing stays finite too and cannot poison the cache.
+    """
+    total = attention_mask.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    queries = torch.arange(sequence, device=attention_mask.device) + (total - sequence)
+    seen = (keys <= queries[:, None]) & (attention_mask != 0)[:, None, :]
+    zero, hidden = (torch.full((), value, dtype=dtype) for value in (0.0, torch.finfo(dtype).min))
+    return torch.where(seen, zero, hidden)[:, None]

@@ -1,0 +1,63 @@
+"""Our own layout: config.json states every field of ModelConfig, model.safetensors the decoder's own tensors."""
+
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from fope_export.config import ModelConfig, convert
+from fope_export.errors import CheckpointError
+from fope_export.fope import frequencies
+from fope_export.model.blueprint import Blueprint, Format, model_type, read_json
+from fope_export.model.decoder import Decoder
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def _plan(folder: Path) -> Blueprint:
+    path = folder / CONFIG
+    config = convert(read_json(path), ModelConfig, where=str(path))
+    _check_training_length(config, path)
+    return Blueprint(config, {name: name for name in stored_names(config)})
+
+
+def _check_training_length(config: ModelConfig, path: Path) -> None:
+    """The training length decided D: recompute it where the frequencies are a plain floored exponential."""
+    if not config.floored or config.rope_theta is None:
+        return
+    freq = frequencies.exponential(config.rope_theta, config.spectrum.head_dim)
+    wanted = int((frequencies.floor_to_zero(freq, config.training_length) != 0).sum())
+    if wanted != config.spectrum.frequencies:
+        raise CheckpointError(
+            f"{path}: D is {config.spectrum.frequencies}, but a training_length of {config.training_length} "
+            f"keeps {wanted} frequencies",
+            hint="training_length must be the training length, not the length that is exported or served.",
+        )
+
+
+def stored_names(config: ModelConfig) -> list[str]:
+    """The tensors of a decoder that a file holds: all, or all but the head's where it is the embedding's."""
+    with torch.device("meta"):
+        names = list(Decoder(config).state_dict())
+    return [name for name in names if not (config.tie_embeddings and name == "lm_head.weight")]
+
+
+def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model` into an existing folder. `dtype` rounds the weights; the rotation's numbers stay float32."""
+    state = model.state_dict()
+    tensors = {
+        name: (state[name] if ".rotary." in name else state[name].to(dtype)).contiguous()
+        for name in stored_names(model.config)
+    }
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(model.config), indent=2) + b"\n")
+
+
+NATIVE = Format(
+    name="native",
+    evidence='config.json with model_type "fope"',
+    weights=(WEIGHTS,),
+    recognise=lambda folder: model_type(folder) == "fope",
+    plan=_plan,
+)

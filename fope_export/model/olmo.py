@@ -1,0 +1,357 @@
+"""The paper's repository (an OLMo fork): `config.yaml` and `model.pt`, or its Hugging Face wrapper `hf_olmo`.
+
+Flags, defaults, order of operations and tensor names follow olmo/config.py and olmo/model.py of that repository.
+"""
+
+import base64
+import io
+import pickle
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import yaml
+from torch import Tensor
+
+from fope_export.config import ModelConfig, SpectrumConfig, convert
+from fope_export.errors import CheckpointError, ConfigError
+from fope_export.fope import frequencies
+from fope_export.fope.rotary import normalized
+from fope_export.fope.spectrum import Spectrum
+from fope_export.model.blueprint import Blueprint, Format, model_type, read_json
+
+
+class OlmoFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every field of the fork's ModelConfig with its default; an omitted field means the default."""
+
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int | None = None
+    multi_query_attention: bool | None = None
+    n_layers: int = 12
+    mlp_ratio: int = 4
+    mlp_hidden_size: int | None = None
+    vocab_size: int = 50257
+    embedding_size: int | None = 50304
+    weight_tying: bool = True
+    eos_token_id: int = 50256
+    pad_token_id: int = 50256
+    max_sequence_length: int = 1024
+    layer_norm_eps: float = 1e-5
+
+    pos_emb: bool = True
+    rope: bool = False
+    rope_theta: float = 10_000
+    rope_full_precision: bool = True
+    rope_init_upper_freq: float = 1.0
+    rope_init_floor_freq: float = 0.0
+    rope_clamp_floor_freq: bool = False
+    rope_clamp_floor_to_zero: bool = False
+    rope_floor_freq_ratio: float = 1.0
+    fourier: bool = False
+    fourier_dim: int = 0
+    fourier_separate_basis: bool = True
+    fourier_separate_head: bool = True
+    fourier_norm: bool = False
+    fourier_ignore_zero: bool = True
+    len_extra: bool = False
+    len_extra_type: str = "PI"
+    len_extra_before_clamp: bool = False
+    len_extra_orig_length: int = 0
+    len_extra_yarn_scale: float = 16.0
+    len_extra_yarn_beta_fast: float = 32.0
+    len_extra_yarn_beta_slow: float = 1.0
+    len_extra_yarn_factor: float = 1.0
+
+    # Each must have the value that REQUIRED states.
+    activation_type: str = "swiglu"
+    block_type: str = "sequential"
+    block_group_size: int = 1
+    layer_norm_type: str = "default"
+    layer_norm_with_affine: bool = True
+    include_bias: bool = True
+    bias_for_layer_norm: bool | None = None
+    alibi: bool = False
+    rope_init_distribution: str = "exponential"
+    rope_no_pos: bool = False
+    rope_learnable: bool = False
+    rope_include_neg_freq: bool = False
+    rope_clamp_upper_freq: bool = False
+    rope_zero_freq_ratio: float = -1.0
+    rope_clamp_to_linear: bool = False
+    attention_layer_norm: bool = False
+    attention_layer_norm_v: bool = False
+    attention_layer_norm_out: bool = False
+    embedding_layer_norm: bool = False
+    clip_qkv: float | None = None
+    scale_logits: bool = False
+    norm_after: bool = False
+
+    # Without effect on what a trained model computes: initialisation, dropout, kernels, and flags the code never reads.
+    debug: bool = False
+    alibi_bias_max: float = 8.0
+    rope_no_rotary: bool = False
+    rope_no_repetition: bool = False
+    rope_upper_freq_ratio: float = 1.0
+    rope_clamp_upper_to_zero: bool = True
+    rope_clamp_to_linear_mode: str = "ceil"
+    fourier_init: str = "eye_xavier_norm"
+    fourier_init_norm_gain: float = 0.3
+    fourier_learnable: bool = False
+    len_extra_fourier_expand: bool = False
+    flash_attention: bool = False
+    freqwise_attention: bool = False
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    embedding_dropout: float = 0.1
+    attention_layer_norm_with_affine: bool = True
+    init_device: str | None = None
+    init_fn: str = "normal"
+    init_std: float = 0.02
+    init_cutoff_factor: float | None = None
+    precision: str | None = None
+    scale_emb_init: bool = False
+    emb_init_std: float | None = None
+
+
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("swiglu",),
+    "block_type": ("sequential",),
+    "block_group_size": (1,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "include_bias": (False,),
+    "bias_for_layer_norm": (False, None),
+    "alibi": (False,),
+    "rope_init_distribution": ("exponential",),
+    "rope_no_pos": (False,),
+    "rope_learnable": (False,),
+    "rope_include_neg_freq": (False,),
+    "rope_clamp_upper_freq": (False,),
+    "rope_zero_freq_ratio": (-1.0,),
+    "rope_clamp_to_linear": (False,),
+    "attention_layer_norm": (False,),
+    "attention_layer_norm_v": (False,),
+    "attention_layer_norm_out": (False,),
+    "embedding_layer_norm": (False,),
+    "clip_qkv": (None,),
+    "scale_logits": (False,),
+    "norm_after": (False,),
+}
+"""Flags that no published model changes, and the values this layout supports."""
+
+WRAPPER_KEYS = frozenset(
+    "architectures auto_map bos_token_id dtype model_type tie_word_embeddings tokenizer_class torch_dtype "
+    "transformers_version use_cache _name_or_path".split()
+)
+"""What Hugging Face adds to a config.json; none of it describes the model."""
+
+
+def check(flags: OlmoFlags) -> None:
+    """Raises ConfigError naming the first flag, or pair of flags, that this layout does not support."""
+    for name, supported in REQUIRED.items():
+        if (value := getattr(flags, name)) not in supported:
+            wanted = " or ".join(map(repr, supported))
+            raise ConfigError(
+                f"{name} is {value!r}, and only {wanted} is supported", hint="Open an issue with the config."
+            )
+    clashes = {
+        "d_model is not a multiple of n_heads": flags.d_model % flags.n_heads,
+        "fourier needs rope": flags.fourier and not flags.rope,
+        "rope needs pos_emb": flags.rope and not flags.pos_emb,
+        "pos_emb without rope is a table of learned positions, which is not supported": flags.pos_emb
+        and not flags.rope,
+        "rope_clamp_floor_freq needs rope_clamp_floor_to_zero": flags.rope_clamp_floor_freq
+        and not flags.rope_clamp_floor_to_zero,
+        "n_kv_heads below n_heads needs fourier_separate_head: false": flags.fourier
+        and flags.fourier_separate_head
+        and kv_heads(flags) != flags.n_heads,
+        f"len_extra_type {flags.len_extra_type!r} is neither PI nor YARN": flags.len_extra
+        and flags.len_extra_type not in ("PI", "YARN"),
+        "len_extra needs len_extra_orig_length": flags.len_extra and not flags.len_extra_orig_length,
+        "fourier_dim is odd": flags.fourier_dim % 2,
+    }
+    for message, clash in clashes.items():
+        if clash:
+            raise ConfigError(message, hint="Check the flags against the training run's config.")
+
+
+def kv_heads(flags: OlmoFlags) -> int:
+    """n_kv_heads with its two older spellings."""
+    return flags.n_kv_heads or (1 if flags.multi_query_attention else flags.n_heads)
+
+
+def base_frequencies(flags: OlmoFlags) -> Tensor:
+    """float32 [dim / 2], dim = max(fourier_dim, head_dim), zeros where a frequency was clamped away."""
+    dim = max(flags.fourier_dim if flags.fourier else 0, flags.d_model // flags.n_heads)
+    freq = frequencies.exponential(
+        flags.rope_theta, dim, upper=flags.rope_init_upper_freq, floor=flags.rope_init_floor_freq
+    )
+    if flags.len_extra and flags.len_extra_before_clamp:
+        freq = _extend(flags, freq, dim)
+    if flags.rope_clamp_floor_freq:
+        freq = frequencies.floor_to_zero(freq, flags.max_sequence_length, flags.rope_floor_freq_ratio)
+    if flags.len_extra and not flags.len_extra_before_clamp:
+        freq = _extend(flags, freq, dim)
+    return freq
+
+
+def _extend(flags: OlmoFlags, freq: Tensor, dim: int) -> Tensor:
+    if flags.len_extra_type == "PI":
+        return frequencies.interpolate(freq, flags.len_extra_orig_length, flags.max_sequence_length)
+    return frequencies.yarn(
+        freq, dim, flags.rope_theta, scale=flags.len_extra_yarn_scale, original_length=flags.len_extra_orig_length,
+        beta_fast=flags.len_extra_yarn_beta_fast, beta_slow=flags.len_extra_yarn_beta_slow,
+        factor=flags.len_extra_yarn_factor,
+    )  # fmt: skip
+
+
+def spectrum_of(flags: OlmoFlags) -> tuple[SpectrumConfig, Tensor, Spectrum | None]:
+    """The spectrum's configuration, its frequencies, and the whole of it where no coefficients are stored."""
+    head_dim = flags.d_model // flags.n_heads
+    freq = base_frequencies(flags)
+    if not flags.fourier:
+        kept = freq.numpy() if flags.rope else freq.numpy()[:0]
+        rope = Spectrum.rope(kept, head_dim)
+        config = msgspec.structs.replace(rope.config, full_precision=flags.rope_full_precision)
+        return config, torch.from_numpy(rope.freq), rope
+    if flags.fourier_ignore_zero:
+        freq = freq[freq != 0]
+    config = SpectrumConfig(
+        head_dim=head_dim,
+        frequencies=len(freq),
+        pairs=min(len(freq), head_dim // 4) if flags.fourier_ignore_zero else head_dim // 2,
+        groups=flags.n_heads if flags.fourier_separate_head else 1,
+        sin_pad=1.0,
+        cos_pad=1.0,
+        sign=1,
+        pairing="half",
+        full_precision=flags.rope_full_precision,
+    )
+    return config, freq, None
+
+
+def model_config(flags: OlmoFlags, spectrum: SpectrumConfig) -> ModelConfig:
+    """The decoder's sizes. A special token outside the vocabulary can never occur, and is none."""
+    vocab = flags.embedding_size or flags.vocab_size
+    eos, pad = (token if token < vocab else None for token in (flags.eos_token_id, flags.pad_token_id))
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=flags.d_model,
+        intermediate_size=(flags.mlp_hidden_size or flags.mlp_ratio * flags.d_model) // 2,
+        num_layers=flags.n_layers,
+        num_heads=flags.n_heads,
+        num_kv_heads=kv_heads(flags),
+        norm_eps=flags.layer_norm_eps,
+        tie_embeddings=flags.weight_tying,
+        training_length=flags.max_sequence_length,
+        rope_theta=None,
+        floored=flags.rope_clamp_floor_freq,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        spectrum=spectrum,
+    )
+
+
+def blueprint(flags: OlmoFlags, prefix: str = "") -> Blueprint:
+    """The decoder of `flags`, its tensors found under `prefix`."""
+    check(flags)
+    spectrum, freq, whole = spectrum_of(flags)
+    config = model_config(flags, spectrum)
+    sources = {"embed.weight": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight"}
+    if not flags.weight_tying:
+        sources["lm_head.weight"] = "transformer.ff_out.weight"
+    constants: dict[str, Tensor] = {}
+    for i in range(flags.n_layers):
+        ours, theirs = f"layers.{i}", f"transformer.blocks.{i}"
+        for module, names in LAYER_TENSORS.items():
+            sources |= {f"{ours}.{module}{name}.weight": f"{theirs}.{name}.weight" for name in names}
+        rotary = f"{ours}.attention.rotary"
+        constants[f"{rotary}.freq"] = freq
+        for name in ("sin_coef", "cos_coef"):
+            if whole is not None:
+                constants[f"{rotary}.{name}"] = torch.from_numpy(getattr(whole, name))
+            else:
+                stored = name if flags.fourier_separate_basis else "fourier_coef"
+                sources[f"{rotary}.{name}"] = f"{theirs}.pos_emb.{stored}"
+    sources = {ours: prefix + theirs for ours, theirs in sources.items()}
+    return Blueprint(config, sources, constants, partial(_adapt, flags))
+
+
+LAYER_TENSORS = {
+    "": ("attn_norm", "ff_norm"),
+    "attention.": ("att_proj", "attn_out"),
+    "feed_forward.": ("ff_proj", "ff_out"),
+}
+"""Our module of a block -> the tensors it holds, which the fork keeps in the block itself."""
+
+
+def _adapt(flags: OlmoFlags, name: str, tensor: Tensor) -> Tensor:
+    if not name.endswith("_coef"):
+        return tensor
+    tensor = normalized(tensor) if flags.fourier_norm else tensor
+    return tensor if flags.fourier_separate_head else tensor[None]
+
+
+class _NoGlobals(pickle.Unpickler):
+    """Reads plain tuples, strings and booleans; refuses everything that could name code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise CheckpointError(f"a tensor's name refers to {module}.{name}", hint="Do not trust this file.")
+
+
+def tensor_name(key: str) -> str:
+    """Undo the fork's safetensors names: base64 of a pickled ((name,), False). Plain names pass through."""
+    if "." in key:
+        return key
+    try:
+        (name,), _ = _NoGlobals(io.BytesIO(base64.urlsafe_b64decode(key))).load()
+    except (ValueError, TypeError, EOFError, pickle.UnpicklingError) as cause:
+        raise CheckpointError(f"{key!r} is not a tensor name of an OLMo checkpoint") from cause
+    return str(name)
+
+
+def _plan_yaml(folder: Path) -> Blueprint:
+    path = folder / "config.yaml"
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise CheckpointError(f"{path}: not valid YAML: {cause}", hint="Is the file complete?") from cause
+    section = data.get("model") if isinstance(data, Mapping) else None
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")
+    return _plan(section, f"{path}: model")
+
+
+def _plan_wrapper(folder: Path) -> Blueprint:
+    path = folder / "config.json"
+    data = {key: value for key, value in read_json(path).items() if key not in WRAPPER_KEYS}
+    return _plan(data, str(path), prefix="model.")
+
+
+def _plan(section: Mapping[str, Any], where: str, prefix: str = "") -> Blueprint:
+    flags = convert(section, OlmoFlags, where=where, strict=False)
+    try:
+        return blueprint(flags, prefix)
+    except ConfigError as cause:
+        raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause
+
+
+OLMO = Format(
+    name="olmo",
+    evidence="config.yaml with a model: section",
+    weights=("model.safetensors", "model.pt"),
+    recognise=lambda folder: (folder / "config.yaml").is_file(),
+    plan=_plan_yaml,
+    tensor_name=tensor_name,
+)
+HF_OLMO = Format(
+    name="hf_olmo",
+    evidence='config.json with model_type "hf_olmo"',
+    weights=("model.safetensors", "pytorch_model.bin"),
+    recognise=lambda folder: model_type(folder) == "hf_olmo",
+    plan=_plan_wrapper,
+)

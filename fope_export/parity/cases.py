@@ -1,0 +1,142 @@
+"""What is compared: token sequences, where they stand, and in which steps a backend is fed them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polygraphy.exception import PolygraphyException
+from polygraphy.json import load_json, save_json
+
+from fope_export.backends.base import Backend, Feeds, feeds_for
+from fope_export.bundle import Manifest
+from fope_export.config import ModelConfig
+from fope_export.errors import ParityError
+from fope_export.generation import pad_left
+
+FAR = 100_000
+"""The position that the far case ends at."""
+FACTORS = (1, 2, 4, 8, 16)
+"""Multiples of the training length that are compared."""
+KEPT = 1024
+"""Positions of a long case that are compared: its last ones."""
+STEP_BYTES = 1 << 30
+"""Bound on the float64 logits of one step; longer prefills are fed in chunks."""
+
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """B rows of L tokens, padded on the left, fed in `steps`. The logits of the last `kept` positions are compared."""
+
+    name: str
+    feeds: Feeds
+    steps: tuple[int, ...]
+    kept: int
+
+    @property
+    def length(self) -> int:
+        return int(self.feeds.input_ids.shape[1])
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """First and last position of a token."""
+        found = self.feeds.position_ids[self.feeds.attention_mask != 0]
+        return int(found.min()), int(found.max())
+
+    def run(self, backend: Backend) -> Floats:
+        """Logits [N, V] of the N kept positions that hold a token, row after row."""
+        ids, mask, positions = self.feeds
+        first = self.length - self.kept
+        cache, start, kept = backend.empty_cache(len(ids)), 0, []
+        for step in self.steps:
+            end = start + step
+            logits, cache = backend.step(Feeds(ids[:, start:end], mask[:, :end], positions[:, start:end]), cache)
+            kept.append(logits[:, max(first - start, 0) :])
+            start = end
+        compared: Floats = np.concatenate(kept, axis=1)[mask[:, first:] != 0]
+        return compared
+
+    def run_plainly(self, backend: Backend) -> Floats:
+        """The same logits without padding, batches and short steps: each row alone, whole as far as memory allows."""
+        return np.concatenate([row.run(backend) for row in self._rows(_largest_step(backend.vocab_size))])
+
+    def _rows(self, largest: int) -> Iterator["Case"]:
+        for i, mask in enumerate(self.feeds.attention_mask):
+            ids, _, positions = (array[i : i + 1, mask != 0] for array in self.feeds)
+            length = ids.shape[1]
+            feeds = Feeds(ids, np.ones_like(ids), positions)
+            yield Case(self.name, feeds, chunks(length, largest), min(self.kept, length))
+
+
+def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = ()) -> list[Case]:
+    """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
+    length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000.
+    """
+    trained, largest = config.training_length, _largest_step(config.vocab_size)
+    rng = np.random.default_rng(seed)
+
+    def tokens(rows: int, length: int) -> NDArray[np.int64]:
+        return rng.integers(0, config.vocab_size, (rows, length))
+
+    wanted = sorted({1, 7, trained // 2 + 1, *(trained * factor for factor in FACTORS)} if not lengths else {*lengths})
+    prefills = [Case(f"prefill {n}", feeds_for(tokens(1, n)), chunks(n, largest), min(n, KEPT)) for n in wanted]
+    decoded = trained + 16
+    uneven = (trained, 7, 1, 33, trained)
+    ragged = [list(tokens(1, n)[0]) for n in (trained // 2 + 9, trained // 4, 11)]
+    padded = feeds_for(*pad_left(ragged))
+    far = feeds_for(tokens(1, 64))
+    far = far._replace(position_ids=far.position_ids + FAR - 63)
+    longest = padded.input_ids.shape[1]
+    return [
+        *prefills,
+        Case(f"decode across {trained}", feeds_for(tokens(2, decoded)), (trained - 16, *[1] * 32), min(decoded, KEPT)),
+        Case("uneven chunks", feeds_for(tokens(1, sum(uneven))), uneven, min(sum(uneven), KEPT)),
+        Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
+        Case(f"decode to {FAR:,}", far, (48, *[1] * 16), 64),
+    ]
+
+
+def chunks(length: int, largest: int) -> tuple[int, ...]:
+    """`length` as steps of `largest` and a rest."""
+    rest = length % largest
+    return (largest,) * (length // largest) + ((rest,) if rest else ())
+
+
+def _largest_step(vocab_size: int) -> int:
+    return max(STEP_BYTES // (8 * vocab_size), 64)
+
+
+def save_inputs(path: Path, manifest: Manifest, cases: Sequence[Case]) -> None:
+    """Write the cases' whole sequences as Polygraphy's JSON, for `polygraphy run … --load-inputs` and `load_inputs`."""
+    save_json([graph_feeds(manifest, case.feeds) for case in cases], str(path))
+
+
+def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
+    """Cases from inputs that were saved, here or by Polygraphy: one a set of inputs, fed whole.
+
+    Raises ParityError when the file is none, or when an input has a past.
+    """
+    try:
+        feeds = [Feeds(*(inputs[name] for name in Feeds._fields)) for inputs in load_json(str(path))]
+    except (OSError, KeyError, TypeError, ValueError, PolygraphyException) as cause:
+        raise ParityError(
+            f"{path}: not inputs of this model: {cause}", hint="Write them with --save-inputs."
+        ) from cause
+    if not feeds or any(f.attention_mask.shape != f.input_ids.shape for f in feeds):
+        raise ParityError(f"{path}: expected whole sequences without a past", hint="Write them with --save-inputs.")
+    largest = _largest_step(config.vocab_size)
+    return [
+        Case(f"input {i}", f, chunks(f.input_ids.shape[1], largest), min(f.input_ids.shape[1], KEPT))
+        for i, f in enumerate(feeds)
+    ]
+
+
+def graph_feeds(manifest: Manifest, feeds: Feeds) -> dict[str, NDArray[Any]]:
+    """`feeds` and an empty cache under the graph's input names."""
+    config = manifest.model
+    empty = np.zeros((len(feeds.input_ids), config.num_kv_heads, 0, config.spectrum.head_dim), np.float32)
+    return feeds._asdict() | {port.name: empty for port in manifest.inputs if port.name not in Feeds._fields}

@@ -1,0 +1,113 @@
+"""The figures, for the reports and the README."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fope_export.parity.run import ParityResult
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fope-export",
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#374151",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "legend.frameon": False,
+}
+
+Losses = Mapping[str, Mapping[int, float]]
+"""Model -> context length -> nats per token."""
+
+
+def as_svg(figure: Figure) -> str:
+    """The <svg> element alone, for a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG or SVG by the path's ending."""
+    figure.savefig(path, dpi=160, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
+
+
+def error_figure(result: ParityResult, training_length: int) -> Figure:
+    """Error against float64 by length: the backend beside PyTorch, the limit, and the deliberately wrong models."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+        draw_error(figure.subplots(), result, training_length)
+    return figure
+
+
+def draw_error(axes: Axes, result: ParityResult, training_length: int) -> None:
+    """`error_figure` on given axes."""
+    rows = sorted(result.cases, key=lambda case: case.length)
+    lengths = [case.length for case in rows]
+    limit = [case.verdict.limits["relative"] for case in rows]
+    axes.fill_between(lengths, limit, 1e-12, color=GREEN, alpha=0.08, lw=0)
+    axes.plot(lengths, limit, color=GREEN, lw=1.2, label="allowed")
+    axes.plot(
+        lengths, [c.verdict.noise.relative for c in rows], "s", ms=7, mfc="none", color=GREY, label="PyTorch float32"
+    )
+    axes.plot(lengths, [c.verdict.got.relative for c in rows], "o", ms=4.5, color=BLUE, label=result.backend)
+    values = [*limit, *(c.verdict.noise.relative for c in rows), *(c.verdict.got.relative for c in rows)]
+    for control in result.controls:
+        if control.verdict is not None:
+            error = control.verdict.got.relative
+            axes.axhline(error, color=RED, lw=1, ls=(0, (4, 3)))
+            axes.annotate(
+                control.name, (0.995, error), xycoords=("axes fraction", "data"), color=RED, fontsize=8.5,
+                ha="right", va="bottom",
+            )  # fmt: skip
+            values.append(error)
+    axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = [2**n for n in range(0, 32, 2) if 2**n <= 2 * max(lengths)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    finite = [value for value in values if 0 < value < float("inf")]
+    axes.set_ylim(min(finite, default=1e-7) / 3, max(finite, default=1) * 6)
+    axes.set_xlabel(f"tokens (dotted: training length, {training_length})")
+    axes.set_ylabel("error against float64, relative")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+
+
+def loss_figure(losses: Losses, training_length: int) -> Figure:
+    """Loss by length of context, a line for each model."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        draw_loss(figure.subplots(), losses, training_length)
+    return figure
+
+
+def draw_loss(axes: Axes, losses: Losses, training_length: int) -> None:
+    """`loss_figure` on given axes."""
+    for color, (name, by_length) in zip((BLUE, ORANGE, GREEN, RED), losses.items(), strict=False):
+        lengths, values = list(by_length), list(by_length.values())
+        axes.plot(lengths, values, "o-", color=color, lw=2, ms=5, label=name)
+        axes.annotate(f"{values[-1]:.2f}", (lengths[-1], values[-1]), (6, -3), textcoords="offset points", color=color)
+    axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for by_length in losses.values() for length in by_length})
+    axes.set_xticks(ticks, [f"{tick:,}\n{tick / training_length:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.08)
+    axes.set_xlabel("context in bytes, and as a multiple of the training length")
+    axes.set_ylabel("loss, nats per byte")
+    axes.legend(loc="best")

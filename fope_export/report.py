@@ -1,0 +1,177 @@
+"""What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
+
+from typing import Any
+from xml.etree import ElementTree as Xml
+
+import msgspec
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
+
+from fope_export import plots
+from fope_export.backends.choose import Machine, read_machine
+from fope_export.bundle import MODEL, Bundle
+from fope_export.parity.judge import FACTOR, FLOOR, METRICS
+from fope_export.parity.run import CaseResult, ParityResult
+
+LABELS = {
+    "max_abs": "largest error",
+    "relative": "relative error",
+    "cosine": "1 - cosine",
+    "kl": "KL divergence",
+    "flips": "other tokens",
+    "non_finite": "not finite",
+}
+
+
+def write_parity(bundle: Bundle, result: ParityResult) -> Bundle:
+    """Put `reports/parity.json`, `.html` and `.xml` into the bundle."""
+    record = parity_record(bundle, result)
+    return bundle.add(
+        {
+            "reports/parity.json": msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n",
+            "reports/parity.html": parity_page(bundle, result).encode(),
+            "reports/parity.xml": parity_junit(bundle, result),
+        }
+    )
+
+
+def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
+    """Everything, as plain data. Infinite errors become null."""
+    manifest = bundle.manifest
+    cases = [
+        {
+            "name": case.name,
+            "passed": case.verdict.passed,
+            "failed": case.verdict.failed,
+            "tokens": case.length,
+            "positions": case.positions,
+            "steps": case.steps,
+            "compared": case.compared,
+            "error": msgspec.to_builtins(case.verdict.got),
+            "pytorch_error": msgspec.to_builtins(case.verdict.noise),
+            "limits": case.verdict.limits,
+        }
+        for case in result.cases
+    ]
+    controls = [
+        {
+            "name": control.name,
+            "passed": control.passed,
+            "skipped": control.skipped or None,
+            "refused_by": control.verdict.failed if control.verdict else [],
+            "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
+        }
+        for control in result.controls
+    ]
+    return {
+        "passed": result.passed,
+        "backend": result.backend,
+        "model_sha256": manifest.files.get(MODEL),
+        "source": manifest.source,
+        "dtype": manifest.export.dtype,
+        "training_length": manifest.model.training_length,
+        "rule": {"factor": FACTOR, "floor": FLOOR, "truth": "PyTorch float64", "noise": "PyTorch float32"},
+        "cases": cases,
+        "controls": controls,
+        "damaged_files": result.damaged,
+        "different_tensors": result.tensors,
+        "first_divergence": msgspec.to_builtins(result.divergence) if result.divergence else None,
+        "tool_version": manifest.tool_version,
+        "machine": msgspec.to_builtins(read_machine()),
+    }
+
+
+def parity_page(bundle: Bundle, result: ParityResult) -> str:
+    """One HTML file that opens offline."""
+    figure = plots.error_figure(result, bundle.manifest.model.training_length)
+    return render(
+        "parity.html",
+        bundle=bundle,
+        result=result,
+        figure=plots.as_svg(figure),
+        labels=LABELS,
+        factor=FACTOR,
+        machine=read_machine(),
+        place=place(result),
+    )
+
+
+def render(template: str, **context: Any) -> str:
+    """A page from the package's templates; a name that a template misses is an error."""
+    environment = Environment(loader=PackageLoader("fope_export"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["short"] = short
+    environment.filters["machine"] = machine_line
+    return environment.get_template(template).render(context)
+
+
+def short(value: float) -> str:
+    """A number in a table: counts as they are, others with two digits."""
+    return str(value) if isinstance(value, int) else f"{value:.2g}"
+
+
+def machine_line(machine: Machine) -> str:
+    """The machine in one line."""
+    packages = ", ".join(f"{name} {found}" for name, found in machine.packages.items())
+    return f"{machine.system}, {machine.cores} cores, Python {machine.python}; {packages}"
+
+
+def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
+    """JUnit XML: a test case for each comparison, each control, and the files."""
+    checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
+    checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
+    checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
+    failures = sum(bool(reason) for _, reason in checks)
+    counts = {"tests": str(len(checks)), "failures": str(failures)}
+    suite = Xml.Element("testsuite", {"name": f"parity {bundle.path.name}"} | counts)
+    for name, reason in checks:
+        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=name)
+        if reason:
+            Xml.SubElement(case, "failure", message=reason).text = place(result)
+    Xml.indent(suite)
+    return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
+
+
+def _why(case: CaseResult) -> str:
+    got, limits = case.verdict.got, case.verdict.limits
+    return "; ".join(f"{LABELS[n]} {short(getattr(got, n))} > {short(limits[n])}" for n in case.verdict.failed)
+
+
+def place(result: ParityResult) -> str:
+    """Where a failed bundle first differs, in words; empty for one that passed."""
+    parts = []
+    if (first := result.divergence) is not None:
+        parts.append(
+            f"First module that diverges: {first.module} (error {first.error:.2g}, allowed {first.allowed:.2g})."
+        )
+    if result.tensors:
+        others = f" and {len(result.tensors) - 1} more" if len(result.tensors) > 1 else ""
+        parts.append(f"Tensors that differ from the checkpoint: {result.tensors[0]}{others}.")
+    return " ".join(parts)
+
+
+def parity_table(result: ParityResult) -> Table:
+    """The comparisons for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    columns = ("case", "tokens", "largest error", "allowed", "x PyTorch's", "KL", "other tokens", "")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("case", "") else "right")
+    for case in result.cases:
+        got, verdict = case.verdict.got, case.verdict
+        table.add_row(
+            case.name, str(case.length), short(got.max_abs), short(verdict.limits["max_abs"]), f"{verdict.ratio:.2f}",
+            short(got.kl), str(got.flips), "[green]pass[/]" if verdict.passed else f"[red]FAIL[/] {_why(case)}",
+        )  # fmt: skip
+    for control in result.controls:
+        if control.verdict is None:
+            table.add_row(f"control: {control.name}", *[""] * 6, f"[dim]not possible: {control.skipped}[/]")
+        else:
+            got, verdict = control.verdict.got, control.verdict
+            table.add_row(
+                f"control: {control.name}", "", short(got.max_abs), short(verdict.limits["max_abs"]),
+                f"{verdict.ratio:,.0f}", short(got.kl), str(got.flips),
+                "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]",
+            )  # fmt: skip
+    return table
+
+
+assert set(LABELS) == set(METRICS)

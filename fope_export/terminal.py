@@ -1,0 +1,86 @@
+"""What a person sees: results on stdout, progress and errors on stderr."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fope_export.errors import FopeError
+
+ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+RESULTS = Console(highlight=False, soft_wrap=True)
+
+
+def print_error(error: FopeError) -> None:
+    """One message and its hint."""
+    ERRORS.print("[bold red]error:[/] ", end="")
+    ERRORS.print(str(error), markup=False)
+    if error.hint:
+        ERRORS.print("[bold]hint:[/]  ", end="")
+        ERRORS.print(error.hint, markup=False)
+
+
+@contextmanager
+def stages(title: str) -> Iterator[Callable[[str], None]]:
+    """Report the stages of a longer task: a spinner while one runs, a line with its seconds when the next begins."""
+    running: list[tuple[str, float]] = []
+
+    def finish() -> None:
+        if running:
+            text, started = running.pop()
+            ERRORS.print(f"[green]✓[/] {text} [dim]{time.perf_counter() - started:.1f} s[/]")
+
+    with ERRORS.status(title) as status:
+
+        def begin(text: str) -> None:
+            finish()
+            running.append((text, time.perf_counter()))
+            status.update(f"{title}: {text}")
+
+        yield begin
+        finish()
+
+
+def print_sections(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Titles, and under each its names and values."""
+    for title, rows in sections.items():
+        if rows:
+            RESULTS.print(f"[bold]{title}[/]")
+            width = max(map(len, rows))
+            for name, value in rows.items():
+                RESULTS.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def doctor_table(abilities: Mapping[str, str]) -> Table:
+    """What a machine can do, and why not."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for what, reason in abilities.items():
+        table.add_row(f"  {what}", "[yellow]no[/]" if reason else "[green]yes[/]", reason)
+    return table
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for a known number of steps: call it with what begins, how many are done, and how many there are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERRORS, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def report_speed() -> Iterator[Callable[[str], None]]:
+    """Count pieces of text as they come; say how many there were and how fast."""
+    pieces: list[str] = []
+    started = time.perf_counter()
+    yield pieces.append
+    seconds = time.perf_counter() - started
+    ERRORS.print(f"\n[dim]{len(pieces)} pieces of text in {seconds:.1f} s, {len(pieces) / seconds:.0f} a second[/]")

@@ -1,0 +1,272 @@
+#!/usr/bin/env python
+"""Train a byte-level decoder with FoPE, and its RoPE twin from the same seed on the same data.
+
+    scripts/train.py OUT                    both, on the standard library's source
+    scripts/train.py OUT --text FILE …      on your own text
+    scripts/train.py OUT --spectrum fope    one of them
+
+Interrupted, the same command goes on where it stopped. OUT/fope and OUT/rope become checkpoints in the native layout,
+each with its model card.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fope_export.backends.base import Ids
+from fope_export.backends.eager import EagerBackend
+from fope_export.config import ModelConfig
+from fope_export.corpus import as_tokens, python_source
+from fope_export.evaluation import loss_by_length
+from fope_export.fope import frequencies
+from fope_export.fope.rotary import FopeRotary
+from fope_export.fope.spectrum import Spectrum
+from fope_export.model.checkpoint import load_checkpoint
+from fope_export.model.decoder import Decoder
+from fope_export.model.native import save
+from fope_export.tokens import byte_tokenizer
+
+HEAD_DIM, THETA = 64, 10_000.0
+VOCABULARY, SEPARATOR = 256, 0
+SAVE_EVERY = 100  # steps
+HELD_OUT_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the result; a saved state of another run is refused."""
+
+    spectrum: str
+    steps: int
+    batch: int
+    length: int
+    layers: int
+    heads: int
+    ff: int
+    learning_rate: float
+    gain: float
+    seed: int
+    data: str
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.length
+
+
+def build(run: Run) -> Decoder:
+    """The twins' shared weights come from one seed; the coefficients have a generator of their own."""
+    generator = torch.Generator().manual_seed(run.seed)
+    rotaries = [_rotary(run, generator) for _ in range(run.layers)]
+    config = ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=run.heads * HEAD_DIM, intermediate_size=run.ff, num_layers=run.layers,
+        num_heads=run.heads, num_kv_heads=run.heads, norm_eps=1e-6, tie_embeddings=False, training_length=run.length,
+        rope_theta=THETA, floored=run.spectrum == "fope", eos_token_id=SEPARATOR, pad_token_id=SEPARATOR,
+        spectrum=rotaries[0].config,
+    )  # fmt: skip
+    torch.manual_seed(run.seed)
+    model = Decoder(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            out = name.endswith(("attn_out.weight", "ff_out.weight"))
+            nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * run.layers) if out else 1))
+    for layer, rotary in zip(model.layers, rotaries, strict=True):
+        layer.attention.rotary = rotary
+    return model
+
+
+def _rotary(run: Run, generator: torch.Generator) -> FopeRotary:
+    if run.spectrum == "rope":
+        return FopeRotary.from_spectrum(Spectrum.rope(frequencies.exponential(THETA, HEAD_DIM).numpy(), HEAD_DIM))
+    return FopeRotary.create(
+        head_dim=HEAD_DIM, groups=run.heads, training_length=run.length, theta=THETA, gain=run.gain, generator=generator
+    )
+
+
+def batch_of(tokens: Ids, run: Run, step: int) -> Tensor:
+    """Windows [B, L + 1] at places that only the seed and the step decide, so that a resumed run sees the same data."""
+    starts = np.random.default_rng((run.seed, step)).integers(0, len(tokens) - run.length, run.batch)
+    return torch.from_numpy(np.stack([tokens[i : i + run.length + 1] for i in starts]))
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Linear warm-up over 5 % of the steps, then a cosine to a tenth."""
+    warmup = max(run.steps // 20, 1)
+    if step < warmup:
+        return run.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(run.steps - warmup, 1)
+    return run.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def train(run: Run, tokens: Ids, folder: Path, device: str, console: Console) -> tuple[Decoder, float, float]:
+    """Returns the model, its last smoothed training loss, and the seconds it took over all sittings."""
+    model = build(run).to(device)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    first, smoothed, seconds = _resume(run, folder, model, optimizer, device)
+    mask = torch.ones(run.batch, run.length, dtype=torch.int64, device=device)
+    positions = torch.arange(run.length, device=device).expand(run.batch, -1)
+    columns = (*Progress.get_default_columns()[:3], TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn())
+    started = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(run.spectrum, total=run.steps, completed=first, loss=smoothed)
+        for step in range(first, run.steps):
+            windows = batch_of(tokens, run, step).to(device)
+            with torch.autocast(device, torch.bfloat16):
+                logits, _ = model(windows[:, :-1], mask, positions, model.empty_cache(run.batch))
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(run, step)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(decayed + plain, 1.0)
+            optimizer.step()
+            smoothed = loss.item() if step == 0 else 0.98 * smoothed + 0.02 * loss.item()
+            progress.update(task, advance=1, loss=smoothed)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == run.steps:
+                spent = seconds + time.perf_counter() - started
+                _keep(run, folder, model, optimizer, step + 1, smoothed, spent)
+    return model, smoothed, seconds + time.perf_counter() - started
+
+
+def _keep(
+    run: Run, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, step: int, loss: float, seconds: float
+) -> None:
+    state = {
+        "run": vars(run), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        "step": step, "loss": loss, "seconds": seconds,
+    }  # fmt: skip
+    torch.save(state, folder / "state.tmp")
+    (folder / "state.tmp").replace(folder / "state.pt")
+
+
+def _resume(
+    run: Run, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, device: str
+) -> tuple[int, float, float]:
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0, float("nan"), 0.0
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["run"] != vars(run):
+        raise SystemExit(f"{path} belongs to a run with other settings; choose another OUT or delete it")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["loss"], state["seconds"]
+
+
+CARD = """\
+# {title}
+
+A byte-level decoder of {parameters:,} parameters that writes Python, made to show and test the export of FoPE. It is no
+use as a coding assistant. Its twin, trained from the same seed on the same batches, differs only in the position
+embedding.
+
+| | |
+|---|---|
+| position embedding | {embedding} |
+| shape | {layers} layers, {heads} heads of {head_dim}, hidden {hidden}, SwiGLU {ff}; 256 bytes, 0 separates files |
+| data | {data} |
+| training | {steps} steps of {batch} windows of {length} bytes ({tokens:,} in all); AdamW, rate {rate}, bfloat16 |
+| where | {machine}, {minutes:.0f} minutes |
+| loss at the end | {loss:.3f} nats per byte in training |
+| stored as | float16 weights, float32 frequencies and coefficients; the losses below are those of the stored model |
+
+Loss on held-out text, {scored:,} bytes, in nats per byte, by length of context (trained at {length}):
+
+| {lengths} |
+|{rules}|
+| {losses} |
+
+Made by `scripts/train.py`, seed {seed}.
+"""
+
+
+def card(run: Run, config: ModelConfig, parameters: int, loss: float, seconds: float, losses: dict[int, float]) -> str:
+    kept = f"{config.spectrum.frequencies} frequencies kept, {config.spectrum.pairs} of {HEAD_DIM // 2} pairs rotated"
+    embedding = f"FoPE: {kept}, gain {run.gain}" if run.spectrum == "fope" else f"RoPE, theta {THETA:g}"
+    return CARD.format(
+        title=f"{'FoPE' if run.spectrum == 'fope' else 'RoPE'} demonstration model", parameters=parameters,
+        embedding=embedding, layers=run.layers, heads=run.heads, head_dim=HEAD_DIM, hidden=config.hidden_size,
+        ff=run.ff, data=run.data, steps=run.steps, batch=run.batch, length=run.length, tokens=run.tokens,
+        rate=run.learning_rate,
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads", minutes=seconds / 60, loss=loss,
+        scored=HELD_OUT_BYTES, lengths=" | ".join(map(str, losses)), rules="---|" * (len(losses) - 1) + "---",
+        losses=" | ".join(f"{value:.3f}" for value in losses.values()), seed=run.seed,
+    )  # fmt: skip
+
+
+def finish(run: Run, model: Decoder, held_out: Ids, loss: float, seconds: float, folder: Path) -> None:
+    """Write the checkpoint, read it back, and describe what was read."""
+    save(model.cpu(), folder, dtype=torch.float16)
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(pretty=True))
+    stored = load_checkpoint(folder)
+    lengths = [run.length * factor for factor in (1, 2, 4, 8, 16)]
+    losses = loss_by_length(EagerBackend(stored.model), held_out[: HELD_OUT_BYTES + 1], lengths)
+    parameters = sum(p.numel() for p in stored.model.parameters())
+    (folder / "MODEL_CARD.md").write_text(card(run, stored.config, parameters, loss, seconds, losses))
+    record = {"run": vars(run), "loss": loss, "seconds": seconds, "held_out_loss": losses}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--spectrum", choices=("fope", "rope", "both"), default="both")
+    parser.add_argument("--text", type=Path, nargs="+", help="files to train on; their last twentieth is held out")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256, help="training length in bytes")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4, help=f"of {HEAD_DIM} channels each")
+    parser.add_argument("--ff", type=int, default=384, help="inner width of the feed-forward layer")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--gain", type=float, default=0.3, help="of FoPE's initial noise")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def corpus(files: Sequence[Path] | None) -> tuple[Ids, Ids, str]:
+    """Training tokens, held-out tokens, and what they are."""
+    if not files:
+        train_on, held_out = (as_tokens(python_source(held_out=side)) for side in (False, True))
+        return (
+            train_on,
+            held_out,
+            f"source of Python {platform.python_version()}'s standard library, {len(train_on):,} bytes",
+        )
+    tokens = as_tokens(b"\0".join(path.read_bytes() for path in files))
+    cut = len(tokens) * 19 // 20
+    return tokens[:cut], tokens[cut:], f"{', '.join(path.name for path in files)}, {cut:,} bytes"
+
+
+def main() -> None:
+    args = arguments()
+    console = Console(stderr=True)
+    tokens, held_out, data = corpus(args.text)
+    for spectrum in ("fope", "rope") if args.spectrum == "both" else (args.spectrum,):
+        run = Run(
+            spectrum, args.steps, args.batch, args.length, args.layers, args.heads, args.ff, args.learning_rate,
+            args.gain, args.seed, data,
+        )  # fmt: skip
+        folder = args.out / spectrum
+        folder.mkdir(parents=True, exist_ok=True)
+        model, loss, seconds = train(run, tokens, folder, args.device, console)
+        finish(run, model, held_out, loss, seconds, folder)
+        console.print((folder / "MODEL_CARD.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
