@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.tokens import Text
 
     options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
-    sampling = convert(options, Sampling, where="run")
+    sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
     bundle = Bundle.open(args.bundle)
     eos = bundle.manifest.model.eos_token_id
     if args.prompt_ids:

@@ -1,5 +1,6 @@
 """Configuration: frozen, closed (an unknown key is an error: a dropped flag is a wrong model), checked at birth."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +12,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 T = TypeVar("T")
+CONTRADICTION = "Compare with the configuration that the model was trained with."
+INCOMPLETE = "Is the file complete, and of the version this program reads?"
 
 
 class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,11 +35,11 @@ class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}, and channel pairs need an even one")
+            raise ConfigError(f"head_dim is {self.head_dim}, and channel pairs need an even one", hint=CONTRADICTION)
         if self.pairs > self.head_dim // 2:
-            raise ConfigError(f"{self.pairs} rotated pairs do not fit a head_dim of {self.head_dim}")
+            raise ConfigError(f"{self.pairs} pairs do not fit a head_dim of {self.head_dim}", hint=CONTRADICTION)
         if self.pairs and not self.frequencies:
-            raise ConfigError(f"{self.pairs} rotated pairs have no frequency to turn with")
+            raise ConfigError(f"{self.pairs} pairs have no frequency to turn with", hint=CONTRADICTION)
 
 
 class ModelConfig(
@@ -61,7 +64,9 @@ class ModelConfig(
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads evenly")
+            raise ConfigError(
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads", hint=CONTRADICTION
+            )
         if self.num_kv_heads % self.spectrum.groups:
             raise ConfigError(
                 f"{self.spectrum.groups} coefficient groups do not divide {self.num_kv_heads} key-value heads",
@@ -69,7 +74,9 @@ class ModelConfig(
             )
         for name in ("eos_token_id", "pad_token_id"):
             if (token := getattr(self, name)) is not None and token >= self.vocab_size:
-                raise ConfigError(f"{name} is {token}, outside a vocabulary of {self.vocab_size}")
+                raise ConfigError(
+                    f"{name} is {token}, outside a vocabulary of {self.vocab_size}", hint="Null means none."
+                )
 
 
 class ExportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +87,7 @@ class ExportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["fp32"] = "fp32"
 
 
-def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = True) -> T:
+def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = True, hint: str = INCOMPLETE) -> T:
     """`data` as the configuration class `to`; `strict=False` also takes numbers written as text.
 
     Raises ConfigError naming `where`, the field, what was expected and what came.
@@ -88,6 +95,20 @@ def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = 
     try:
         return msgspec.convert(data, to, strict=strict)
     except msgspec.ValidationError as cause:
-        raise ConfigError(f"{where}: {cause}") from cause
+        message, _, path = str(cause).partition(" - at `$")
+        field = path.strip(".`")
+        raise ConfigError(
+            f"{where}: {field + ': ' if field else ''}{message}", hint=_similar(message, to) or hint
+        ) from cause
     except ConfigError as cause:
         raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause
+
+
+def _similar(message: str, to: type) -> str:
+    """The next step after an unknown field; nothing for other messages."""
+    _, quoted, name = message.partition("unknown field `")
+    if not quoted:
+        return ""
+    similar = difflib.get_close_matches(name.rstrip("`"), [field.name for field in msgspec.structs.fields(to)], n=1)
+    meant = f"Did you mean {similar[0]}? " if similar else ""
+    return f"{meant}An unknown field is refused, because ignoring it could mean another model."

@@ -7,7 +7,7 @@ from types import ModuleType
 class FopeError(Exception):
     """One message that says where, what was expected and what came; `hint` is the next step."""
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
 

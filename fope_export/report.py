@@ -154,7 +154,7 @@ def parity_table(result: ParityResult) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     columns = ("case", "tokens", "largest error", "allowed", "x PyTorch's", "KL", "other tokens", "")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("case", "") else "right")
+        table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
         got, verdict = case.verdict.got, case.verdict
         table.add_row(

@@ -1,5 +1,6 @@
 """What a person sees: results on stdout, progress and errors on stderr."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,17 +12,18 @@ from rich.table import Table
 
 from fope_export.errors import FopeError
 
+WIDE = 160
+"""Columns where nobody watches: a file or a pipe needs no folding."""
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
-RESULTS = Console(highlight=False, soft_wrap=True)
+RESULTS = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 
 
 def print_error(error: FopeError) -> None:
     """One message and its hint."""
     ERRORS.print("[bold red]error:[/] ", end="")
     ERRORS.print(str(error), markup=False)
-    if error.hint:
-        ERRORS.print("[bold]hint:[/]  ", end="")
-        ERRORS.print(error.hint, markup=False)
+    ERRORS.print("[bold]hint:[/]  ", end="")
+    ERRORS.print(error.hint, markup=False)
 
 
 @contextmanager

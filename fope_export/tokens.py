@@ -37,7 +37,7 @@ class Text:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as cause:  # the library raises bare Exceptions
-            raise BundleError(f"{path}: not a tokenizer: {cause}") from cause
+            raise BundleError(f"{path}: not a tokenizer: {cause}", hint="Export the checkpoint again.") from cause
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from fope_export.backends.base import Backend
 from fope_export.bundle import Bundle
@@ -81,9 +80,9 @@ def _load_ort(bundle: Bundle) -> Backend:
 
 def _load_eager(bundle: Bundle) -> Backend:
     from fope_export.backends.eager import EagerBackend
-    from fope_export.model.checkpoint import load_checkpoint
+    from fope_export.model.checkpoint import source_of
 
-    return EagerBackend(load_checkpoint(Path(bundle.manifest.source.path)).model)
+    return EagerBackend(source_of(bundle).model)
 
 
 def _without_ort(machine: Machine) -> str:
@@ -106,8 +105,12 @@ def abilities(machine: Machine) -> dict[str, str]:
         "export a checkpoint": f"{', '.join(sorted(missing))} not installed" if missing else "",
         **{f"run {BACKENDS[name].what}": reason for name, reason in runs.items()},
         "validate a bundle": runs["onnxruntime"],
-        "use a GPU": "" if machine.gpus else "no NVIDIA GPU found; nothing in this version needs one",
+        "use a GPU": f"{_found(machine.gpus)}; nothing in this version uses one",
     }
+
+
+def _found(gpus: tuple[str, ...]) -> str:
+    return f"found {', '.join(gpus)}" if gpus else "none found"
 
 
 def choose(wanted: str | None, machine: Machine) -> str:
@@ -121,7 +124,8 @@ def choose(wanted: str | None, machine: Machine) -> str:
     for name, reason in reasons.items():
         if not reason:
             return name
-    raise BackendError("no backend can run: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendError(f"no backend can run: {told}", hint="fope-export doctor says what is missing.")
 
 
 def load_backend(bundle: Bundle, wanted: str | None = None) -> Backend:

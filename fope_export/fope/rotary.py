@@ -152,8 +152,8 @@ class FopeRotary(nn.Module):
 
     @property
     def spectrum(self) -> Spectrum:
-        """The canonical spectrum it stands for now, normalisation applied."""
-        return Spectrum(self.config, *(t.detach().cpu().numpy() for t in (self.freq, *self._coefficients())))
+        """The canonical spectrum it stands for now, normalisation applied; a copy of the numbers."""
+        return Spectrum(self.config, *(t.detach().cpu().numpy().copy() for t in (self.freq, *self._coefficients())))
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         if not self.normalize:

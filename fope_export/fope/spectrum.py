@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.config import SpectrumConfig, convert
+from fope_export.config import CONTRADICTION, SpectrumConfig, convert
 from fope_export.errors import ConfigError
 
 Floats = NDArray[np.float32]
@@ -39,11 +39,13 @@ class Spectrum:
         for name, shape in wanted.items():
             value = getattr(self, name)
             if value.shape != shape or value.dtype != np.float32:
-                raise ConfigError(f"{name} is {value.dtype} {value.shape}, expected float32 {shape}")
+                raise ConfigError(
+                    f"{name} is {value.dtype} {value.shape}, expected float32 {shape}", hint=CONTRADICTION
+                )
             if not np.isfinite(value).all():
-                raise ConfigError(f"{name} holds values that are not finite")
+                raise ConfigError(f"{name} holds values that are not finite", hint=CONTRADICTION)
         if (self.freq < 0).any() or (np.diff(self.freq) > 0).any():
-            raise ConfigError("frequencies must descend and not be negative")
+            raise ConfigError("frequencies must descend and not be negative", hint=CONTRADICTION)
 
     @classmethod
     def rope(cls, freq: Floats, head_dim: int, *, scale: float = 1.0, pairing: str = "half") -> Self:

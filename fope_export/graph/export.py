@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import onnx
 import onnx_ir as ir
 import torch
@@ -128,6 +129,10 @@ def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
     finished = finish(onnx_program.model).model
     finished.graph.name = "fope_decoder"
     finished.producer_name, finished.producer_version = "fope-export", version("fope-export")
+    spectrum = msgspec.json.encode(model.config.spectrum).decode()
+    finished.metadata_props.update(
+        {"fope.spectrum": spectrum, "fope.training_length": str(model.config.training_length)}
+    )
     return finished
 
 

@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as cause:
         raise CheckpointError(f"{path}: not valid JSON: {cause}", hint="Is the file complete?") from cause
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}", hint="Is it the model's?")
     return data
 
 

@@ -1,6 +1,7 @@
 """Strict loading: every tensor present, none left over, every shape and number right, and no code executed."""
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fope_export.bundle import sha256
+from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig
-from fope_export.errors import CheckpointError
+from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.model.blueprint import Blueprint, Format
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
@@ -56,9 +57,32 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     model.load_state_dict(_assemble(plan, tensors, model, weights), assign=True, strict=False)
     if plan.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
+    _check_spectra(model, weights)
     names = ("config.yaml", "config.json", weights.name, *TOKENIZER_FILES)
     files = tuple(folder / name for name in names if (folder / name).is_file())
     return Checkpoint(folder, layout.name, plan.config, model.eval().requires_grad_(False), files)
+
+
+def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
+    """The checkpoint that `bundle` was made from, at `path` or where it then was.
+
+    Raises BundleError when it is not there, or when its files are not the ones that were exported.
+    """
+    source = bundle.manifest.source
+    folder = Path(path or source.path)
+    if not folder.is_dir():
+        raise BundleError(
+            f"{bundle.path}: its checkpoint is not at {folder}",
+            hint="Say where it is with --checkpoint, or bring it back.",
+        )
+    checkpoint = load_checkpoint(folder)
+    if (found := checkpoint.hashes()) != source.files:
+        differing = sorted(name for name in found.keys() | source.files if found.get(name) != source.files.get(name))
+        raise BundleError(
+            f"{folder} is not the checkpoint that {bundle.path} was exported from: {', '.join(differing)} differ",
+            hint="Give the original with --checkpoint, or export again.",
+        )
+    return checkpoint
 
 
 def _weights_file(folder: Path, layout: Format) -> Path:
@@ -79,19 +103,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a pickle protocol that it may not read: then it raises too
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as cause:
-        reason = str(cause).partition("\n")[0]
         raise CheckpointError(
-            f"{path}: holds more than tensors, or is damaged: {reason}",
+            f"{path}: not a plain file of tensors",
             hint="Only plain state dicts are read; nothing in a checkpoint is executed.",
         ) from cause
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as cause:
+        reason = str(cause).partition(". ")[0]
         raise CheckpointError(
-            f"{path}: cannot be read: {cause}", hint="The file looks truncated or damaged: copy it again."
+            f"{path}: cannot be read: {reason}", hint="The file looks truncated or damaged: copy it again."
         ) from cause
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(data).__name__}")
+        raise CheckpointError(
+            f"{path}: expected a dictionary of tensors, found {type(data).__name__}",
+            hint="Save the model's state_dict() alone.",
+        )
     return dict(data)
 
 
@@ -114,6 +143,16 @@ def _assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pa
     return state
 
 
+def _check_spectra(model: Decoder, path: Path) -> None:
+    for i, attention in enumerate(model.attentions()):
+        try:
+            attention.rotary.spectrum  # noqa: B018 (checked at birth)
+        except ConfigError as cause:
+            raise CheckpointError(
+                f"{path}: layer {i}: {cause}", hint="Was the file written by another tool?"
+            ) from cause
+
+
 def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
     if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
         raise CheckpointError(
@@ -126,7 +165,9 @@ def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
             hint="The configuration and the weights belong to different models.",
         )
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{where} is {tensor.dtype}, expected floating point")
+        raise CheckpointError(
+            f"{where} is {tensor.dtype}, expected floating point", hint="Quantised checkpoints are not read."
+        )
     if not torch.isfinite(tensor).all():
         raise CheckpointError(
             f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."

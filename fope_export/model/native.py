@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from fope_export.config import ModelConfig, convert
 from fope_export.errors import CheckpointError
@@ -50,7 +50,7 @@ def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) ->
         name: (state[name] if ".rotary." in name else state[name].to(dtype)).contiguous()
         for name in stored_names(model.config)
     }
-    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).write_bytes(to_safetensors(tensors))
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(model.config), indent=2) + b"\n")
 
 

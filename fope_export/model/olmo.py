@@ -304,13 +304,11 @@ class _NoGlobals(pickle.Unpickler):
 
 
 def tensor_name(key: str) -> str:
-    """Undo the fork's safetensors names: base64 of a pickled ((name,), False). Plain names pass through."""
-    if "." in key:
-        return key
+    """Undo the fork's safetensors names: base64 of a pickled ((name,), False). Other names pass through."""
     try:
         (name,), _ = _NoGlobals(io.BytesIO(base64.urlsafe_b64decode(key))).load()
-    except (ValueError, TypeError, EOFError, pickle.UnpicklingError) as cause:
-        raise CheckpointError(f"{key!r} is not a tensor name of an OLMo checkpoint") from cause
+    except (ValueError, TypeError, EOFError, IndexError, pickle.UnpicklingError):
+        return key
     return str(name)
 
 
@@ -319,7 +317,8 @@ def _plan_yaml(folder: Path) -> Blueprint:
     try:
         data = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as cause:
-        raise CheckpointError(f"{path}: not valid YAML: {cause}", hint="Is the file complete?") from cause
+        reason = " ".join(str(cause).split())
+        raise CheckpointError(f"{path}: not valid YAML: {reason}", hint="Is the file complete?") from cause
     section = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")

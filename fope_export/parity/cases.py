@@ -76,6 +76,8 @@ def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = 
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
     length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000.
     """
+    if any(length < 1 for length in lengths):
+        raise ParityError(f"lengths {tuple(lengths)}: a prefill has at least one token", hint="Give lengths from 1.")
     trained, largest = config.training_length, _largest_step(config.vocab_size)
     rng = np.random.default_rng(seed)
 

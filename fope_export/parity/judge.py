@@ -41,14 +41,14 @@ def measure(truth: Floats, got: Floats, allowed: float) -> Measure:
     Raises ParityError when there is nothing to compare or the shapes differ.
     """
     if truth.size == 0 or truth.shape != got.shape:
-        raise ParityError(f"logits {got.shape} cannot be compared with {truth.shape}")
+        raise ParityError(f"logits {got.shape} cannot be compared with {truth.shape}", hint="Give other inputs.")
     truth, got = truth.astype(np.float64), got.astype(np.float64)
     non_finite = int(got.size - np.isfinite(got).sum())
     if non_finite:
         worst = float("inf")
         return Measure(worst, worst, worst, worst, len(got), non_finite)
     error = got - truth
-    norm, other = np.linalg.norm(truth), np.linalg.norm(got)
+    norm, other = (np.linalg.norm(logits) or 1.0 for logits in (truth, got))
     best = truth.argmax(axis=1)
     rival = np.take_along_axis(truth, got.argmax(axis=1)[:, None], axis=1)[:, 0]
     lead = truth.max(axis=1) - rival

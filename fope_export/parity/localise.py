@@ -64,8 +64,8 @@ def different_tensors(bundle: Bundle, model: Decoder) -> list[str]:
         source = name.removesuffix(".T")
         if source.startswith("shared."):
             source = "layers.0." + source.removeprefix("shared.")
-        if source in state:
-            stored = torch.from_numpy(np.array(value.const_value))
+        if source in state and value.const_value is not None:
+            stored = torch.from_numpy(value.const_value.numpy().copy())
             wanted = state[source].T if name.endswith(".T") else state[source]
             if not torch.equal(stored, wanted):
                 found.append(source)

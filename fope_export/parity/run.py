@@ -10,8 +10,7 @@ from fope_export.backends.base import Backend, Feeds
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
-from fope_export.errors import BundleError
-from fope_export.model.checkpoint import Checkpoint, load_checkpoint
+from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.parity.cases import Case, standard_cases
 from fope_export.parity.controls import CONTROLS
 from fope_export.parity.judge import Verdict, judge
@@ -80,7 +79,7 @@ def validate(
     Raises BundleError when the checkpoint is gone or is another one, BackendError when the backend cannot run.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
-    source = matching_checkpoint(bundle, checkpoint)
+    source = source_of(bundle, checkpoint)
     tested = load_backend(bundle, backend)
     single, double = EagerBackend(source.model), EagerBackend.in_float64(source.model)
     cases = cases or standard_cases(source.config, seed, lengths)
@@ -114,27 +113,6 @@ def validate(
         tensors = different_tensors(bundle, source.model)
         divergence = first_divergence(bundle, single, double, _excerpt(failing[0] if failing else reference))
     return ParityResult(tested.name, tuple(results), tuple(controls), damaged, tuple(tensors), divergence)
-
-
-def matching_checkpoint(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
-    """The checkpoint that `bundle` was made from, at `path` or where it then was.
-
-    Raises BundleError when it is not there, or when its files are not the ones that were exported.
-    """
-    source = bundle.manifest.source
-    folder = Path(path or source.path)
-    if not folder.is_dir():
-        raise BundleError(
-            f"{bundle.path}: its checkpoint is not at {folder}", hint="Say where it is with --checkpoint."
-        )
-    checkpoint = load_checkpoint(folder)
-    if (found := checkpoint.hashes()) != source.files:
-        differing = sorted(name for name in found.keys() | source.files if found.get(name) != source.files.get(name))
-        raise BundleError(
-            f"{folder} is not the checkpoint that {bundle.path} was exported from: {', '.join(differing)} differ",
-            hint="Give the original with --checkpoint, or export again.",
-        )
-    return checkpoint
 
 
 def _compare(case: Case, single: Backend, double: Backend, tested: Backend) -> CaseResult:

@@ -1,0 +1,85 @@
+"""Every backend keeps the protocol's promises."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fope_export.backends.base import Backend, feeds_for
+from fope_export.backends.choose import BACKENDS, load_backend
+from fope_export.bundle import Bundle
+from fope_export.errors import BackendError, BundleError, require
+from fope_export.graph.export import export
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Backend:
+    return load_backend(bundle, request.param)
+
+
+def tokens(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (batch, length))
+
+
+def test_steps_grow_a_cache_that_stays_valid(backend: Backend) -> None:
+    ids = tokens(2, 8)
+    whole, _ = backend.step(feeds_for(ids), backend.empty_cache(2))
+    assert whole.shape == (2, 8, backend.vocab_size)
+    _, past = backend.step(feeds_for(ids[:, :6]), backend.empty_cache(2))
+    mask = np.ones((2, 8), np.int64)
+    for _ in range(2):  # the same past, twice
+        logits, _ = backend.step(feeds_for(ids[:, 6:], mask), past)
+        np.testing.assert_allclose(logits, whole[:, 6:], rtol=0, atol=1e-5)
+
+
+def test_logits_belong_to_the_caller(backend: Backend) -> None:
+    first, _ = backend.step(feeds_for(tokens(1, 4)), backend.empty_cache(1))
+    kept = first.copy()
+    backend.step(feeds_for(tokens(1, 4) + 1 - tokens(1, 4) // 255), backend.empty_cache(1))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_backends_agree(bundle: Bundle) -> None:
+    ids = tokens(3, 70)
+    results = [
+        load_backend(bundle, name).step(feeds_for(ids), load_backend(bundle, name).empty_cache(3))[0]
+        for name in BACKENDS
+    ]
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5)
+
+
+def test_feeds_count_positions_from_the_first_token() -> None:
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    feeds = feeds_for(np.zeros((2, 3), np.int64), mask)
+    assert feeds.position_ids.tolist() == [[0, 1, 2], [2, 3, 4]]
+
+
+def test_a_graph_that_does_not_load_is_named(spoilable: Bundle) -> None:
+    spoilable.model.write_bytes(b"no graph")
+    with pytest.raises(BackendError, match=r"model\.onnx") as caught:
+        load_backend(spoilable, "onnxruntime")
+    assert caught.value.hint
+
+
+def test_the_torch_backend_needs_the_checkpoint(native: Path, bundle: Bundle, tmp_path: Path) -> None:
+    moved = export(shutil.copytree(native, tmp_path / "checkpoint"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(BundleError, match="its checkpoint is not at"):
+        load_backend(moved, "torch")
+
+
+def test_a_missing_library_turns_into_advice() -> None:
+    with pytest.raises(BackendError, match="no_such_library is not installed") as caught:
+        require("no_such_library", "cpu")
+    assert caught.value.hint == "pip install 'fope-export[cpu]'"
+
+
+def test_a_broken_library_shows_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_installed.py").write_text("import its_missing_part")
+    (tmp_path / "unlinked.py").write_text("raise OSError('libx.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match="broken: No module named 'its_missing_part'"):
+        require("half_installed", "cpu")
+    with pytest.raises(BackendError, match=r"does not load: libx\.so"):
+        require("unlinked", "cpu")

@@ -1,0 +1,42 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fope_export.fope import frequencies
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "length", "kept"),
+    [(64, 512, 16), (64, 1024, 18), (128, 512, 31), (128, 1024, 36), (64, 256, 13)],
+)
+def test_the_floor_keeps_what_the_paper_keeps(head_dim: int, length: int, kept: int) -> None:
+    freq = frequencies.floor_to_zero(frequencies.exponential(1e4, head_dim), length)
+    assert int((freq != 0).sum()) == kept
+    assert freq[freq != 0].min() >= 2 * math.pi / length
+
+
+def test_the_affine_map() -> None:
+    freq = frequencies.exponential(1e4, 8, upper=0.5, floor=0.1)
+    np.testing.assert_allclose(freq, 0.1 + 0.4 * 1e4 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
+
+
+def test_position_interpolation_squeezes() -> None:
+    assert torch.equal(frequencies.interpolate(torch.ones(3), 512, 2048), torch.full((3,), 0.25))
+
+
+def test_yarn_keeps_fast_divides_slow_and_blends_between() -> None:
+    freq = frequencies.exponential(1e4, 128)
+    extended = frequencies.yarn(freq, 128, 1e4, scale=16, original_length=4096)
+    ratio = (extended / freq).numpy()
+    assert ratio[0] == 1 and ratio[-1] == pytest.approx(1 / 16)
+    turns = freq.numpy() * 4096 / (2 * math.pi)
+    # A pair of slack at each end: the ramp's ends are rounded to whole pairs.
+    assert (ratio[turns > 32 * 1.2] == 1).all() and np.allclose(ratio[turns < 1 / 1.2], 1 / 16)
+    assert (np.diff(ratio) <= 0).all()
+
+
+def test_yarn_attention_factor_is_hugging_faces() -> None:
+    assert frequencies.yarn_attention_factor(16) == pytest.approx(1.2772588722239781)
+    assert frequencies.yarn_attention_factor(1) == 1.0

@@ -1,0 +1,140 @@
+"""The torch operator and module against the definition."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fope_export.fope import contract, reference
+from fope_export.fope.rotary import FopeRotary, normalized, rotary
+from fope_export.fope.spectrum import Spectrum
+
+# H, K, G, head_dim, D, F
+SHAPES = [(4, 4, 4, 64, 13, 13), (4, 2, 2, 32, 9, 8), (6, 3, 1, 16, 5, 4), (2, 2, 2, 16, 20, 8), (3, 1, 1, 2, 1, 1)]
+VARIANTS = [
+    {},
+    {"sin_pad": 0.0},
+    {"sign": -1},
+    {"pairing": "interleaved", "sin_pad": 0.5, "cos_pad": 0.25},
+    {"pairing": "interleaved", "sign": -1},
+]
+
+
+def make(shape: tuple[int, ...], seed: int = 0, **fields: object) -> tuple[Spectrum, Tensor, Tensor, Tensor]:
+    heads, kv_heads, groups, head_dim, count, pairs = shape
+    rng = np.random.default_rng(seed)
+    freq = np.sort(rng.random(count).astype(np.float32))[::-1].copy()
+    coefs = [rng.standard_normal((groups, count, pairs)).astype(np.float32) for _ in range(2)]
+    q, k = (torch.from_numpy(rng.standard_normal((2, 7, n, head_dim)).astype(np.float32)) for n in (heads, kv_heads))
+    positions = torch.from_numpy(rng.integers(0, 100_000, (2, 7)))
+    return Spectrum.fope(freq, *coefs, head_dim, **fields), q, k, positions
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())) or "authors")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14), (torch.bfloat16, 1e-2)]
+)
+def test_it_is_the_definition(
+    shape: tuple[int, ...], fields: dict[str, object], dtype: torch.dtype, tolerance: float
+) -> None:
+    spectrum, q, k, positions = make(shape, **fields)
+    q, k = q.to(dtype), k.to(dtype)
+    rotated = FopeRotary.from_spectrum(spectrum)(q, k, positions)
+    for got, x in zip(rotated, (q, k), strict=True):
+        wanted = reference.rotate(spectrum, x.double().numpy(), positions.numpy())
+        assert got.dtype == dtype and got.shape == x.shape
+        np.testing.assert_allclose(got.double(), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+def test_without_full_precision_the_rotation_itself_is_in_the_models_dtype() -> None:
+    spectrum, q, k, positions = make(SHAPES[0], full_precision=False)
+    full, *_ = make(SHAPES[0])
+    half = [FopeRotary.from_spectrum(s)(q.half(), k.half(), positions)[0] for s in (spectrum, full)]
+    assert half[0].dtype == torch.float16
+    assert not torch.equal(*half)
+    torch.testing.assert_close(*half, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("fields", VARIANTS[2:], ids=str)
+def test_gradients(fields: dict[str, object]) -> None:
+    spectrum, q, k, positions = make((4, 2, 2, 8, 5, 3), **fields)
+    config = spectrum.config
+    leaves = [t.double().requires_grad_() for t in (q, k)]
+    coefs = [torch.from_numpy(c).double().requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
+    settings = (config.sin_pad, config.cos_pad, float(config.sign), config.pairing == "interleaved", True)
+    arguments = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *settings)
+    assert torch.autograd.gradcheck(rotary, arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_operator_is_registered_as_torch_wants_it() -> None:
+    spectrum, q, k, positions = make(SHAPES[1])
+    coefs = [torch.from_numpy(c).requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
+    arguments = (q.requires_grad_(), k, positions, torch.from_numpy(spectrum.freq), *coefs, 1.0, 1.0, 1.0, False, True)
+    results = torch.library.opcheck(rotary, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_casting_a_model_leaves_the_numbers_in_float32() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), FopeRotary.create(head_dim=16, groups=2, training_length=64))
+    before = module[1].spectrum
+    module.half().double().bfloat16()
+    assert module[0].weight.dtype == torch.bfloat16
+    assert {t.dtype for t in module[1].state_dict().values()} == {torch.float32}
+    np.testing.assert_array_equal(module[1].spectrum.sin_coef, before.sin_coef)
+
+
+def test_normalisation_divides_by_the_sum_over_frequencies() -> None:
+    rotary_module = FopeRotary.create(head_dim=16, groups=2, training_length=64, normalize=True)
+    spectrum = rotary_module.spectrum
+    np.testing.assert_allclose(spectrum.sin_coef.sum(axis=1), 1, rtol=1e-5)
+    assert torch.equal(torch.from_numpy(spectrum.cos_coef), normalized(rotary_module.cos_coef))
+
+
+class Attention(nn.Module):
+    """Somebody's own attention, with FoPE where RoPE stood."""
+
+    def __init__(self, learnable: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96, bias=False), nn.Linear(32, 8)
+        generator = torch.Generator().manual_seed(3)
+        self.rotary = FopeRotary.create(
+            head_dim=16, groups=2, training_length=32, learnable=learnable, generator=generator
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).unbind(2)
+        q, k = self.rotary(q, k, torch.arange(x.shape[1]).expand(x.shape[:2]))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_foreign_model_trains_with_it(learnable: bool) -> None:
+    torch.manual_seed(0)
+    model = Attention(learnable)
+    before = model.rotary.spectrum
+    x, target = torch.randn(8, 32, 32), torch.randint(0, 8, (8, 32))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x).flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    moved = np.abs(model.rotary.spectrum.sin_coef - before.sin_coef).max()
+    assert (moved > 1e-3) == learnable
+
+
+def test_ports_and_settings_are_the_contracts() -> None:
+    schema = torch.ops.fope.rotary.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names == [port.name for port in contract.INPUTS] + [*contract.SETTINGS]
+    kinds = {"float": float, "bool": bool}
+    settings = {a.name: kinds[str(a.type)] for a in schema.arguments[len(contract.INPUTS) :]}
+    assert settings == contract.SETTINGS
+    assert [str(r.type) for r in schema.returns] == ["Tensor"] * len(contract.OUTPUTS)

@@ -1,0 +1,183 @@
+"""The exported file: the contract's names, any sizes, the reference's logits, the same bytes every time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx_ir.passes import PostconditionError
+
+from fope_export.bundle import MANIFEST, Bundle
+from fope_export.config import ExportConfig
+from fope_export.fope import contract
+from fope_export.graph import passes
+from fope_export.graph.export import export, to_onnx
+from tests.conftest import small_decoder, write_native
+from tests.model.test_olmo import EXPECTED
+
+
+class Session:
+    """Plain ONNX Runtime and the contract's names, as a stranger would use them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        past = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        self.layers, (_, self.heads, _, self.head_dim) = len(past) // 2, past[0].shape
+
+    def logits(self, ids: np.ndarray, steps: tuple[int, ...], mask: np.ndarray | None = None) -> np.ndarray:
+        mask = np.ones_like(ids) if mask is None else mask
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        names = [f"{i}.{part}" for i in range(self.layers) for part in ("key", "value")]
+        past = [np.zeros((len(ids), self.heads, 0, self.head_dim), np.float32)] * len(names)
+        start, parts = 0, []
+        for step in steps:
+            end = start + step
+            feeds = {
+                "input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions[:, start:end]
+            } | {f"past_key_values.{name}": value for name, value in zip(names, past, strict=True)}  # fmt: skip
+            logits, *past = self.session.run(["logits", *(f"present.{name}" for name in names)], feeds)
+            assert past[0].shape == (len(ids), self.heads, end, self.head_dim)
+            parts.append(logits)
+            start = end
+        return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("length", [1, 16, 512, 600, 1500])
+def test_the_reference_logits_come_out_whole_and_step_by_step(
+    length: int, reference_bundle: Bundle, olmo_fope: Path
+) -> None:
+    expected = np.load(olmo_fope / "expected.npz")
+    ids, wanted = expected[f"ids_{length}"], expected[f"logits_{length}"]
+    session, last = Session(reference_bundle.path), wanted.shape[1]
+    single = min(length, 12)
+    for steps in ((length,), ((length - single,) if length > single else ()) + (1,) * single):
+        np.testing.assert_allclose(session.logits(ids, steps)[:, -last:], wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["yarn_after", "shared_head", "wide", "zeros_kept", "tied", "nope", "rope_gqa", "norm"]
+)
+def test_variants_come_out_too(name: str, write_variant, tmp_path: Path) -> None:
+    session = Session(export(write_variant(name), tmp_path / "out").path)
+    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
+    for steps in ((300,), (290, 3, *[1] * 7)):
+        np.testing.assert_allclose(session.logits(ids, steps)[:, -4:], EXPECTED[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps"), [(1, (1,)), (1, (1, 1)), (5, (2, 1, 6)), (2, (65, 1)), (3, (1, 9))], ids=str
+)
+def test_any_batch_sequence_and_past(batch: int, steps: tuple[int, ...], bundle: Bundle) -> None:
+    ids = np.random.default_rng(0).integers(0, 256, (batch, sum(steps)))
+    session = Session(bundle.path)
+    whole = session.logits(ids, (sum(steps),))
+    np.testing.assert_allclose(session.logits(ids, steps), whole, rtol=0, atol=1e-5)
+
+
+def test_a_left_padded_batch_is_its_rows(bundle: Bundle) -> None:
+    session, rng = Session(bundle.path), np.random.default_rng(0)
+    rows = [rng.integers(0, 256, (1, n)) for n in (9, 4, 1)]
+    ids = np.concatenate([np.pad(row, ((0, 0), (9 - row.shape[1], 0)), constant_values=3) for row in rows])
+    mask = np.concatenate([np.pad(np.ones_like(row), ((0, 0), (9 - row.shape[1], 0))) for row in rows])
+    for steps in ((9,), (7, 1, 1)):
+        logits = session.logits(ids, steps, mask)
+        assert np.isfinite(logits).all()
+        for i, row in enumerate(rows):
+            alone = session.logits(row, (row.shape[1],))[0]
+            np.testing.assert_allclose(logits[i, 9 - row.shape[1] :], alone, rtol=0, atol=1e-5)
+
+
+def test_names_shapes_and_types_are_the_contracts(bundle: Bundle) -> None:
+    model = onnx.load(bundle.model, load_external_data=False)
+
+    def described(values: list[onnx.ValueInfoProto]) -> dict[str, tuple[int, list[str | int]]]:
+        tensors = {value.name: value.type.tensor_type for value in values}
+        return {n: (t.elem_type, [d.dim_param or d.dim_value for d in t.shape.dim]) for n, t in tensors.items()}
+
+    tokens = (onnx.TensorProto.INT64, ["batch", "sequence"])
+    inputs = {"input_ids": tokens, "attention_mask": (7, ["batch", "total_sequence"]), "position_ids": tokens}
+    past = {
+        f"past_key_values.{i}.{p}": (1, ["batch", 4, "past_sequence", 16]) for i in (0, 1) for p in ("key", "value")
+    }
+    present = {f"present.{i}.{p}": (1, ["batch", 4, "total_sequence", 16]) for i in (0, 1) for p in ("key", "value")}
+    assert described(list(model.graph.input)) == inputs | past
+    assert described(list(model.graph.output)) == {"logits": (1, ["batch", "sequence", 256])} | present
+    assert [(port.name, port.shape) for port in bundle.manifest.inputs] == [
+        (n, s) for n, (_, s) in (inputs | past).items()
+    ]
+
+
+def test_every_layer_calls_the_function_and_can_reach_a_plugin(bundle: Bundle) -> None:
+    model = onnx.load(bundle.model, load_external_data=False)
+    calls = [node for node in model.graph.node if node.domain == contract.DOMAIN]
+    assert [call.name for call in calls] == [f"layers.{i}.attention.rotary/FopeRotary" for i in (0, 1)]
+    for call in calls:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
+        assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"fope", b"1")
+        assert (attributes["sin_pad"], attributes["cos_pad"], attributes["heads_per_group"]) == (1.0, 1.0, 1)
+    assert [(f.domain, f.name) for f in model.functions] == [("fope", "FopeRotary")]
+    frequencies = {call.input[3] for call in calls}
+    assert frequencies == {"shared.attention.rotary.freq"}
+
+
+def test_the_file_says_where_it_comes_from_and_nothing_else(bundle: Bundle) -> None:
+    model = onnx.load(bundle.model, load_external_data=False)
+    assert model.producer_name == "fope-export" and model.graph.name == "fope_decoder"
+    assert {entry.key: entry.value for entry in model.metadata_props}["fope.training_length"] == "64"
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert b"/" + b"tests" not in bundle.model.read_bytes()
+
+
+def test_weights_are_named_after_the_model_and_values_have_shapes(bundle: Bundle) -> None:
+    model = onnx.load(bundle.model, load_external_data=False)
+    names = {t.name for t in model.graph.initializer}
+    parameters = {f"layers.1.feed_forward.{name}.weight.T" for name in ("ff_proj", "ff_out")}
+    assert parameters | {"embed.weight", "lm_head.weight.T", "layers.0.attention.rotary.sin_coef"} <= names
+    shaped = {value.name for value in model.graph.value_info}
+    inner = {name for node in model.graph.node for name in node.output} - {v.name for v in model.graph.output}
+    assert inner <= shaped
+
+
+def test_onnx_runtime_says_nothing_when_it_loads_and_runs(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    Session(bundle.path).logits(np.ones((1, 5), np.int64), (3, 1, 1))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_both_opsets(opset: int, native: Path, bundle: Bundle, tmp_path: Path) -> None:
+    other = export(native, tmp_path / "out", ExportConfig(opset=opset))
+    model = onnx.load(other.model, load_external_data=False)
+    assert {o.domain: o.version for o in model.opset_import} == {"": opset, "fope": 1}
+    assert {o.version for f in model.functions for o in f.opset_import} == {opset}
+    ids = np.random.default_rng(0).integers(0, 256, (2, 9))
+    wanted = Session(bundle.path).logits(ids, (9,))
+    np.testing.assert_allclose(Session(other.path).logits(ids, (8, 1)), wanted, rtol=0, atol=1e-5)
+
+
+def test_exporting_again_gives_the_same_bytes(native: Path, bundle: Bundle, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fope_export.cli", "export", str(native), str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "12345"})
+    files = {path.name: path.read_bytes() for path in bundle.path.iterdir() if path.is_file()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    assert {"model.onnx", "model.onnx.data", MANIFEST, "config.json", "genai_config.json", "tokenizer.json"} <= set(
+        files
+    )
+
+
+def test_grouped_heads(tmp_path: Path) -> None:
+    model = small_decoder(heads=4, kv_heads=2)
+    session = Session(export(write_native(model, tmp_path / "checkpoint"), tmp_path / "out").path)
+    ids = np.random.default_rng(0).integers(0, 256, (2, 70))
+    np.testing.assert_allclose(session.logits(ids, (66, 1, 3)), session.logits(ids, (70,)), rtol=0, atol=1e-5)
+
+
+def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
+    model = to_onnx(small_decoder(), ExportConfig())
+    call = next(node for node in model.graph if node.domain == contract.DOMAIN)
+    del call.attributes["plugin_namespace"]
+    with pytest.raises(PostconditionError, match="no plugin would be found"):
+        passes.AttachRotary()(model)

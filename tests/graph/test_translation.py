@@ -1,0 +1,92 @@
+"""The ONNX function: its body in ONNX Runtime against the definition, and its ports against the contract."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fope_export.fope import contract, reference
+from fope_export.fope.spectrum import Spectrum
+from fope_export.graph.translation import function, schema
+from tests.fope.test_rotary import SHAPES, VARIANTS, make
+
+TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+
+
+def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type = np.float32) -> onnx.ModelProto:
+    c = spectrum.config
+    attributes: dict[str, Any] = {
+        "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign),
+        "interleaved": int(c.pairing == "interleaved"),
+        "compute_dtype": TensorProto.FLOAT if c.full_precision else TYPES[dtype],
+        "head_dim": c.head_dim, "heads_per_group": heads // c.groups, "kv_heads_per_group": kv_heads // c.groups,
+    }  # fmt: skip
+    assert set(attributes) == set(contract.ATTRIBUTES)
+    names = [[port.name for port in ports] for ports in (contract.INPUTS, contract.OUTPUTS)]
+    node = helper.make_node(contract.NAME, *names, domain=contract.DOMAIN, **attributes, **contract.DISPATCH)
+    q, k = (["B", "S", n, c.head_dim] for n in (heads, kv_heads))
+    values = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("q", TYPES[dtype], q), ("k", TYPES[dtype], k), ("position_ids", TensorProto.INT64, ["B", "S"]),
+            ("q_rotated", TYPES[dtype], q), ("k_rotated", TYPES[dtype], k),
+        )
+    ]  # fmt: skip
+    numbers = [numpy_helper.from_array(getattr(spectrum, name), name) for name in ("freq", "sin_coef", "cos_coef")]
+    graph = helper.make_graph([node], "one", values[:3], values[3:], numbers)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
+    body = ir.serde.serialize_function(function(23))
+    model = helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model: onnx.ModelProto, *inputs: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip(("q", "k", "position_ids"), inputs, strict=True)))
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())) or "authors")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_body_is_the_definition(shape: tuple[int, ...], fields: dict[str, object]) -> None:
+    spectrum, *inputs = make(shape, **fields)
+    arrays = [tensor.numpy() for tensor in inputs]
+    for got, x in zip(run(model_of_one_call(spectrum, *shape[:2]), *arrays), arrays[:2], strict=True):
+        wanted = reference.rotate(spectrum, x, arrays[2])
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("full_precision", [True, False])
+def test_half_precision_goes_in_and_comes_out(full_precision: bool) -> None:
+    spectrum, q, k, positions = make(SHAPES[1], full_precision=full_precision)
+    arrays = [q.half().numpy(), k.half().numpy(), positions.numpy()]
+    for got, x in zip(run(model_of_one_call(spectrum, 4, 2, np.float16), *arrays), arrays[:2], strict=True):
+        wanted = reference.rotate(spectrum, x, arrays[2])
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=(1e-3 if full_precision else 4e-3) * np.abs(wanted).max())
+
+
+def test_no_position_embedding_is_no_special_case() -> None:
+    x, positions = np.random.default_rng(0).standard_normal((1, 3, 2, 8), np.float32), np.array([[0, 5, 99]])
+    for got in run(model_of_one_call(Spectrum.nope(8), 2, 2), x, x, positions):
+        np.testing.assert_array_equal(got, x)
+
+
+def test_schema_and_body_have_the_contracts_ports_and_attributes() -> None:
+    described, body = schema(), ir.serde.serialize_function(function(24))
+    wanted = [[port.name for port in ports] for ports in (contract.INPUTS, contract.OUTPUTS)]
+    assert [[p.name for p in described.inputs], [p.name for p in described.outputs]] == wanted
+    assert [list(body.input), list(body.output)] == wanted
+    assert set(body.attribute) == set(described.attributes) == set(contract.ATTRIBUTES) | set(contract.DISPATCH)
+    assert (body.domain, body.name) == (described.domain, described.name) == (contract.DOMAIN, contract.NAME)
+    kinds = {"int64": "tensor(int64)", "float32": "tensor(float)", "T": "T"}
+    assert [p.type_str for p in described.inputs] == [kinds[port.dtype] for port in contract.INPUTS]
+    assert [(o.domain, o.version) for o in body.opset_import] == [("", 24)]
+
+
+def test_it_is_named_like_no_operator_of_onnx() -> None:
+    assert contract.NAME not in {s.name for s in onnx.defs.get_all_schemas()}

@@ -1,0 +1,90 @@
+"""The paper's checkpoints: its own logits, to the bit, for every flag that changes a model."""
+
+import base64
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fope_export.errors import CheckpointError
+from fope_export.model.checkpoint import load_checkpoint
+from fope_export.model.decoder import Decoder
+from fope_export.model.olmo import tensor_name
+from tests.conftest import DATA, VARIANTS, variant_flags, variant_tensors
+
+EXPECTED = np.load(DATA / "olmo_variants.npz")
+
+
+def last_logits(model: Decoder, ids: np.ndarray, count: int) -> np.ndarray:
+    tokens = torch.from_numpy(ids)
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    with torch.inference_mode():
+        logits, _ = model(tokens, torch.ones_like(tokens), positions, model.empty_cache(len(tokens)))
+    return logits[:, -count:].numpy()
+
+
+@pytest.mark.parametrize("name", VARIANTS["cases"])
+def test_variants_of_the_flags(name: str, write_variant: Callable[[str], Path]) -> None:
+    model = load_checkpoint(write_variant(name)).model
+    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
+    np.testing.assert_allclose(last_logits(model, ids, 4), EXPECTED[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 16, 512, 600, 1500])
+def test_the_reference_checkpoint(length: int, olmo_fope: Path) -> None:
+    expected = np.load(olmo_fope / "expected.npz")
+    wanted = expected[f"logits_{length}"]
+    got = last_logits(load_checkpoint(olmo_fope).model, expected[f"ids_{length}"], wanted.shape[1])
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+
+
+def encoded(name: str) -> str:
+    return base64.urlsafe_b64encode(pickle.dumps(((name,), False))).decode()
+
+
+@pytest.mark.parametrize("encode", [encoded, str], ids=["pickled names", "plain names"])
+def test_safetensors_are_preferred_and_their_names_decoded(
+    encode: Callable[[str], str], write_variant: Callable[[str], Path]
+) -> None:
+    folder = write_variant("plain")
+    (folder / "model.pt").write_bytes(b"not looked at")
+    save_file({encode(name): t for name, t in variant_tensors("plain").items()}, folder / "model.safetensors")
+    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
+    np.testing.assert_allclose(last_logits(load_checkpoint(folder).model, ids, 4), EXPECTED["plain"], rtol=0, atol=2e-6)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("/tmp/executed"),)
+
+
+def test_a_name_that_would_run_code_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="refers to"):
+        tensor_name(base64.urlsafe_b64encode(pickle.dumps(((Evil(),), False))).decode())
+    assert not Path("/tmp/executed").exists()
+
+
+@pytest.mark.parametrize("name", ["transformer.ln_f.weight", "extra", "YWJj", ""])
+def test_other_names_pass(name: str) -> None:
+    assert tensor_name(name) == name
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_the_hugging_face_wrapper(weights: str, tmp_path: Path) -> None:
+    wrapper = {"model_type": "hf_olmo", "architectures": ["OLMoForCausalLM"], "use_cache": True}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper | variant_flags("yarn_after")))
+    tensors = {f"model.{name}": tensor for name, tensor in variant_tensors("yarn_after").items()}
+    if weights.endswith(".bin"):
+        torch.save(tensors, tmp_path / weights)
+    else:
+        save_file(tensors, tmp_path / weights)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.dialect == "hf_olmo"
+    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
+    np.testing.assert_allclose(last_logits(checkpoint.model, ids, 4), EXPECTED["yarn_after"], rtol=0, atol=2e-6)

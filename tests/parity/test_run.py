@@ -1,0 +1,232 @@
+"""Validation as a whole: good bundles pass, spoiled ones fail and are told where, and every control is refused."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from fope_export.backends.base import Feeds, Logits, feeds_for
+from fope_export.backends.choose import load_backend
+from fope_export.backends.eager import EagerBackend
+from fope_export.bundle import Bundle, sha256
+from fope_export.errors import BundleError, ParityError
+from fope_export.model.checkpoint import source_of
+from fope_export.model.decoder import Cache
+from fope_export.parity import run
+from fope_export.parity.cases import FAR, Case, load_inputs, save_inputs, standard_cases
+from fope_export.parity.controls import CONTROLS, Control
+from fope_export.parity.judge import judge
+from fope_export.parity.run import ParityResult, validate
+
+
+@pytest.fixture(scope="module")
+def result(bundle: Bundle) -> ParityResult:
+    return validate(bundle)
+
+
+def test_a_good_bundle_passes_every_case(result: ParityResult) -> None:
+    assert result.passed and not result.damaged and result.divergence is None
+    assert all(case.verdict.ratio < 2.5 for case in result.cases)
+
+
+def test_the_cases_reach_as_far_as_they_should(result: ParityResult) -> None:
+    cases = {case.name: case for case in result.cases}
+    assert {f"prefill {64 * factor}" for factor in (1, 2, 4, 8, 16)} <= set(cases)
+    assert cases[f"decode to {FAR:,}"].positions == (FAR - 63, FAR)
+    assert cases["decode across 64"].steps == 33 and cases["decode across 64"].positions == (0, 79)
+    assert cases["padded batch"].compared == 41 + 16 + 11
+    assert all(case.compared > 0 for case in result.cases)
+
+
+def test_every_control_is_refused_by_far(result: ParityResult) -> None:
+    assert len(result.controls) == 4
+    for control in result.controls:
+        assert control.verdict is not None and not control.skipped
+        assert control.passed and control.verdict.ratio > 50
+
+
+def test_controls_that_a_model_cannot_show_say_why(rope_bundle: Bundle) -> None:
+    found = validate(rope_bundle, lengths=(64,))
+    skipped = {control.name: control.skipped for control in found.controls if control.verdict is None}
+    assert skipped == {
+        "sine of the padding changed": "no pair is padded",
+        "coefficients of two heads swapped": "all heads share their coefficients",
+    }
+    assert found.passed
+
+
+def test_controls_leave_the_model_as_it_was(bundle: Bundle) -> None:
+    source = source_of(bundle)
+    before = [attention.rotary for attention in source.model.attentions()]
+    for control in CONTROLS:
+        with control.applied(source.model) as wrong:
+            assert wrong.vocab_size == 256
+    assert [attention.rotary for attention in source.model.attentions()] == before
+
+
+def test_a_control_that_passes_breaks_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda config: ""),))
+    found = validate(bundle, lengths=(64,))
+    assert not found.controls[0].passed and not found.passed
+
+
+def attributes(name: str, value: float, layer: int) -> Callable[[Bundle], None]:
+    def spoil(bundle: Bundle) -> None:
+        model = onnx.load(bundle.model, load_external_data=False)
+        for node in model.graph.node:
+            if node.name == f"layers.{layer}.attention.rotary/FopeRotary":
+                next(a for a in node.attribute if a.name == name).f = value
+        onnx.save(model, bundle.model)
+
+    return spoil
+
+
+def weights(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], None]:
+    def spoil(bundle: Bundle) -> None:
+        model = onnx.load(bundle.model)
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(tensor)), name))
+        (bundle.path / "model.onnx.data").unlink()
+        onnx.save(model, bundle.model, save_as_external_data=True, location="model.onnx.data")
+
+    return spoil
+
+
+def body(bundle: Bundle) -> None:
+    """The cosine's pad where the sine's belongs, inside the function."""
+    model = onnx.load(bundle.model, load_external_data=False)
+    node = next(n for n in model.functions[0].node if "sin_pad_row" in n.output)
+    node.input[2] = "zero_float"
+    onnx.save(model, bundle.model)
+
+
+def one_value(array: np.ndarray) -> np.ndarray:
+    changed = array.copy()
+    changed[3, 3] += 1e-7
+    return changed
+
+
+SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {
+    "padding of layer 1": (attributes("sin_pad", 0.0, 1), "layers.1.attention.rotary", ""),
+    "padding, slightly": (attributes("cos_pad", 1.001, 0), "layers.0.attention.rotary", ""),
+    "sign": (attributes("sign", -1.0, 1), "layers.1.attention.rotary", ""),
+    "function body": (body, "layers.0.attention.rotary", ""),
+    "coefficients": (
+        weights("layers.1.attention.rotary.cos_coef", lambda a: a[::-1].copy()), "layers.1.attention.rotary",
+        "layers.1.attention.rotary.cos_coef",
+    ),
+    "projection": (
+        weights("layers.1.attention.att_proj.weight.T", lambda a: a * 1.01), "layers.1.attention.att_proj",
+        "layers.1.attention.att_proj.weight",
+    ),
+    "feed-forward": (
+        weights("layers.0.feed_forward.ff_out.weight.T", lambda a: -a), "layers.0.feed_forward.ff_out",
+        "layers.0.feed_forward.ff_out.weight",
+    ),
+    "norm": (weights("norm.weight", lambda a: a + 0.1), "norm", "norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rehashed", [False, True], ids=["found by hash", "with a forged manifest"])
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_bundle_fails_and_the_layer_is_named(name: str, rehashed: bool, spoilable: Bundle) -> None:
+    spoil, module, tensor = SPOILED[name]
+    spoil(spoilable)
+    if rehashed:
+        files = {n: sha256(spoilable.path / n) for n in spoilable.manifest.files}
+        manifest = spoilable.path / "fope_export.json"
+        text = manifest.read_text()
+        for n, digest in spoilable.manifest.files.items():
+            text = text.replace(digest, files[n])
+        manifest.write_text(text)
+    found = validate(spoilable.path, lengths=(7, 64))
+    assert not found.passed and bool(found.damaged) != rehashed
+    assert any(not case.verdict.passed for case in found.cases)
+    assert found.divergence is not None and found.divergence.module == module
+    assert found.divergence.error > found.divergence.allowed
+    assert found.tensors == ((tensor,) if tensor else ())
+
+
+def test_a_change_below_the_noise_is_found_by_hash_and_named(spoilable: Bundle) -> None:
+    weights("layers.1.feed_forward.ff_proj.weight.T", one_value)(spoilable)
+    found = validate(spoilable.path, lengths=(64,))
+    assert not found.passed and found.damaged
+    assert found.tensors == ("layers.1.feed_forward.ff_proj.weight",)
+
+
+def test_another_checkpoint_is_refused(native: Path, bundle: Bundle, tmp_path: Path) -> None:
+    other = shutil.copytree(native, tmp_path / "other")
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json differ"):
+        validate(bundle, checkpoint=other)
+    with pytest.raises(BundleError, match="is not at"):
+        validate(bundle, checkpoint=tmp_path / "nowhere")
+
+
+class Restarting(EagerBackend):
+    """Counts positions from zero in every step: right for whole sequences, wrong with a past."""
+
+    def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
+        counted = np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape).copy()
+        return super().step(feeds._replace(position_ids=counted), cache)
+
+
+def test_the_truth_is_taken_without_a_past_so_that_a_broken_cache_shows(bundle: Bundle) -> None:
+    model = source_of(bundle).model
+    single, double, broken = EagerBackend(model), EagerBackend.in_float64(model), Restarting(model)
+    verdicts = {}
+    for case in standard_cases(model.config, lengths=(64,)):
+        verdicts[case.name] = judge(case.run_plainly(double), case.run(single), case.run(broken)).passed
+    assert verdicts["prefill 64"] and not any(passed for name, passed in verdicts.items() if name != "prefill 64")
+
+
+def test_long_prefills_are_fed_in_chunks_that_fit(bundle: Bundle) -> None:
+    large = msgspec.structs.replace(bundle.manifest.model, vocab_size=200_000, training_length=512)
+    case = next(case for case in standard_cases(large) if case.name == "prefill 8192")
+    assert max(case.steps) <= 671 and sum(case.steps) == 8192 and case.kept == 1024
+
+
+def test_inputs_are_replayed_by_us_and_by_polygraphy(bundle: Bundle, tmp_path: Path) -> None:
+    cases = standard_cases(bundle.manifest.model, seed=3, lengths=(5, 64))
+    path = tmp_path / "inputs.json"
+    save_inputs(path, bundle.manifest, cases)
+    again = load_inputs(path, bundle.manifest.model)
+    assert [case.length for case in again] == [case.length for case in cases]
+    backend = load_backend(bundle)
+    np.testing.assert_array_equal(again[1].run(backend), cases[1].run(backend))
+    assert validate(bundle, cases=again).passed
+    polygraphy = Path(sys.executable).with_name("polygraphy")
+    command = [polygraphy, "run", bundle.model, "--onnxrt", "--load-inputs", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '[{"input_ids": 3}]'])
+def test_inputs_that_are_none_are_refused(content: str, bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "inputs.json"
+    path.write_text(content)
+    with pytest.raises(ParityError) as caught:
+        load_inputs(path, bundle.manifest.model)
+    assert "--save-inputs" in caught.value.hint
+
+
+def test_a_case_keeps_its_last_positions() -> None:
+    class Counting:
+        name, vocab_size = "counting", 1
+
+        def empty_cache(self, batch: int) -> int:
+            return 0
+
+        def step(self, feeds, cache):
+            return feeds.position_ids[..., None].astype(float), cache
+
+    ids = np.zeros((1, 10), np.int64)
+    for steps in ((10,), (3, 4, 3), (1,) * 10, (9, 1)):
+        got = Case("case", feeds_for(ids), steps, 4).run(Counting())
+        assert got.ravel().tolist() == [6, 7, 8, 9]

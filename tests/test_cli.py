@@ -1,0 +1,128 @@
+"""The command line: results on stdout, errors and progress on stderr, exit codes 0, 1, 2."""
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fope_export.bundle import Bundle
+from fope_export.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_export_validate_run_inspect(native: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = str(tmp_path / "out")
+    assert main(["export", str(native), out]) == 0
+    assert "next: fope-export validate" in capsys.readouterr().out
+    assert main(["validate", out, "--lengths", "1,64"]) == 0
+    told = capsys.readouterr()
+    assert "passed" in told.out and "report: " in told.out and "control: positions shifted by one" in told.out
+    assert main(["run", out, "--prompt", "def ", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+    for path in (str(native), out, f"{out}/model.onnx"):
+        assert main(["inspect", path]) == 0
+        assert "fope" in capsys.readouterr().out
+
+
+def test_json_everywhere(native: Path, spoilable: Bundle, tmp_path: Path, capsys: Capture) -> None:
+    folder = str(spoilable.path)
+    results = {}
+    for command in (
+        ["doctor"],
+        ["export", str(native), str(tmp_path / "out")],
+        ["validate", folder, "--lengths", "64"],
+        ["run", folder, "--prompt", "x", "--max-new-tokens", "3"],
+        ["run", folder, "--prompt-ids", "1,2", "--max-new-tokens", "3"],
+        ["inspect", folder],
+        ["inspect", f"{folder}/model.onnx"],
+        ["inspect", str(native)],
+    ):
+        assert main([*command, "--json"]) == 0
+        results[" ".join(command[:1] + command[2:3])] = json.loads(capsys.readouterr().out)
+    assert results["validate --lengths"]["passed"] is True
+    assert results["run --prompt"][0]["prompt"] == "x"
+    assert len(results["run --prompt-ids"]) == 3
+    assert results["doctor"]["abilities"]["export a checkpoint"] == ""
+
+
+def test_a_failed_check_exits_with_1_and_names_the_layer(spoilable: Bundle, capsys: Capture) -> None:
+    model = onnx.load(spoilable.model, load_external_data=False)
+    node = next(n for n in model.graph.node if n.name.startswith("layers.1.attention.rotary"))
+    next(a for a in node.attribute if a.name == "sin_pad").f = 0.0
+    onnx.save(model, spoilable.model)
+    assert main(["validate", str(spoilable.path), "--lengths", "64"]) == 1
+    told = capsys.readouterr().out
+    assert "FAILED" in told and "First module that diverges: layers.1.attention.rotary" in told
+    assert main(["run", str(spoilable.path), "--prompt", "x"]) == 2
+    assert "differs from the hash" in capsys.readouterr().err
+
+
+def test_a_batch_of_prompts_from_a_file(bundle: Bundle, tmp_path: Path, capsys: Capture) -> None:
+    lines, quoted = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("def a(\n\nclass B\n")
+    quoted.write_text('"def a("\n"two\\nlines"\n')
+    for path, second in ((lines, "class B"), (quoted, "two\nlines")):
+        command = ["run", str(bundle.path), "--prompts", str(path), "--max-new-tokens", "4", "--json"]
+        assert main(command) == 0
+        assert [each["prompt"] for each in json.loads(capsys.readouterr().out)] == ["def a(", second]
+    assert main(["run", str(bundle.path), "--prompts", str(lines), "--max-new-tokens", "4"]) == 0
+    assert "--- class B" in capsys.readouterr().out
+
+
+def test_inputs_are_saved_and_loaded(bundle: Bundle, tmp_path: Path, capsys: Capture) -> None:
+    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
+    path = str(tmp_path / "inputs.json")
+    assert main(["validate", str(copy), "--lengths", "64", "--save-inputs", path]) == 0
+    assert main(["validate", str(copy), "--load-inputs", path]) == 0
+    assert "input 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "OUT", "--prompt", "x", "--backend", "tpu"], "no backend 'tpu'"),
+        (["run", "OUT", "--prompt", "x", "--temperature", "-1"], "temperature: Expected `float` >= 0"),
+        (["run", "OUT", "--prompt", "x", "--top-p", "0"], "top_p"),
+        (["run", "OUT", "--prompt", ""], "a prompt is empty"),
+        (["run", "OUT", "--prompt-ids", "1,300"], "token 300 is outside the vocabulary of 256"),
+        (["run", "OUT", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["run", "nowhere", "--prompt", "x"], "nowhere is not a bundle"),
+        (["validate", "nowhere"], "nowhere is not a bundle"),
+        (["validate", "OUT", "--lengths", "0"], "lengths"),
+        (["validate", "OUT", "--checkpoint", "nowhere"], "its checkpoint is not at nowhere"),
+        (["validate", "OUT", "--load-inputs", "nowhere.json"], "nowhere.json"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+        (["inspect", "OUT/config.json"], "not a valid ONNX file"),
+        (["export", "nowhere", "out"], "nowhere does not exist"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_misuse_exits_with_2_one_message_and_a_hint(
+    arguments: list[str], message: str, bundle: Bundle, capsys: Capture
+) -> None:
+    assert main([argument.replace("OUT", str(bundle.path)) for argument in arguments]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and "\nhint:  " in told.err and "Traceback" not in told.err and not told.out
+
+
+@pytest.mark.parametrize("arguments", [["export"], ["nothing"], ["run", "x"], ["run", "x", "--prompt-ids", "a,b"]])
+def test_unknown_commands_and_missing_arguments(arguments: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: " in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: Capture) -> None:
+    assert main([]) == 2
+    told = capsys.readouterr().out
+    assert "examples:" in told and "exit codes" in told
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fope-export 0.")
+
+
+def test_traceback_on_request(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="does not exist"):
+        main(["inspect", str(tmp_path / "nowhere"), "--traceback"])

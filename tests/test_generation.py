@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+
+from fope_export.backends.base import Backend, Feeds
+from fope_export.backends.choose import load_backend
+from fope_export.bundle import Bundle
+from fope_export.errors import ConfigError
+from fope_export.generation import Sampling, complete, generate, pad_left, sample
+from fope_export.tokens import Text
+
+
+@pytest.fixture(scope="module")
+def backend(bundle: Bundle) -> Backend:
+    return load_backend(bundle)
+
+
+def tokens(backend: Backend, prompts: list[list[int]], **options: object) -> list[list[int | None]]:
+    steps = generate(backend, prompts, Sampling(**options), eos=0)
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def test_greedy_takes_the_likeliest_token_of_the_whole(backend: Backend) -> None:
+    prompt = [5, 77, 31]
+    (got,) = tokens(backend, [prompt], max_new_tokens=12)
+    for i, token in enumerate(got):
+        ids = np.array([prompt + got[:i]])
+        feeds = Feeds(ids, np.ones_like(ids), np.arange(ids.shape[1])[None])
+        logits, _ = backend.step(feeds, backend.empty_cache(1))
+        assert token == logits[0, -1].argmax()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 4}], ids=["greedy", "drawn"])
+def test_a_prompt_does_not_depend_on_its_neighbours(backend: Backend, options: dict[str, float]) -> None:
+    prompts = [[9, 8, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [200]]
+    together = tokens(backend, prompts, max_new_tokens=20, **options)
+    if not options:
+        assert together == [tokens(backend, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    assert together[0] == tokens(backend, prompts[:1], max_new_tokens=20, **options)[0]
+
+
+def test_equal_seeds_give_equal_tokens_and_others_others(backend: Backend) -> None:
+    first, again, other = (tokens(backend, [[5]], max_new_tokens=30, temperature=1.0, seed=s) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_it_works_far_past_the_training_length(backend: Backend, bundle: Bundle) -> None:
+    prompt = list(np.random.default_rng(0).integers(1, 256, 16 * bundle.manifest.model.training_length))
+    (got,) = tokens(backend, [prompt], max_new_tokens=3)
+    assert len(got) == 3
+
+
+class Scripted:
+    """A backend whose rows say what the script says."""
+
+    name, vocab_size = "scripted", 8
+
+    def __init__(self, script: list[list[int]]) -> None:
+        self.script, self.fed = script, []
+
+    def empty_cache(self, batch: int) -> int:
+        return 0
+
+    def step(self, feeds: Feeds, cache: int) -> tuple[np.ndarray, int]:
+        self.fed.append(feeds)
+        logits = np.zeros((*feeds.input_ids.shape, self.vocab_size))
+        for row, says in enumerate(self.script):
+            logits[row, -1, says[min(cache, len(says) - 1)]] = 1
+        return logits, cache + 1
+
+
+def test_a_row_ends_with_eos_and_the_others_go_on() -> None:
+    backend = Scripted([[3, 0, 5, 5], [4, 4, 4, 0]])
+    assert list(generate(backend, [[1], [1, 2]], Sampling(max_new_tokens=9), eos=0)) == [
+        [3, 4],
+        [0, 4],
+        [None, 4],
+        [None, 0],
+    ]
+
+
+def test_steps_feed_one_token_and_a_growing_mask() -> None:
+    backend = Scripted([[3], [4]])
+    list(generate(backend, [[1], [1, 2]], Sampling(max_new_tokens=3)))
+    assert [f.input_ids.tolist() for f in backend.fed] == [[[0, 1], [1, 2]], [[3], [4]], [[3], [4]]]
+    assert backend.fed[2].attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert backend.fed[2].position_ids.tolist() == [[2], [3]]
+
+
+def test_ending_rows_early() -> None:
+    steps = generate(Scripted([[3], [4]]), [[1], [2]], Sampling(max_new_tokens=9))
+    assert next(steps) == [3, 4]
+    assert steps.send([0]) == [None, 4]
+    with pytest.raises(StopIteration):
+        steps.send([1])
+
+
+def test_stop_strings_end_the_text_before_them(bundle: Bundle, backend: Backend) -> None:
+    text = Text(bundle.path)
+    options = Sampling(max_new_tokens=60, temperature=1.0, seed=3)
+    whole = "".join(piece for _, piece in complete(backend, text, ["x = "], options))
+    stop = whole[20:23]
+    cut = "".join(piece for _, piece in complete(backend, text, ["x = "], options, stop=[stop, "never said"]))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_several_prompts_come_apart(bundle: Bundle, backend: Backend) -> None:
+    text, options = Text(bundle.path), Sampling(max_new_tokens=15)
+    texts = {0: "", 1: ""}
+    for row, piece in complete(backend, text, ["a", "class"], options):
+        texts[row] += piece
+    for row, prompt in enumerate(["a", "class"]):
+        assert texts[row] == "".join(piece for _, piece in complete(backend, text, [prompt], options))
+
+
+def test_top_k_and_top_p_leave_out_the_tail() -> None:
+    logits = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
+    rng = np.random.default_rng(0)
+
+    def drawn(**options: float) -> set[int]:
+        return {sample(logits, Sampling(temperature=1.0, **options), rng) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_p=0.5) == {1}
+    assert drawn(top_p=0.6) == {1, 3}
+    assert drawn(top_k=3, top_p=0.9) == {1, 2, 3}
+
+
+def test_temperature_shapes_the_odds() -> None:
+    rng = np.random.default_rng(0)
+    logits = np.log(np.array([0.8, 0.2]))
+    share = [np.mean([sample(logits, Sampling(temperature=t), rng) for _ in range(4000)]) for t in (0.5, 1.0, 2.0)]
+    np.testing.assert_allclose(share, [0.2**2 / (0.2**2 + 0.8**2), 0.2, 0.2**0.5 / (0.2**0.5 + 0.8**0.5)], atol=0.03)
+
+
+def test_padding_and_empty_prompts() -> None:
+    ids, mask = pad_left([[5], [1, 2, 3]])
+    assert ids.tolist() == [[0, 0, 5], [1, 2, 3]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ConfigError, match="empty"):
+            next(generate(Scripted([[1]]), prompts, Sampling()))

@@ -1,0 +1,88 @@
+"""The reports say what the result says, open offline, and hold nothing that a page could trip over."""
+
+import io
+import json
+import re
+from xml.etree import ElementTree
+
+import onnx
+import pytest
+from rich.console import Console
+
+from fope_export.bundle import Bundle
+from fope_export.parity.run import ParityResult, validate
+from fope_export.report import LABELS, parity_page, parity_table, place, write_parity
+
+
+@pytest.fixture(scope="module")
+def passed(bundle: Bundle) -> ParityResult:
+    return validate(bundle, lengths=(1, 64))
+
+
+@pytest.fixture
+def failed(spoilable: Bundle) -> tuple[Bundle, ParityResult]:
+    model = onnx.load(spoilable.model, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "sin_pad":
+                attribute.f = 0.0
+    onnx.save(model, spoilable.model)
+    return spoilable, validate(spoilable, lengths=(64,))
+
+
+def test_all_three_join_the_bundle(spoilable: Bundle, passed: ParityResult) -> None:
+    write_parity(spoilable, passed)
+    reports = {f"reports/parity.{kind}" for kind in ("json", "html", "xml")}
+    assert reports <= set(Bundle.open(spoilable.path).manifest.files)
+
+
+def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) -> None:
+    write_parity(spoilable, passed)
+    record = json.loads((spoilable.path / "reports/parity.json").read_text())
+    assert record["passed"] is True and record["rule"]["factor"] == 3.0
+    assert record["model_sha256"] == spoilable.manifest.files["model.onnx"]
+    assert [case["name"] for case in record["cases"]] == [case.name for case in passed.cases]
+    assert all(case["error"].keys() == case["limits"].keys() == LABELS.keys() for case in record["cases"])
+    assert all(control["refused_by"] for control in record["controls"])
+
+
+def test_junit_counts_failures_and_says_where(failed: tuple[Bundle, ParityResult]) -> None:
+    bundle, result = failed
+    write_parity(bundle, result)
+    suite = ElementTree.parse(bundle.path / "reports/parity.xml").getroot()
+    failures = suite.findall("testcase/failure")
+    assert int(suite.get("failures")) == len(failures) >= 2 and int(suite.get("tests")) == len(
+        suite.findall("testcase")
+    )
+    assert "largest error" in failures[0].get("message") and "layers.0.attention.rotary" in failures[0].text
+
+
+def test_the_page_opens_offline(bundle: Bundle, passed: ParityResult) -> None:
+    page = parity_page(bundle, passed)
+    loaded = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
+    assert all(link.startswith("#") for link in loaded), loaded
+    assert "<script" not in page and page.count("<svg") == 1
+    assert "prefill 64" in page and "sine of the padding changed" in page and ">passed<" in page
+
+
+def test_a_failure_cannot_be_overlooked(failed: tuple[Bundle, ParityResult]) -> None:
+    bundle, result = failed
+    page = parity_page(bundle, result)
+    assert ">FAILED<" in page and "First module that diverges: layers.0.attention.rotary" in page
+    written = io.StringIO()
+    Console(width=200, file=written).print(parity_table(result))
+    assert "FAIL largest error" in written.getvalue()
+    assert place(result).startswith("First module that diverges: layers.0.attention.rotary")
+
+
+def test_errors_that_are_infinite_can_be_shown(spoilable: Bundle) -> None:
+    model = onnx.load(spoilable.model)
+    tensor = next(t for t in model.graph.initializer if t.name == "norm.weight")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * float("nan"), "norm.weight"))
+    (spoilable.path / "model.onnx.data").unlink()
+    onnx.save(model, spoilable.model, save_as_external_data=True, location="model.onnx.data")
+    result = validate(spoilable, lengths=(64,))
+    assert not result.passed and result.divergence.module == "norm"
+    write_parity(spoilable, result)
+    record = json.loads((spoilable.path / "reports/parity.json").read_text())
+    assert record["cases"][0]["error"]["max_abs"] is None and "inf" in parity_page(spoilable, result)
