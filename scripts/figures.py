@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""Measure the shipped models for the README: loss by length of context in PyTorch and from the exported ONNX, and parity.
+
+scripts/figures.py          writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
+"""
+
+import json
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from fope_export import plots
+from fope_export.backends.choose import load_backend, read_machine
+from fope_export.corpus import as_tokens, python_source
+from fope_export.demo import NAMES, shipped
+from fope_export.evaluation import loss_by_length
+from fope_export.graph.export import export
+from fope_export.parity.cases import FACTORS
+from fope_export.parity.run import ParityResult, validate
+
+SCORED = 1 << 18
+ROOT = Path(__file__).parent.parent
+BACKENDS = ("torch", "onnxruntime")
+
+
+def main() -> None:
+    text = as_tokens(python_source(held_out=True))[: SCORED + 1]
+    console = Console(stderr=True)
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    parity: ParityResult | None = None
+    trained = 0
+    for name, label in NAMES.items():
+        with tempfile.TemporaryDirectory() as folder, console.status(label):
+            bundle = export(shipped(name), Path(folder) / name)
+            trained = bundle.manifest.model.training_length
+            lengths = [trained * factor for factor in FACTORS]
+            losses[label] = {b: loss_by_length(load_backend(bundle, b), text, lengths) for b in BACKENDS}
+            parity = parity or validate(bundle)
+    assert parity is not None
+    record = {
+        "machine": msgspec.to_builtins(read_machine()),
+        "text": f"{SCORED} bytes of the held-out standard library",
+        "training_length": trained,
+        "nats_per_byte": losses,
+        "training": {n: json.loads((files("fope_export") / "data" / n / "training.json").read_text()) for n in NAMES},
+    }
+    (ROOT / "scripts/results").mkdir(exist_ok=True)
+    (ROOT / "scripts/results/loss_by_length.json").write_text(json.dumps(record, indent=2) + "\n")
+    (ROOT / "docs").mkdir(exist_ok=True)
+    plots.save(picture(losses, parity, trained), ROOT / "docs/loss_and_parity.png")
+
+
+def picture(losses: dict[str, dict[str, dict[int, float]]], parity: ParityResult, trained: int) -> Figure:
+    """Loss on the left, parity on the right."""
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(12, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(5, 6))
+        plots.draw_loss(left, {label: found["onnxruntime"] for label, found in losses.items()}, trained)
+        left.set_title("Loss far beyond the training length, from the exported ONNX", fontsize=11, loc="left")
+        plots.draw_error(right, parity, trained)
+        right.set_title("Error against float64: ours, and deliberately wrong models", fontsize=11, loc="left", pad=24)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
