@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fope_export.errors import ConfigError, FopeError
 
-PASSED, FAILED, MISUSED = 0, 1, 2
+PASSED, FAILED, MISUSED, BROKEN, INTERRUPTED = 0, 1, 2, 70, 130
 
 EPILOG = """\
 examples:
@@ -190,22 +192,22 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.bundle import Bundle
     from fope_export.config import convert
     from fope_export.generation import Sampling, complete, generate
-    from fope_export.terminal import report_speed
+    from fope_export.terminal import report_speed, waiting
     from fope_export.tokens import Text
 
     options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
     sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
-    bundle = Bundle.open(args.bundle)
+    with waiting("loading"):
+        bundle = Bundle.open(args.bundle)
+        backend = load_backend(bundle, args.backend)
     eos = bundle.manifest.model.eos_token_id
     if args.prompt_ids:
-        backend = load_backend(bundle, args.backend)
         steps = generate(backend, [_known(args.prompt_ids, bundle.manifest.model.vocab_size)], sampling, eos=eos)
         ids = [token for (token,) in steps]
         _print_json(ids) if args.json else print(*ids, sep=",")
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
-    text, backend = Text(bundle.path), load_backend(bundle, args.backend)
-    pieces = complete(backend, text, prompts, sampling, stop=args.stop, eos=eos)
+    pieces = complete(backend, Text(bundle.path), prompts, sampling, stop=args.stop, eos=eos)
     texts = [""] * len(prompts)
     with report_speed() as count:
         for row, piece in pieces:
@@ -226,9 +228,10 @@ def run(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Describe what lies at a path."""
     from fope_export.inspection import inspect as describe
-    from fope_export.terminal import print_sections
+    from fope_export.terminal import print_sections, waiting
 
-    description = describe(args.path)
+    with waiting("reading"):
+        description = describe(args.path)
     _print_json(description) if args.json else print_sections(description)
     return PASSED
 
@@ -271,15 +274,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     try:
         return int(args.function(args))
-    except FopeError as error:
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PASSED
+    except (FopeError, OSError) as error:
         if args.traceback:
             raise
         from fope_export.terminal import print_error
 
-        print_error(error)
+        hint = "Check the path, its permissions, and the space on the disk."
+        print_error(error if isinstance(error, FopeError) else FopeError(str(error), hint=hint))
         return MISUSED
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)
+        return BROKEN
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What a checkpoint, a bundle or an ONNX file is, as plain data."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
+from rich.filesize import decimal
 
 from fope_export.bundle import MANIFEST, Bundle
 from fope_export.config import ModelConfig
@@ -81,7 +83,7 @@ def _onnx(path: Path) -> Description:
             "size": _size(path),
             "made by": f"{model.producer_name} {model.producer_version}".strip(),
             "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
-            "weights": f"{sum(_bytes(t) for t in model.graph.initializer) / 1e6:,.1f} MB",
+            "weights": decimal(sum(_bytes(t) for t in model.graph.initializer)),
         },
         "inputs": {value.name: _value(value) for value in model.graph.input},
         "outputs": {value.name: _value(value) for value in model.graph.output},
@@ -100,7 +102,7 @@ def _spectrum(config: ModelConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     freq = numbers["freq"]
     described = {
         "frequencies": f"{len(freq)}" + (f", from {freq[0]:.4g} to {freq[-1]:.4g} rad per token" if freq else ""),
-        "shortest floor": f"{2 * 3.141592653589793 / config.training_length:.4g} (one period in the training length)",
+        "floor": f"{2 * math.pi / config.training_length:.4g}, one period in {config.training_length} tokens",
     }
     fields: dict[str, Any] = msgspec.to_builtins(config.spectrum)
     return fields | described | {name: value for name, value in numbers.items() if name != "freq"}
@@ -117,11 +119,9 @@ def _value(value: onnx.ValueInfoProto) -> str:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    items = 1
-    for dim in tensor.dims:
-        items *= dim
-    return int(items * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * itemsize
 
 
 def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "missing"
+    return decimal(path.stat().st_size) if path.is_file() else "missing"

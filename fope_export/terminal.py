@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.status import Status
 from rich.table import Table
 
 from fope_export.errors import FopeError
@@ -24,6 +25,11 @@ def print_error(error: FopeError) -> None:
     ERRORS.print(str(error), markup=False)
     ERRORS.print("[bold]hint:[/]  ", end="")
     ERRORS.print(error.hint, markup=False)
+
+
+def waiting(text: str) -> Status:
+    """A spinner while something loads."""
+    return ERRORS.status(text)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the shipped models for the README: loss by length of context in PyTorch and from the exported ONNX, and parity.
+"""Measure the shipped models for the README: loss by length of context, in PyTorch and from the ONNX, and parity.
 
 scripts/figures.py          writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
 """

@@ -1,0 +1,67 @@
+"""The models that come along: small enough, trained, exported and equal to PyTorch, and able to write Python."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from fope_export.backends.choose import load_backend
+from fope_export.bundle import Bundle
+from fope_export.cli import main
+from fope_export.corpus import as_tokens, python_source
+from fope_export.demo import NAMES, shipped
+from fope_export.evaluation import loss_by_length
+from fope_export.generation import Sampling, complete
+from fope_export.graph.export import export
+from fope_export.tokens import Text
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def shipped_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(shipped(request.param), tmp_path_factory.mktemp("shipped") / request.param)
+
+
+def test_together_they_are_at_most_10_mb() -> None:
+    files = [path for name in NAMES for path in shipped(name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 10e6
+    assert {"MODEL_CARD.md", "training.json", "config.json", "model.safetensors", "tokenizer.json"} == {
+        path.name for path in files
+    }
+
+
+def test_the_twins_saw_the_same() -> None:
+    fope, rope = (json.loads((shipped(name) / "training.json").read_text())["run"] for name in NAMES)
+    assert fope | {"spectrum": ""} == rope | {"spectrum": ""}
+
+
+def test_validate_passes(shipped_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(shipped_bundle.path)]) == 0
+    assert "decode to 100,000" in capsys.readouterr().out
+
+
+def test_the_exported_model_has_learned_python(shipped_bundle: Bundle) -> None:
+    trained = shipped_bundle.manifest.model.training_length
+    text = as_tokens(python_source(held_out=True))[: (1 << 14) + 1]
+    assert loss_by_length(load_backend(shipped_bundle), text, [trained])[trained] < 1.2
+
+
+def test_it_writes_recognisable_python(shipped_bundle: Bundle) -> None:
+    options = Sampling(max_new_tokens=300, temperature=0.5, seed=0)
+    pieces = complete(load_backend(shipped_bundle), Text(shipped_bundle.path), ["class Reader:\n    def "], options)
+    written = "class Reader:\n    def " + "".join(piece for _, piece in pieces)
+    lines = written.splitlines()
+    parsed = 0
+    for end in range(2, len(lines)):
+        try:
+            ast.parse("\n".join(lines[:end]))
+            parsed = end
+        except SyntaxError:
+            continue
+    assert parsed >= 3 and "self" in written, written
+
+
+def test_their_cards_state_data_steps_and_losses() -> None:
+    for name in NAMES:
+        card = Path(shipped(name) / "MODEL_CARD.md").read_text()
+        assert all(word in card for word in ("standard library", "steps of", "nats per byte", "| 256 | 512 |"))
