@@ -119,8 +119,8 @@ def _value(value: onnx.ValueInfoProto) -> str:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * itemsize
+    size: int = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return size
 
 
 def _size(path: Path) -> str:

@@ -90,6 +90,7 @@ def test_inputs_are_saved_and_loaded(bundle: Bundle, tmp_path: Path, capsys: Cap
         (["run", "OUT", "--prompt-ids", "1,300"], "token 300 is outside the vocabulary of 256"),
         (["run", "OUT", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["run", "nowhere", "--prompt", "x"], "nowhere is not a bundle"),
+        (["validate", "OUT", "--backend", "torch"], "PyTorch is the yardstick"),
         (["validate", "nowhere"], "nowhere is not a bundle"),
         (["validate", "OUT", "--lengths", "0"], "lengths"),
         (["validate", "OUT", "--checkpoint", "nowhere"], "its checkpoint is not at nowhere"),

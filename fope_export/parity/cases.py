@@ -69,40 +69,54 @@ class Case:
             ids, _, positions = (array[i : i + 1, mask != 0] for array in self.feeds)
             length = ids.shape[1]
             feeds = Feeds(ids, np.ones_like(ids), positions)
-            yield Case(self.name, feeds, chunks(length, largest), min(self.kept, length))
+            yield Case(self.name, feeds, _chunks(length, largest), min(self.kept, length))
 
 
 def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = ()) -> list[Case]:
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
     length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000.
+
+    Raises ParityError for a length below 1.
     """
     if any(length < 1 for length in lengths):
         raise ParityError(f"lengths {tuple(lengths)}: a prefill has at least one token", hint="Give lengths from 1.")
-    trained, largest = config.training_length, _largest_step(config.vocab_size)
-    rng = np.random.default_rng(seed)
+    trained, rng = config.training_length, np.random.default_rng(seed)
 
     def tokens(rows: int, length: int) -> NDArray[np.int64]:
         return rng.integers(0, config.vocab_size, (rows, length))
 
-    wanted = sorted({1, 7, trained // 2 + 1, *(trained * factor for factor in FACTORS)} if not lengths else {*lengths})
-    prefills = [Case(f"prefill {n}", feeds_for(tokens(1, n)), chunks(n, largest), min(n, KEPT)) for n in wanted]
-    decoded = trained + 16
-    uneven = (trained, 7, 1, 33, trained)
-    ragged = [list(tokens(1, n)[0]) for n in (trained // 2 + 9, trained // 4, 11)]
-    padded = feeds_for(*pad_left(ragged))
+    wanted = lengths or (1, 7, trained // 2 + 1, *(trained * factor for factor in FACTORS))
+    decoded, first, uneven = trained + 16, max(trained - 16, 1), (trained, 7, 1, 33, trained)
+    padded = feeds_for(*pad_left([list(tokens(1, n)[0]) for n in (trained // 2 + 9, trained // 4 + 1, 11)]))
+    longest = padded.input_ids.shape[1]
     far = feeds_for(tokens(1, 64))
     far = far._replace(position_ids=far.position_ids + FAR - 63)
-    longest = padded.input_ids.shape[1]
     return [
-        *prefills,
-        Case(f"decode across {trained}", feeds_for(tokens(2, decoded)), (trained - 16, *[1] * 32), min(decoded, KEPT)),
+        *(prefill(config, length, seed) for length in sorted(set(wanted))),
+        Case(
+            f"decode across {trained}",
+            feeds_for(tokens(2, decoded)),
+            (first, *[1] * (decoded - first)),
+            min(decoded, KEPT),
+        ),
         Case("uneven chunks", feeds_for(tokens(1, sum(uneven))), uneven, min(sum(uneven), KEPT)),
         Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
         Case(f"decode to {FAR:,}", far, (48, *[1] * 16), 64),
     ]
 
 
-def chunks(length: int, largest: int) -> tuple[int, ...]:
+def prefill(config: ModelConfig, length: int, seed: int) -> Case:
+    """`length` random tokens at once, or in the largest steps whose logits fit."""
+    ids = np.random.default_rng((seed, length)).integers(0, config.vocab_size, (1, length))
+    return _whole(f"prefill {length}", feeds_for(ids), config.vocab_size)
+
+
+def _whole(name: str, feeds: Feeds, vocab_size: int) -> Case:
+    length = feeds.input_ids.shape[1]
+    return Case(name, feeds, _chunks(length, _largest_step(vocab_size)), min(length, KEPT))
+
+
+def _chunks(length: int, largest: int) -> tuple[int, ...]:
     """`length` as steps of `largest` and a rest."""
     rest = length % largest
     return (largest,) * (length // largest) + ((rest,) if rest else ())
@@ -130,11 +144,7 @@ def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
         ) from cause
     if not feeds or any(f.attention_mask.shape != f.input_ids.shape for f in feeds):
         raise ParityError(f"{path}: expected whole sequences without a past", hint="Write them with --save-inputs.")
-    largest = _largest_step(config.vocab_size)
-    return [
-        Case(f"input {i}", f, chunks(f.input_ids.shape[1], largest), min(f.input_ids.shape[1], KEPT))
-        for i, f in enumerate(feeds)
-    ]
+    return [_whole(f"input {i}", each, config.vocab_size) for i, each in enumerate(feeds)]
 
 
 def graph_feeds(manifest: Manifest, feeds: Feeds) -> dict[str, NDArray[Any]]:

@@ -10,9 +10,11 @@ from fope_export.backends.base import Backend, Feeds
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
-from fope_export.model.checkpoint import Checkpoint, source_of
-from fope_export.parity.cases import Case, standard_cases
-from fope_export.parity.controls import CONTROLS
+from fope_export.errors import ParityError
+from fope_export.model.checkpoint import source_of
+from fope_export.model.decoder import Decoder
+from fope_export.parity.cases import Case, prefill, standard_cases
+from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import Verdict, judge
 from fope_export.parity.localise import Divergence, different_tensors, first_divergence
 
@@ -76,54 +78,56 @@ def validate(
 ) -> ParityResult:
     """Compare a bundle with its checkpoint in PyTorch. `cases` replace the standard ones; `report` follows progress.
 
-    Raises BundleError when the checkpoint is gone or is another one, BackendError when the backend cannot run.
+    Raises BundleError when the checkpoint is gone or is another one, BackendError when the backend cannot run, and
+    ParityError when it is PyTorch itself.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
     source = source_of(bundle, checkpoint)
     tested = load_backend(bundle, backend)
-    single, double = EagerBackend(source.model), EagerBackend.in_float64(source.model)
+    if isinstance(tested, EagerBackend):
+        raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
+    yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
     cases = cases or standard_cases(source.config, seed, lengths)
-    todo = [case.name for case in cases] + [control.name for control in CONTROLS] + ["integrity"]
-    progress = iter(enumerate(todo))
-
-    def next_step() -> None:
-        done, what = next(progress)
-        report(what, done, len(todo))
-
+    total = len(cases) + len(CONTROLS)
     results = []
-    for case in cases:
-        next_step()
-        results.append(_compare(case, single, double, tested))
+    for done, case in enumerate(cases):
+        report(case.name, done, total)
+        results.append(yardstick.compare(case, tested))
     controls = []
-    reference = _control_case(cases, source)
-    for control in CONTROLS:
-        next_step()
-        reason = control.reason(source.config.spectrum)
-        if reason:
-            controls.append(ControlResult(control.name, reason, None))
-            continue
-        truth, noisy = reference.run_plainly(double), reference.run(single)
-        with control.applied(source.model) as wrong:
-            controls.append(ControlResult(control.name, "", judge(truth, noisy, reference.run(wrong))))
-    next_step()
+    reference = prefill(source.config, source.config.training_length, seed)
+    for done, control in enumerate(CONTROLS, start=len(cases)):
+        report(control.name, done, total)
+        controls.append(yardstick.refuse(control, reference, source.model))
+    report("files", total, total)
     damaged = bundle.damaged()
     failing = [case for case, result in zip(cases, results, strict=True) if not result.verdict.passed]
     tensors, divergence = [], None
     if failing or damaged:
         tensors = different_tensors(bundle, source.model)
-        divergence = first_divergence(bundle, single, double, _excerpt(failing[0] if failing else reference))
+        feeds = _excerpt(failing[0] if failing else reference)
+        divergence = first_divergence(bundle, yardstick.single, yardstick.double, feeds)
     return ParityResult(tested.name, tuple(results), tuple(controls), damaged, tuple(tensors), divergence)
 
 
-def _compare(case: Case, single: Backend, double: Backend, tested: Backend) -> CaseResult:
-    truth, noisy, got = case.run_plainly(double), case.run(single), case.run(tested)
-    verdict = judge(truth, noisy, got)
-    return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
+@dataclass(frozen=True)
+class Yardstick:
+    """PyTorch in the tested dtype, and in float64."""
 
+    single: EagerBackend
+    double: EagerBackend
 
-def _control_case(cases: Sequence[Case], source: Checkpoint) -> Case:
-    """The case nearest to the training length: long enough for every mistake to show."""
-    return min(cases, key=lambda case: abs(case.length - source.config.training_length))
+    def compare(self, case: Case, tested: Backend) -> CaseResult:
+        """Hold a backend against the truth of one case."""
+        verdict = judge(case.run_plainly(self.double), case.run(self.single), got := case.run(tested))
+        return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
+
+    def refuse(self, control: Control, case: Case, model: Decoder) -> ControlResult:
+        """Hold a deliberate mistake against it, where `model` can make it."""
+        if reason := control.reason(model.config.spectrum):
+            return ControlResult(control.name, reason, None)
+        with control.applied(model) as wrong:
+            got = case.run(wrong)
+        return ControlResult(control.name, "", judge(case.run_plainly(self.double), case.run(self.single), got))
 
 
 def _excerpt(case: Case) -> Feeds:
