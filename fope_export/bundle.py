@@ -114,6 +114,7 @@ def creating(out: Path) -> Iterator[Path]:
     An error or a kill leaves `out` as it was. Leftovers of killed runs are swept away. Raises BundleError when `out`
     holds something that is not a bundle.
     """
+    out = out.absolute()
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
     sub.add_argument(
-        "--lengths", type=_lengths, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
+        "--lengths", type=_numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
     )
     sub.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl"
     )
-    source.add_argument("--prompt-ids", type=_lengths, help="token ids to continue, as 12,7,99")
+    source.add_argument("--prompt-ids", type=_numbers, help="token ids to continue, as 12,7,99")
     sub.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
@@ -98,7 +98,7 @@ def _backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", help="onnxruntime or torch (default: the best that this machine runs)")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:

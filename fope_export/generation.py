@@ -63,14 +63,14 @@ def complete(
     stop: Sequence[str] = (),
     eos: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (number of a prompt, next piece of its text) as pieces become certain; `stop` strings end a prompt."""
+    """Yield (number of a prompt, text that became certain, perhaps none) for every token; `stop` strings end it."""
     streams = [text.stream(stop) for _ in prompts]
     steps = generate(backend, [text.encode(prompt) for prompt in prompts], sampling, eos=eos)
     tokens = next(steps, None)
     while tokens is not None:
         for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):
-            if token not in (None, eos) and not stream.stopped and (piece := stream.push(token)):
-                yield row, piece
+            if token is not None and token != eos and not stream.stopped:
+                yield row, stream.push(token)
         try:
             tokens = steps.send([row for row, stream in enumerate(streams) if stream.stopped])
         except StopIteration:

@@ -86,9 +86,9 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def report_speed() -> Iterator[Callable[[str], None]]:
-    """Count pieces of text as they come; say how many there were and how fast."""
-    pieces: list[str] = []
+    """Count tokens as they come; say how many there were and how fast."""
+    tokens: list[str] = []
     started = time.perf_counter()
-    yield pieces.append
+    yield tokens.append
     seconds = time.perf_counter() - started
-    ERRORS.print(f"\n[dim]{len(pieces)} pieces of text in {seconds:.1f} s, {len(pieces) / seconds:.0f} a second[/]")
+    ERRORS.print(f"\n[dim]{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.0f} a second[/]")
