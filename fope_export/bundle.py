@@ -13,10 +13,11 @@ from typing import Any, Self
 import msgspec
 
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.errors import BundleError
+from fope_export.errors import BundleError, ConfigError
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
+REPORTS = "reports/"
 FORMAT_VERSION = 1
 
 
@@ -80,9 +81,13 @@ class Bundle:
         return self.path / MODEL
 
     def damaged(self) -> dict[str, str]:
-        """Files that are gone or no longer what the manifest records, with the reason."""
+        """Files that are gone or no longer what the manifest records, with the reason. Reports, which can be made again
+        at any time, are not among them.
+        """
         found = {}
         for name, recorded in self.manifest.files.items():
+            if name.startswith(REPORTS):
+                continue
             if not (self.path / name).is_file():
                 found[name] = "is missing"
             elif sha256(self.path / name) != recorded:
@@ -111,13 +116,13 @@ def sha256(path: Path) -> str:
 def creating(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write a bundle into; it becomes `out` when the block ends with a manifest in it.
 
-    An error or a kill leaves `out` as it was. Leftovers of killed runs are swept away. Raises BundleError when `out`
-    holds something that is not a bundle.
+    An error leaves `out` as it was, and so does a kill; where one falls between the two renames that replace a bundle,
+    the next call brings the old one back first. Raises BundleError when `out` is not free for a bundle.
     """
-    out = out.absolute()
-    check_target(out)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     _sweep(out)
+    check_target(out)
     work = out.parent / f".{out.name}.{os.getpid()}.partial"
     work.mkdir()
     try:
@@ -129,15 +134,21 @@ def creating(out: Path) -> Iterator[Path]:
 
 
 def check_target(out: Path) -> None:
-    """Raises BundleError unless `out` is free, an empty folder, or a bundle that may be replaced."""
+    """Raises BundleError unless `out` is free, an empty folder, or a bundle with nothing else in it."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        _read_manifest(out)
+        listed = _read_manifest(out).files.keys() | {MANIFEST}
     except BundleError as cause:
         raise BundleError(
-            f"{out} exists and is not a bundle; nothing was written", hint="Choose another folder, or remove it."
+            f"{out} exists and would be lost; nothing was written: {cause}", hint="Choose another folder, or remove it."
         ) from cause
+    found = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    if others := sorted(name for name in found if name not in listed and not Path(name).name.startswith(".")):
+        raise BundleError(
+            f"{out} holds {others[0]}, which is not the bundle's and would be lost; nothing was written",
+            hint="Move it away, or choose another folder.",
+        )
 
 
 def complete(folder: Path, manifest: Manifest) -> Manifest:
@@ -149,20 +160,25 @@ def complete(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _put_in_place(work: Path, out: Path) -> None:
-    if not out.exists():
-        work.rename(out)
-        return
     old = out.parent / f".{out.name}.{os.getpid()}.old"
-    out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    try:
+        work.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sweep(out: Path) -> None:
-    """Remove what runs that no longer live have left beside `out`."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.(partial|old)")
-    for path in out.parent.iterdir():
+    """Undo what runs that no longer live have left beside `out`."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,9}})\.(partial|old)")
+    for path in sorted(out.parent.iterdir()):
         if (match := pattern.fullmatch(path.name)) and not _alive(int(match[1])):
+            if match[2] == "old" and not out.exists():
+                path.rename(out)
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -188,7 +204,7 @@ def _read_manifest(folder: Path) -> Manifest:
                 hint="Export the checkpoint again with this version.",
             )
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.MsgspecError, AttributeError) as cause:
+    except (msgspec.MsgspecError, AttributeError, ConfigError) as cause:
         raise BundleError(f"{path}: not a valid manifest: {cause}", hint="Export the checkpoint again.") from cause
 
 

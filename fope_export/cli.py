@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("demo", demo, "Export, validate, run and measure the model that comes along, in a minute or two.")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for bundles and report (default: demo)")
+    _json(sub)
 
     sub = command("doctor", doctor, "Say what this machine can do, and why not.")
     _json(sub)
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--lengths", type=_numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the random tokens (default: 0)")
+    sub.add_argument("--seed", type=_natural, default=0, help="of the random tokens (default: 0)")
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
     sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
     _backend(sub)
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
-    sub.add_argument("--seed", type=int, default=0, help="default: 0")
+    sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -98,6 +99,10 @@ def _backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", help="onnxruntime or torch (default: the best that this machine runs)")
 
 
+def _natural(text: str) -> int:
+    return _numbers(text)[0]
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -110,13 +115,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def demo(args: argparse.Namespace) -> int:
     """Run everything on the shipped models."""
-    from fope_export.demo import demo_table, run_demo
+    from fope_export.demo import demo_record, demo_table, run_demo
     from fope_export.terminal import RESULTS, stages
 
     with stages("demo") as report:
         result = run_demo(args.out, report)
-    RESULTS.print(demo_table(result))
-    RESULTS.print(f"report: {result.page}", markup=False)
+    if args.json:
+        _print_json(demo_record(result))
+    else:
+        RESULTS.print(demo_table(result))
+        RESULTS.print(f"report: {result.page}", markup=False)
     return PASSED if result.passed else FAILED
 
 
@@ -160,29 +168,23 @@ def export(args: argparse.Namespace) -> int:
 def validate(args: argparse.Namespace) -> int:
     """Bundle against checkpoint."""
     from fope_export.bundle import Bundle
-    from fope_export.parity.cases import load_inputs, save_inputs, standard_cases
     from fope_export.parity.run import validate as validate_bundle
-    from fope_export.report import parity_record, parity_table, place, write_parity
+    from fope_export.report import parity_record, print_parity, write_parity
     from fope_export.terminal import RESULTS, progress
 
     bundle = Bundle.open(args.bundle, verify=False)
-    model = bundle.manifest.model
-    cases = load_inputs(args.load_inputs, model) if args.load_inputs else standard_cases(model, args.seed, args.lengths)
-    if args.save_inputs:
-        save_inputs(args.save_inputs, bundle.manifest, cases)
     with progress("validate") as report:
-        result = validate_bundle(bundle, checkpoint=args.checkpoint, backend=args.backend, cases=cases, report=report)
-    bundle = write_parity(bundle, result)
+        result = validate_bundle(
+            bundle, checkpoint=args.checkpoint, backend=args.backend, lengths=args.lengths, seed=args.seed,
+            load=args.load_inputs, save=args.save_inputs, report=report,
+        )  # fmt: skip
     if args.json:
         _print_json(parity_record(bundle, result))
-        return PASSED if result.passed else FAILED
-    RESULTS.print(parity_table(result))
-    for name, reason in result.damaged.items():
-        RESULTS.print(f"[red]FAIL[/] {name} {reason}")
-    if found := place(result):
-        RESULTS.print(found, markup=False, style="red")
-    RESULTS.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
-    RESULTS.print(f"report: {bundle.path / 'reports/parity.html'}", markup=False)
+    else:
+        print_parity(result, RESULTS)
+    bundle = write_parity(bundle, result)
+    if not args.json:
+        RESULTS.print(f"report: {bundle.path / 'reports/parity.html'}", markup=False)
     return PASSED if result.passed else FAILED
 
 
@@ -202,9 +204,10 @@ def run(args: argparse.Namespace) -> int:
         backend = load_backend(bundle, args.backend)
     eos = bundle.manifest.model.eos_token_id
     if args.prompt_ids:
+        if args.stop:
+            raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
         steps = generate(backend, [_known(args.prompt_ids, bundle.manifest.model.vocab_size)], sampling, eos=eos)
-        ids = [token for (token,) in steps]
-        _print_json(ids) if args.json else print(*ids, sep=",")
+        _print_ids((token for (token,) in steps), as_json=args.json)
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
     pieces = complete(backend, Text(bundle.path), prompts, sampling, stop=args.stop, eos=eos)
@@ -255,6 +258,15 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def _print_ids(ids: Iterable[int | None], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(list(ids))
+        return
+    for i, token in enumerate(ids):
+        print(f"{',' if i else ''}{token}", end="", flush=True)
+    print()
+
+
 def _print_json(value: Any) -> None:
     import msgspec
 
@@ -263,6 +275,8 @@ def _print_json(value: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the reader of our output has seen enough, end quietly
     args = parser().parse_args(argv)
     if args.version:
         from fope_export import __version__
@@ -274,12 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     try:
         return int(args.function(args))
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PASSED
     except (FopeError, OSError) as error:
         if args.traceback:
-            raise
+            traceback.print_exc()
+            return MISUSED
         from fope_export.terminal import print_error
 
         hint = "Check the path, its permissions, and the space on the disk."

@@ -1,6 +1,7 @@
 """Configuration: frozen, closed (an unknown key is an error: a dropped flag is a wrong model), checked at birth."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,24 @@ CONTRADICTION = "Compare with the configuration that the model was trained with.
 INCOMPLETE = "Is the file complete, and of the version this program reads?"
 
 
-class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A configuration whose fields are checked against their types whichever way it is made.
+
+    Raises ConfigError naming the field.
+    """
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as cause:
+                raise ConfigError(f"{field.name}: {cause}", hint=CONTRADICTION) from cause
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} is {value}, expected a finite number", hint=CONTRADICTION)
+
+
+class SpectrumConfig(Checked, frozen=True, kw_only=True):
     """What one layer's position embedding is, apart from its numbers. No field has a default: a guess is a wrong model.
 
     D kept frequencies are mixed into F rotated channel pairs, separately for each of G coefficient groups; the other
@@ -34,6 +52,7 @@ class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     full_precision: bool  # rotate in float32 whatever the model's dtype
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}, and channel pairs need an even one", hint=CONTRADICTION)
         if self.pairs > self.head_dim // 2:
@@ -42,9 +61,7 @@ class SpectrumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ConfigError(f"{self.pairs} pairs have no frequency to turn with", hint=CONTRADICTION)
 
 
-class ModelConfig(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="model_type", tag="fope"
-):
+class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", tag="fope"):
     """A pre-norm decoder: RMSNorm, fused attention projection, FoPE, SwiGLU; no biases."""
 
     vocab_size: Count  # rows of the embedding, padding rows included
@@ -63,6 +80,7 @@ class ModelConfig(
     spectrum: SpectrumConfig
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads", hint=CONTRADICTION
@@ -79,7 +97,7 @@ class ModelConfig(
                 )
 
 
-class ExportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExportConfig(Checked, frozen=True, kw_only=True):
     """How a model is written as ONNX. The defaults are the portable file that every runtime takes."""
 
     opset: Literal[23, 24] = 23

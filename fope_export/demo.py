@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -103,6 +104,12 @@ def demo_table(result: DemoResult) -> Table:
             f"{max(abs(onnx[n] - torch[n]) for n in lengths):.1e}",
         )
     return table
+
+
+def demo_record(result: DemoResult) -> dict[str, Any]:
+    """The same, and more, as plain data."""
+    models = {model.name: {"parity": model.parity.passed, "nats_per_byte": model.losses} for model in result.models}
+    return {"passed": result.passed, "models": models, "text": PROMPT + result.text, "report": str(result.page)}
 
 
 def _page(result: DemoResult) -> str:

@@ -18,9 +18,11 @@ def loss_by_length(backend: Backend, tokens: Ids, lengths: Sequence[int]) -> dic
     The text is cut into windows of each length, so that all lengths score the same tokens (the last, incomplete window
     of the longest length is dropped) and only the context differs.
 
-    Raises ParityError when the tokens fill no window of the longest length.
+    Raises ParityError when a length does not divide the longest, or when the tokens fill no window of that.
     """
     longest = max(lengths)
+    if any(longest % length for length in lengths):
+        raise ParityError(f"lengths {tuple(lengths)} do not cut the same windows", hint="Use divisors of the longest.")
     usable = (len(tokens) - 1) // longest * longest
     if not usable:
         raise ParityError(f"{len(tokens)} tokens fill no window of {longest}", hint="Give more text.")

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, Ids, feeds_for
-from fope_export.config import Count, Size
+from fope_export.config import Checked, Count, Size
 from fope_export.errors import ConfigError
 from fope_export.tokens import Text
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Sampling(Checked, frozen=True, kw_only=True):
     """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal tokens."""
 
     max_new_tokens: Count = 128
@@ -22,7 +22,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Draw from the k likeliest tokens only; 0 means all."""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Draw from the fewest tokens whose probabilities reach p."""
-    seed: int = 0
+    seed: Size = 0
 
 
 def generate(

@@ -102,7 +102,6 @@ def _spectrum(config: ModelConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     freq = numbers["freq"]
     described = {
         "frequencies": f"{len(freq)}" + (f", from {freq[0]:.4g} to {freq[-1]:.4g} rad per token" if freq else ""),
-        "floor": f"{2 * math.pi / config.training_length:.4g}, one period in {config.training_length} tokens",
     }
     fields: dict[str, Any] = msgspec.to_builtins(config.spectrum)
     return fields | described | {name: value for name, value in numbers.items() if name != "freq"}

@@ -5,6 +5,7 @@ from xml.etree import ElementTree as Xml
 
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
 from rich.table import Table
 
 from fope_export import plots
@@ -74,8 +75,8 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "cases": cases,
         "controls": controls,
         "damaged_files": result.damaged,
-        "different_tensors": result.tensors,
-        "first_divergence": msgspec.to_builtins(result.divergence) if result.divergence else None,
+        "broken": result.broken or None,
+        "place": msgspec.to_builtins(result.place),
         "tool_version": manifest.tool_version,
         "machine": msgspec.to_builtins(read_machine()),
     }
@@ -83,12 +84,12 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
 
 def parity_page(bundle: Bundle, result: ParityResult) -> str:
     """One HTML file that opens offline."""
-    figure = plots.error_figure(result, bundle.manifest.model.training_length)
+    trained = bundle.manifest.model.training_length
     return render(
         "parity.html",
         bundle=bundle,
         result=result,
-        figure=plots.as_svg(figure),
+        figure=plots.as_svg(plots.error_figure(result, trained)) if result.cases else "",
         labels=LABELS,
         factor=FACTOR,
         machine=read_machine(),
@@ -119,6 +120,7 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
     checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
+    checks += [("backend", result.broken)]
     checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
     failures = sum(bool(reason) for _, reason in checks)
     counts = {"tests": str(len(checks)), "failures": str(failures)}
@@ -138,14 +140,22 @@ def _why(case: CaseResult) -> str:
 
 def place(result: ParityResult) -> str:
     """Where a failed bundle first differs, in words; empty for one that passed."""
-    parts = []
-    if (first := result.divergence) is not None:
+    if (found := result.place) is None:
+        return ""
+    parts = [result.broken] if result.broken else []
+    if (first := found.divergence) is not None:
         parts.append(
             f"First module that diverges: {first.module} (error {first.error:.2g}, allowed {first.allowed:.2g})."
         )
-    if result.tensors:
-        others = f" and {len(result.tensors) - 1} more" if len(result.tensors) > 1 else ""
-        parts.append(f"Tensors that differ from the checkpoint: {result.tensors[0]}{others}.")
+    for what, names in (
+        ("Tensors that differ from the checkpoint", found.tensors),
+        ("Rotations with other settings", found.rotations),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{what}: {names[0]}{others}.")
+    if not parts and not all(case.verdict.passed for case in result.cases):
+        parts.append("On whole sequences every module agrees: the fault lies in how the graph uses its cache.")
     return " ".join(parts)
 
 
@@ -172,6 +182,16 @@ def parity_table(result: ParityResult) -> Table:
                 "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]",
             )  # fmt: skip
     return table
+
+
+def print_parity(result: ParityResult, console: Console) -> None:
+    """Table, place and verdict."""
+    console.print(parity_table(result))
+    for name, reason in result.damaged.items():
+        console.print(f"[red]FAIL[/] {name} {reason}")
+    if found := place(result):
+        console.print(found, markup=False, style="red")
+    console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 
 assert set(LABELS) == set(METRICS)

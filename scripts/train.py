@@ -35,6 +35,7 @@ from fope_export.fope.spectrum import Spectrum
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.native import save
+from fope_export.parity.cases import FACTORS
 from fope_export.tokens import byte_tokenizer
 
 HEAD_DIM, THETA = 64, 10_000.0
@@ -124,7 +125,7 @@ def train(run: Run, tokens: Ids, folder: Path, device: str, console: Console) ->
         task = progress.add_task(run.spectrum, total=run.steps, completed=first, loss=smoothed)
         for step in range(first, run.steps):
             windows = batch_of(tokens, run, step).to(device)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
                 logits, _ = model(windows[:, :-1], mask, positions, model.empty_cache(run.batch))
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
             for group in optimizer.param_groups:
@@ -178,8 +179,8 @@ embedding.
 | position embedding | {embedding} |
 | shape | {layers} layers, {heads} heads of {head_dim}, hidden {hidden}, SwiGLU {ff}; 256 bytes, 0 separates files |
 | data | {data} |
-| training | {steps} steps of {batch} windows of {length} bytes ({tokens:,} in all); AdamW, rate {rate}, bfloat16 |
-| where | {machine}, {minutes:.0f} minutes |
+| training | {steps} steps of {batch} windows of {length} bytes ({tokens:,}); AdamW, rate {learning_rate}, bfloat16 |
+| where | {where}, {minutes:.0f} minutes |
 | loss at the end | {loss:.3f} nats per byte in training |
 | stored as | float16 weights, float32 frequencies and coefficients; the losses below are those of the stored model |
 
@@ -193,29 +194,38 @@ Made by `scripts/train.py`, seed {seed}.
 """
 
 
-def card(run: Run, config: ModelConfig, parameters: int, loss: float, seconds: float, losses: dict[int, float]) -> str:
+def card(
+    run: Run, model: Decoder, losses: dict[int, float], scored: int, device: str, loss: float, seconds: float
+) -> str:
+    """The model card, from what was run and what was read back."""
+    config = model.config
     kept = f"{config.spectrum.frequencies} frequencies kept, {config.spectrum.pairs} of {HEAD_DIM // 2} pairs rotated"
-    embedding = f"FoPE: {kept}, gain {run.gain}" if run.spectrum == "fope" else f"RoPE, theta {THETA:g}"
+    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return CARD.format(
-        title=f"{'FoPE' if run.spectrum == 'fope' else 'RoPE'} demonstration model", parameters=parameters,
-        embedding=embedding, layers=run.layers, heads=run.heads, head_dim=HEAD_DIM, hidden=config.hidden_size,
-        ff=run.ff, data=run.data, steps=run.steps, batch=run.batch, length=run.length, tokens=run.tokens,
-        rate=run.learning_rate,
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads", minutes=seconds / 60, loss=loss,
-        scored=HELD_OUT_BYTES, lengths=" | ".join(map(str, losses)), rules="---|" * (len(losses) - 1) + "---",
-        losses=" | ".join(f"{value:.3f}" for value in losses.values()), seed=run.seed,
-    )  # fmt: skip
+        title=f"{'FoPE' if run.spectrum == 'fope' else 'RoPE'} demonstration model",
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding=f"FoPE: {kept}, gain {run.gain}" if run.spectrum == "fope" else f"RoPE, theta {THETA:g}",
+        hidden=config.hidden_size,
+        head_dim=HEAD_DIM,
+        tokens=run.tokens,
+        where=on_cpu if device == "cpu" else torch.cuda.get_device_name(device),
+        minutes=seconds / 60,
+        loss=loss,
+        scored=scored,
+        lengths=" | ".join(map(str, losses)),
+        rules="|".join(["---"] * len(losses)),
+        losses=" | ".join(f"{value:.3f}" for value in losses.values()),
+        **vars(run),
+    )
 
 
-def finish(run: Run, model: Decoder, held_out: Ids, loss: float, seconds: float, folder: Path) -> None:
+def finish(run: Run, model: Decoder, held_out: Ids, device: str, loss: float, seconds: float, folder: Path) -> None:
     """Write the checkpoint, read it back, and describe what was read."""
     save(model.cpu(), folder, dtype=torch.float16)
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(pretty=True))
     stored = load_checkpoint(folder)
-    lengths = [run.length * factor for factor in (1, 2, 4, 8, 16)]
-    losses = loss_by_length(EagerBackend(stored.model), held_out[: HELD_OUT_BYTES + 1], lengths)
-    parameters = sum(p.numel() for p in stored.model.parameters())
-    (folder / "MODEL_CARD.md").write_text(card(run, stored.config, parameters, loss, seconds, losses))
+    losses = loss_by_length(EagerBackend(stored.model), held_out, [run.length * factor for factor in FACTORS])
+    (folder / "MODEL_CARD.md").write_text(card(run, stored.model, losses, len(held_out) - 1, device, loss, seconds))
     record = {"run": vars(run), "loss": loss, "seconds": seconds, "held_out_loss": losses}
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -238,24 +248,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def corpus(files: Sequence[Path] | None) -> tuple[Ids, Ids, str]:
-    """Training tokens, held-out tokens, and what they are."""
-    if not files:
+def corpus(files: Sequence[Path] | None, length: int) -> tuple[Ids, Ids, str]:
+    """Training tokens, held-out tokens (as many as whole windows of the longest context take), and what they are."""
+    if files:
+        tokens = as_tokens(b"\0".join(path.read_bytes() for path in files))
+        cut = len(tokens) * 19 // 20
+        train_on, held_out, what = tokens[:cut], tokens[cut:], ", ".join(path.name for path in files)
+    else:
         train_on, held_out = (as_tokens(python_source(held_out=side)) for side in (False, True))
-        return (
-            train_on,
-            held_out,
-            f"source of Python {platform.python_version()}'s standard library, {len(train_on):,} bytes",
-        )
-    tokens = as_tokens(b"\0".join(path.read_bytes() for path in files))
-    cut = len(tokens) * 19 // 20
-    return tokens[:cut], tokens[cut:], f"{', '.join(path.name for path in files)}, {cut:,} bytes"
+        what = f"source of Python {platform.python_version()}'s standard library"
+    longest = length * max(FACTORS)
+    scored = (min(len(held_out), HELD_OUT_BYTES + 1) - 1) // longest * longest
+    if not scored:
+        raise SystemExit(f"{len(held_out)} held-out bytes are too few for a context of {longest}: give more text")
+    return train_on, held_out[: scored + 1], f"{what}, {len(train_on):,} bytes"
 
 
 def main() -> None:
     args = arguments()
     console = Console(stderr=True)
-    tokens, held_out, data = corpus(args.text)
+    tokens, held_out, data = corpus(args.text, args.length)
     for spectrum in ("fope", "rope") if args.spectrum == "both" else (args.spectrum,):
         run = Run(
             spectrum, args.steps, args.batch, args.length, args.layers, args.heads, args.ff, args.learning_rate,
@@ -264,7 +276,7 @@ def main() -> None:
         folder = args.out / spectrum
         folder.mkdir(parents=True, exist_ok=True)
         model, loss, seconds = train(run, tokens, folder, args.device, console)
-        finish(run, model, held_out, loss, seconds, folder)
+        finish(run, model, held_out, args.device, loss, seconds, folder)
         console.print((folder / "MODEL_CARD.md").read_text())
 
 

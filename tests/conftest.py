@@ -53,8 +53,8 @@ def spectra(kind: str, layers: int, heads: int, head_dim: int, length: int) -> l
 
 
 def small_decoder(kind: str = "fope", *, heads: int = 4, kv_heads: int = 4, length: int = 64, **fields: Any) -> Decoder:
-    """Two layers, head_dim 16, 256 bytes of vocabulary, random weights of a trained model's size."""
-    made = spectra(kind, 2, kv_heads, 16, length)
+    """Two layers unless told otherwise, head_dim 16, 256 bytes of vocabulary, random weights."""
+    made = spectra(kind, fields.get("num_layers", 2), kv_heads, 16, length)
     config = ModelConfig(
         **{
             "vocab_size": 256, "hidden_size": heads * 16, "intermediate_size": 48, "num_layers": 2, "num_heads": heads,

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -88,6 +90,7 @@ def test_inputs_are_saved_and_loaded(bundle: Bundle, tmp_path: Path, capsys: Cap
         (["run", "OUT", "--prompt", "x", "--top-p", "0"], "top_p"),
         (["run", "OUT", "--prompt", ""], "a prompt is empty"),
         (["run", "OUT", "--prompt-ids", "1,300"], "token 300 is outside the vocabulary of 256"),
+        (["run", "OUT", "--prompt-ids", "1", "--stop", "x"], "--stop needs text"),
         (["run", "OUT", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["run", "nowhere", "--prompt", "x"], "nowhere is not a bundle"),
         (["validate", "OUT", "--backend", "torch"], "PyTorch is the yardstick"),
@@ -109,7 +112,10 @@ def test_misuse_exits_with_2_one_message_and_a_hint(
     assert message in told.err and "\nhint:  " in told.err and "Traceback" not in told.err and not told.out
 
 
-@pytest.mark.parametrize("arguments", [["export"], ["nothing"], ["run", "x"], ["run", "x", "--prompt-ids", "a,b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["export"], ["nothing"], ["run", "x"], ["run", "x", "--prompt-ids", "a,b"], ["validate", "x", "--seed", "-1"]],
+)
 def test_unknown_commands_and_missing_arguments(arguments: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -124,6 +130,19 @@ def test_help_teaches(capsys: Capture) -> None:
     assert capsys.readouterr().out.startswith("fope-export 0.")
 
 
-def test_traceback_on_request(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="does not exist"):
-        main(["inspect", str(tmp_path / "nowhere"), "--traceback"])
+def test_traceback_on_request(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(tmp_path / "nowhere"), "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_early_gets_no_traceback(bundle: Bundle) -> None:
+    command = f"{sys.executable} -m fope_export.cli inspect {bundle.path} --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == "{\n" and "Traceback" not in done.stderr
+
+
+def test_a_mistake_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("fope_export.backends.choose.read_machine", lambda: 1 / 0)
+    assert main(["doctor"]) == 70
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError" in told and "please report" in told

@@ -17,23 +17,21 @@ COMMANDS = [
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "checkpoint").symlink_to(shipped("fope"))
-    return folder
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "checkpoint").symlink_to(shipped("fope"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
-    program, *arguments = shlex.split(command)
-    assert program == "fope-export" and main(arguments) == 0
+def test_commands_in_their_order(folder: Path) -> None:
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        assert program == "fope-export" and main(arguments) == 0, command
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets(snippet: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def test_snippets(snippet: str, folder: Path) -> None:
     exec(snippet, {})
 
 

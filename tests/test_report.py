@@ -82,7 +82,7 @@ def test_errors_that_are_infinite_can_be_shown(spoilable: Bundle) -> None:
     (spoilable.path / "model.onnx.data").unlink()
     onnx.save(model, spoilable.model, save_as_external_data=True, location="model.onnx.data")
     result = validate(spoilable, lengths=(64,))
-    assert not result.passed and result.divergence.module == "norm"
+    assert not result.passed and result.place.divergence.module == "norm"
     write_parity(spoilable, result)
     record = json.loads((spoilable.path / "reports/parity.json").read_text())
     assert record["cases"][0]["error"]["max_abs"] is None and "inf" in parity_page(spoilable, result)

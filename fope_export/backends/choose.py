@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from fope_export.backends.base import Backend
@@ -37,8 +38,9 @@ class Machine:
     """Installed versions by distribution name."""
 
 
+@cache
 def read_machine() -> Machine:
-    """This machine. Imports nothing heavy."""
+    """This machine, read once. Imports nothing heavy."""
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -59,7 +61,10 @@ def _gpus() -> tuple[str, ...]:
     if not (tool := shutil.which("nvidia-smi")):
         return ()
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
     return tuple(done.stdout.split("\n")[:-1]) if done.returncode == 0 else ()
 
 
@@ -129,5 +134,8 @@ def choose(wanted: str | None, machine: Machine) -> str:
 
 
 def load_backend(bundle: Bundle, wanted: str | None = None) -> Backend:
-    """The chosen backend with `bundle` in it."""
+    """The chosen backend with `bundle` in it.
+
+    Raises BackendError when it cannot run here, or does not load the bundle.
+    """
     return BACKENDS[choose(wanted, read_machine())].load(bundle)

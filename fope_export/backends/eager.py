@@ -10,13 +10,11 @@ from fope_export.model.decoder import Cache, Decoder
 
 
 class EagerBackend:
-    """A decoder in PyTorch on `device`, in the dtype its weights have."""
+    """A decoder in PyTorch, in the dtype its weights have and where they are."""
 
-    def __init__(self, model: Decoder, *, device: str = "cpu", name: str = "torch") -> None:
-        self.name = name
-        self.model = model.to(device)
+    def __init__(self, model: Decoder, *, name: str = "torch") -> None:
+        self.name, self.model = name, model
         self.vocab_size = model.config.vocab_size
-        self.device = device
 
     @classmethod
     def in_float64(cls, model: Decoder) -> Self:
@@ -28,6 +26,6 @@ class EagerBackend:
 
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
-        inputs = (torch.from_numpy(array).to(self.device) for array in feeds)
+        inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
         logits, present = self.model(*inputs, cache)
         return logits.cpu().numpy(), present

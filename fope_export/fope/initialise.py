@@ -46,7 +46,7 @@ def initial_coefficients(
 
 def identity(count: int, pairs: int) -> Tensor:
     """float32 [D, F]: the identity where square, else pair i starts at frequency i * ceil(D / F) while there is one."""
-    step = math.ceil(count / pairs) if pairs else 1
+    step = math.ceil(count / pairs)
     eye = torch.zeros(count, pairs)
     rows = torch.arange(0, count, step)[:pairs]
     eye[rows, torch.arange(len(rows))] = 1.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fope_export.config import SpectrumConfig
+from fope_export.errors import ConfigError
 from fope_export.fope import contract, frequencies
 from fope_export.fope.initialise import initial_coefficients
 from fope_export.fope.spectrum import Spectrum
@@ -133,10 +134,17 @@ class FopeRotary(nn.Module):
         """A fresh FoPE as the authors start it, for `groups` heads (1: shared) and sequences of `training_length`.
 
         Keeps the D frequencies that complete a period in `training_length` and rotates F = min(D, head_dim / 4) pairs.
+
+        Raises ConfigError for an unknown `init`, or where nothing is left to rotate.
         """
         freq = frequencies.floor_to_zero(frequencies.exponential(theta, head_dim), training_length)
         freq = freq[freq != 0]
         shape = (groups, len(freq), min(len(freq), head_dim // 4))
+        if not all(shape):
+            raise ConfigError(
+                f"no pair of head_dim {head_dim} completes a period in {training_length} tokens",
+                hint="Train on longer sequences, or with more channels a head.",
+            )
         sin_coef, cos_coef = (initial_coefficients(shape, init, gain, generator) for _ in range(2))
         spectrum = Spectrum.fope(freq.numpy(), sin_coef.numpy(), cos_coef.numpy(), head_dim, pairing=pairing)
         return cls.from_spectrum(spectrum, learnable=learnable, normalize=normalize)

@@ -40,14 +40,12 @@ def hugging_face(config: ModelConfig) -> dict[str, Any]:
 
 def genai(config: ModelConfig) -> dict[str, Any]:
     """For ONNX Runtime GenAI: a plain decoder with separate past and present caches."""
-    eos, pad = config.eos_token_id, config.pad_token_id
     return {
         "model": {
             "type": "decoder",
             "vocab_size": config.vocab_size,
             "context_length": CONTEXT_LENGTH,
-            "eos_token_id": 0 if eos is None else eos,
-            "pad_token_id": (eos or 0) if pad is None else pad,
+            **_tokens(config),
             "decoder": {
                 "filename": MODEL,
                 "hidden_size": config.hidden_size,

@@ -2,7 +2,7 @@
 
 import ast
 import os.path
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -69,9 +69,10 @@ class AttachRotary(InPlacePass):
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        for node in model.graph:
-            if node.domain != contract.DOMAIN:
-                continue
+        calls = [node for node in model.graph if node.domain == contract.DOMAIN]
+        if not calls:
+            raise PostconditionError(f"the model makes no call of {contract.DOMAIN}::{contract.NAME}")
+        for node in calls:
             found = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
             if found != contract.DISPATCH:
                 raise PostconditionError(
@@ -80,23 +81,17 @@ class AttachRotary(InPlacePass):
 
 
 class ShareSpectra(InPlacePass):
-    """Layers whose rotations have equal numbers read them from one place, shared.*, and runtimes compute them once."""
+    """Layers whose rotations have equal numbers read them from the first of them, and runtimes compute them once."""
 
     def call(self, model: ir.Model) -> PassResult:
-        readers: defaultdict[tuple[int, bytes], list[ir.Node]] = defaultdict(list)
+        first: dict[tuple[int, bytes], ir.Value] = {}
         for node in model.graph:
             if node.domain == contract.DOMAIN:
                 for port in NUMBERS:
                     value = node.inputs[port]
                     assert value is not None and value.const_value is not None
-                    readers[port, value.const_value.tobytes()].append(node)
-        for (port, _), nodes in readers.items():
-            if len(nodes) > 1:
-                first = nodes[0].inputs[port]
-                assert first is not None and first.name is not None
-                for node in nodes[1:]:
-                    node.replace_input_with(port, first)
-                first.name = "shared." + first.name.split(".", 2)[2]
+                    key = port, value.const_value.tobytes()
+                    node.replace_input_with(port, first.setdefault(key, value))
         return PassResult(model, modified=_drop_unused(model.graph))
 
 

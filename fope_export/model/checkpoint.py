@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +18,10 @@ from fope_export.model.blueprint import Blueprint, Format
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: not a plain file of tensors",
             hint="Only plain state dicts are read; nothing in a checkpoint is executed.",
         ) from cause
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as cause:
+    except Exception as cause:  # a damaged file can raise anything
         reason = str(cause).partition(". ")[0]
         raise CheckpointError(
             f"{path}: cannot be read: {reason}", hint="The file looks truncated or damaged: copy it again."
         ) from cause
-    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+    if not isinstance(data, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
         raise CheckpointError(
             f"{path}: expected a dictionary of tensors, found {type(data).__name__}",
             hint="Save the model's state_dict() alone.",
@@ -137,9 +139,14 @@ def _assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pa
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = dict(plan.constants)
     for name, source in plan.sources.items():
-        tensor = plan.adapt(name, tensors[source])
-        _check(tensor, shapes[name], f"{path}: {source}")
-        state[name] = tensor.to(torch.float32).contiguous()
+        tensor = tensors[source]
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: {source} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
+                hint="Quantised and sparse checkpoints are not read.",
+            )
+        state[name] = plan.adapt(name, tensor.to(torch.float32).contiguous())
+        _check(state[name], shapes[name], f"{path}: {source}")
     return state
 
 
@@ -157,16 +164,12 @@ def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
     if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
         raise CheckpointError(
             f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
-            hint="max_sequence_length must be the training length, not the length that is exported or served.",
+            hint="The configuration must state the training length, not the length that is exported or served.",
         )
     if tensor.shape != shape:
         raise CheckpointError(
             f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}",
             hint="The configuration and the weights belong to different models.",
-        )
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{where} is {tensor.dtype}, expected floating point", hint="Quantised checkpoints are not read."
         )
     if not torch.isfinite(tensor).all():
         raise CheckpointError(

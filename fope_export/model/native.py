@@ -6,8 +6,8 @@ import msgspec
 import torch
 from safetensors.torch import save as to_safetensors
 
-from fope_export.config import ModelConfig, convert
-from fope_export.errors import CheckpointError
+from fope_export.config import CONTRADICTION, ModelConfig, convert
+from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import frequencies
 from fope_export.model.blueprint import Blueprint, Format, model_type, read_json
 from fope_export.model.decoder import Decoder
@@ -44,12 +44,19 @@ def stored_names(config: ModelConfig) -> list[str]:
 
 
 def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write `model` into an existing folder. `dtype` rounds the weights; the rotation's numbers stay float32."""
+    """Write `model` into an existing folder. `dtype` rounds the weights; the rotation's numbers stay float32, and are
+    those of its spectrum, normalisation applied.
+
+    Raises ConfigError when a layer's spectrum is not of the kind that the model's configuration states.
+    """
     state = model.state_dict()
-    tensors = {
-        name: (state[name] if ".rotary." in name else state[name].to(dtype)).contiguous()
-        for name in stored_names(model.config)
-    }
+    tensors = {name: state[name].to(dtype).contiguous() for name in stored_names(model.config)}
+    for i, attention in enumerate(model.attentions()):
+        spectrum = attention.rotary.spectrum
+        if spectrum.config != model.config.spectrum:
+            raise ConfigError(f"layer {i} has {spectrum.config}, not {model.config.spectrum}", hint=CONTRADICTION)
+        for name in ("freq", "sin_coef", "cos_coef"):
+            tensors[f"layers.{i}.attention.rotary.{name}"] = torch.from_numpy(getattr(spectrum, name))
     (folder / WEIGHTS).write_bytes(to_safetensors(tensors))
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(model.config), indent=2) + b"\n")
 

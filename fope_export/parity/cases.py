@@ -134,16 +134,21 @@ def save_inputs(path: Path, manifest: Manifest, cases: Sequence[Case]) -> None:
 def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
     """Cases from inputs that were saved, here or by Polygraphy: one a set of inputs, fed whole.
 
-    Raises ParityError when the file is none, or when an input has a past.
+    Raises ParityError when the file is none, or when an input has a past, unknown tokens, or rows without a token.
     """
+    hint = "Write them with --save-inputs."
     try:
-        feeds = [Feeds(*(inputs[name] for name in Feeds._fields)) for inputs in load_json(str(path))]
+        sets = [[np.asarray(inputs[name], np.int64) for name in Feeds._fields] for inputs in load_json(str(path))]
     except (OSError, KeyError, TypeError, ValueError, PolygraphyException) as cause:
-        raise ParityError(
-            f"{path}: not inputs of this model: {cause}", hint="Write them with --save-inputs."
-        ) from cause
-    if not feeds or any(f.attention_mask.shape != f.input_ids.shape for f in feeds):
-        raise ParityError(f"{path}: expected whole sequences without a past", hint="Write them with --save-inputs.")
+        raise ParityError(f"{path}: not inputs of this model: {cause}", hint=hint) from cause
+    feeds = [Feeds(*arrays) for arrays in sets]
+    if not feeds or any(len({array.shape for array in each}) > 1 or each.input_ids.ndim != 2 for each in feeds):
+        raise ParityError(f"{path}: expected whole sequences without a past", hint=hint)
+    for ids, mask, _ in feeds:
+        if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise ParityError(f"{path}: expected token ids below {config.vocab_size}", hint=hint)
+        if not mask[:, -1].all() or (np.diff((mask != 0).astype(int)) < 0).any():
+            raise ParityError(f"{path}: expected padding on the left only, and a token in every row", hint=hint)
     return [_whole(f"input {i}", each, config.vocab_size) for i, each in enumerate(feeds)]
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fope_export.backends.base import Backend, Feeds, Logits
 from fope_export.backends.eager import EagerBackend
-from fope_export.config import SpectrumConfig
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.decoder import Cache, Decoder
@@ -18,10 +17,10 @@ from fope_export.model.decoder import Cache, Decoder
 
 @dataclass(frozen=True)
 class Control:
-    """One deliberate mistake. `reason` says why a spectrum cannot show it, or nothing."""
+    """One deliberate mistake. `reason` says why a model with this spectrum cannot show it, or nothing."""
 
     name: str
-    reason: Callable[[SpectrumConfig], str]
+    reason: Callable[[Spectrum], str]
     rotary: Callable[[FopeRotary], FopeRotary] = lambda rotary: rotary
     backend: Callable[[Decoder], Backend] = EagerBackend
 
@@ -41,7 +40,7 @@ class Control:
 
 def _other_pad(rotary: FopeRotary) -> FopeRotary:
     spectrum = rotary.spectrum
-    config = msgspec.structs.replace(spectrum.config, sin_pad=1.0 - spectrum.config.sin_pad)
+    config = msgspec.structs.replace(spectrum.config, sin_pad=spectrum.config.sin_pad + 1.0)
     return FopeRotary.from_spectrum(Spectrum(config, spectrum.freq, spectrum.sin_coef, spectrum.cos_coef))
 
 
@@ -73,21 +72,22 @@ class _ShiftedBackend(EagerBackend):
         return super().step(feeds._replace(position_ids=shifted), cache)
 
 
-def _no_position(config: SpectrumConfig) -> str:
-    return "" if config.pairs else "the model has no position embedding"
+def _unpadded(spectrum: Spectrum) -> str:
+    return "" if spectrum.config.pairs < spectrum.config.head_dim // 2 else "no pair is padded"
+
+
+def _shared(spectrum: Spectrum) -> str:
+    same = all(np.array_equal(coef[:1], coef[1:2]) for coef in (spectrum.sin_coef, spectrum.cos_coef))
+    return "heads have the same coefficients" if spectrum.config.groups == 1 or same else ""
+
+
+def _without_position(spectrum: Spectrum) -> str:
+    return "" if spectrum.config.pairs else "the model has no position embedding"
 
 
 CONTROLS = (
-    Control(
-        "sine of the padding changed",
-        lambda config: "" if config.pairs < config.head_dim // 2 else "no pair is padded",
-        rotary=_other_pad,
-    ),
-    Control(
-        "coefficients of two heads swapped",
-        lambda config: "" if config.groups > 1 else "all heads share their coefficients",
-        rotary=_swapped_heads,
-    ),
-    Control("positions shifted by one", _no_position, backend=_ShiftedBackend),
-    Control("rotation in half precision", _no_position, rotary=_half_precision),
+    Control("sine of the padding changed", _unpadded, rotary=_other_pad),
+    Control("coefficients of two heads swapped", _shared, rotary=_swapped_heads),
+    Control("positions shifted by one", _without_position, backend=_ShiftedBackend),
+    Control("rotation in half precision", _without_position, rotary=_half_precision),
 )

@@ -1,25 +1,31 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import load_backend
+from fope_export.backends.choose import choose, load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
-from fope_export.bundle import Bundle
-from fope_export.errors import ParityError
-from fope_export.model.checkpoint import source_of
+from fope_export.bundle import MANIFEST, Bundle
+from fope_export.errors import BackendError, ParityError
+from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
-from fope_export.parity.cases import Case, prefill, standard_cases
+from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import Verdict, judge
-from fope_export.parity.localise import Divergence, different_tensors, first_divergence
+from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
 
 LOCALISED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
+LOCALISED_CASES = 3
+"""Failing cases that it looks at, until one shows a difference."""
+SHORTEST_CONTROL = 32
+"""Tokens on which every deliberate mistake shows, however short the training length."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,17 @@ class ControlResult:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a failed bundle differs from its checkpoint."""
+
+    divergence: Divergence | None
+    tensors: tuple[str, ...]
+    """Tensors with other values."""
+    rotations: tuple[str, ...]
+    """Modules whose rotation has other settings."""
+
+
+@dataclass(frozen=True)
 class ParityResult:
     """What validation found. `passed` is everything together."""
 
@@ -55,15 +72,16 @@ class ParityResult:
     cases: tuple[CaseResult, ...]
     controls: tuple[ControlResult, ...]
     damaged: dict[str, str]
-    """Files that are not what the manifest records, with the reason."""
-    tensors: tuple[str, ...]
-    """Tensors of the checkpoint that the graph holds with other values; looked for after a failure only."""
-    divergence: Divergence | None
+    """Files that are not what they should be, with the reason."""
+    broken: str
+    """Why the backend could not load or run the graph, or nothing; the cases end there."""
+    place: Place | None
+    """Looked for after a failure only."""
 
     @property
     def passed(self) -> bool:
         verdicts = [case.verdict.passed for case in self.cases] + [control.passed for control in self.controls]
-        return all(verdicts) and not self.damaged
+        return bool(self.cases) and all(verdicts) and not self.damaged and not self.broken
 
 
 def validate(
@@ -73,40 +91,47 @@ def validate(
     backend: str | None = None,
     lengths: Sequence[int] = (),
     seed: int = 0,
-    cases: Sequence[Case] = (),
+    load: Path | None = None,
+    save: Path | None = None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> ParityResult:
-    """Compare a bundle with its checkpoint in PyTorch. `cases` replace the standard ones; `report` follows progress.
+    """Compare a bundle with its checkpoint in PyTorch, in the standard cases, with prefills of `lengths` if given.
 
-    Raises BundleError when the checkpoint is gone or is another one, BackendError when the backend cannot run, and
-    ParityError when it is PyTorch itself.
+    `load` replaces the cases by inputs saved as Polygraphy's JSON, `save` writes them; `report` follows progress.
+
+    Raises BundleError when the checkpoint is gone or is another one, BackendError when no backend can run here, and
+    ParityError when the backend is PyTorch itself, or when inputs or lengths make no sense.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
-    source = source_of(bundle, checkpoint)
-    tested = load_backend(bundle, backend)
-    if isinstance(tested, EagerBackend):
+    if (chosen := choose(backend, read_machine())) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
+    source = source_of(bundle, checkpoint)
+    cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths)
+    if save:
+        save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
-    cases = cases or standard_cases(source.config, seed, lengths)
     total = len(cases) + len(CONTROLS)
-    results = []
-    for done, case in enumerate(cases):
-        report(case.name, done, total)
-        results.append(yardstick.compare(case, tested))
+    results, broken = [], ""
+    try:
+        tested = load_backend(bundle, chosen)
+        for done, case in enumerate(cases):
+            report(case.name, done, total)
+            results.append(yardstick.compare(case, tested))
+    except BackendError as error:
+        broken = str(error)
+    reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
+    truth, noisy = reference.run_plainly(yardstick.double), reference.run(yardstick.single)
     controls = []
-    reference = prefill(source.config, source.config.training_length, seed)
     for done, control in enumerate(CONTROLS, start=len(cases)):
         report(control.name, done, total)
-        controls.append(yardstick.refuse(control, reference, source.model))
-    report("files", total, total)
-    damaged = bundle.damaged()
-    failing = [case for case, result in zip(cases, results, strict=True) if not result.verdict.passed]
-    tensors, divergence = [], None
-    if failing or damaged:
-        tensors = different_tensors(bundle, source.model)
-        feeds = _excerpt(failing[0] if failing else reference)
-        divergence = first_divergence(bundle, yardstick.single, yardstick.double, feeds)
-    return ParityResult(tested.name, tuple(results), tuple(controls), damaged, tuple(tensors), divergence)
+        controls.append(_refuse(control, reference, source.model, truth, noisy))
+    damaged = bundle.damaged() | contradictions(bundle, source)
+    found = ParityResult(chosen, tuple(results), tuple(controls), damaged, broken, None)
+    if found.passed:
+        return found
+    failing = [case for case, result in zip(cases, results, strict=False) if not result.verdict.passed]
+    searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
+    return replace(found, place=_place(bundle, source.model, yardstick, searched))
 
 
 @dataclass(frozen=True)
@@ -121,18 +146,34 @@ class Yardstick:
         verdict = judge(case.run_plainly(self.double), case.run(self.single), got := case.run(tested))
         return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
 
-    def refuse(self, control: Control, case: Case, model: Decoder) -> ControlResult:
-        """Hold a deliberate mistake against it, where `model` can make it."""
-        if reason := control.reason(model.config.spectrum):
-            return ControlResult(control.name, reason, None)
-        with control.applied(model) as wrong:
-            got = case.run(wrong)
-        return ControlResult(control.name, "", judge(case.run_plainly(self.double), case.run(self.single), got))
+
+def _refuse(control: Control, case: Case, model: Decoder, truth: Floats, noisy: Floats) -> ControlResult:
+    """Hold a deliberate mistake against the truth, where `model` can make it."""
+    if reason := control.reason(model.attentions()[0].rotary.spectrum):
+        return ControlResult(control.name, reason, None)
+    with control.applied(model) as wrong:
+        return ControlResult(control.name, "", judge(truth, noisy, case.run(wrong)))
+
+
+def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
+    """What the manifest says about the model and the checkpoint does not, as a reason against the manifest."""
+    manifest = bundle.manifest
+    spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
+    said = msgspec.to_builtins(manifest.model) | {"spectra": manifest.spectra}
+    known = msgspec.to_builtins(source.config) | {"spectra": spectra}
+    wrong = [name for name, value in known.items() if said.get(name) != value]
+    return {MANIFEST: f"contradicts the checkpoint in {', '.join(wrong)}"} if wrong else {}
+
+
+def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence[Case]) -> Place:
+    try:
+        tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
+        found = (first_divergence(bundle, yardstick.single, yardstick.double, _excerpt(case)) for case in cases)
+        return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
+    except DecodeError:  # no ONNX file any more
+        return Place(None, (), ())
 
 
 def _excerpt(case: Case) -> Feeds:
-    """The last tokens of a case's first row without padding, as whole sequences."""
-    ids, mask, positions = (array[:1] for array in case.feeds)
-    real = mask[0] != 0
-    ids, positions = (array[:, real][:, -LOCALISED:] for array in (ids, positions))
-    return Feeds(np.ascontiguousarray(ids), np.ones_like(ids), np.ascontiguousarray(positions))
+    """The last tokens of a case, padding included, as whole sequences."""
+    return Feeds(*(np.ascontiguousarray(array[:, -LOCALISED:]) for array in case.feeds))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fope_export.errors import ConfigError
 from fope_export.fope import contract, reference
 from fope_export.fope.rotary import FopeRotary, normalized, rotary
 from fope_export.fope.spectrum import Spectrum
@@ -128,6 +129,12 @@ def test_a_foreign_model_trains_with_it(learnable: bool) -> None:
     assert losses[-1] < losses[0] - 0.1
     moved = np.abs(model.rotary.spectrum.sin_coef - before.sin_coef).max()
     assert (moved > 1e-3) == learnable
+
+
+@pytest.mark.parametrize(("head_dim", "length"), [(64, 6), (2, 512)])
+def test_nothing_to_rotate_is_an_error(head_dim: int, length: int) -> None:
+    with pytest.raises(ConfigError, match="completes a period"):
+        FopeRotary.create(head_dim=head_dim, groups=1, training_length=length)
 
 
 def test_ports_and_settings_are_the_contracts() -> None:

@@ -16,6 +16,7 @@ from fope_export.config import ExportConfig
 from fope_export.fope import contract
 from fope_export.graph import passes
 from fope_export.graph.export import export, to_onnx
+from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
 from tests.model.test_olmo import EXPECTED
 
@@ -120,8 +121,8 @@ def test_every_layer_calls_the_function_and_can_reach_a_plugin(bundle: Bundle) -
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"fope", b"1")
         assert (attributes["sin_pad"], attributes["cos_pad"], attributes["heads_per_group"]) == (1.0, 1.0, 1)
     assert [(f.domain, f.name) for f in model.functions] == [("fope", "FopeRotary")]
-    frequencies = {call.input[3] for call in calls}
-    assert frequencies == {"shared.attention.rotary.freq"}
+    assert [call.input[3] for call in calls] == ["layers.0.attention.rotary.freq"] * 2
+    assert [call.input[4] for call in calls] == [f"layers.{i}.attention.rotary.sin_coef" for i in (0, 1)]
 
 
 def test_the_file_says_where_it_comes_from_and_nothing_else(bundle: Bundle) -> None:
@@ -181,3 +182,22 @@ def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
     del call.attributes["plugin_namespace"]
     with pytest.raises(PostconditionError, match="no plugin would be found"):
         passes.AttachRotary()(model)
+
+
+def test_a_model_without_a_call_is_an_error() -> None:
+    model = to_onnx(small_decoder(), ExportConfig())
+    for node in model.graph:
+        node.domain = ""
+    with pytest.raises(PostconditionError, match="no call of fope::FopeRotary"):
+        passes.AttachRotary()(model)
+
+
+def test_layers_that_share_numbers_in_groups(tmp_path: Path) -> None:
+    model = small_decoder(num_layers=4)
+    rotaries = [attention.rotary for attention in small_decoder().attentions()]
+    for i, attention in enumerate(model.attentions()):
+        attention.rotary = rotaries[i // 2]
+    out = export(write_native(model, tmp_path / "checkpoint"), tmp_path / "out")
+    calls = [node for node in onnx.load(out.model, load_external_data=False).graph.node if node.domain == "fope"]
+    assert [call.input[4] for call in calls] == [f"layers.{i}.attention.rotary.sin_coef" for i in (0, 0, 2, 2)]
+    assert validate(out, lengths=(64,)).passed

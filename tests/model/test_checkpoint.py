@@ -54,6 +54,13 @@ class Evil:
 
 FF = "transformer.blocks.1.ff_proj.weight"
 COEF = "transformer.blocks.0.pos_emb.sin_coef"
+
+
+def flat_coefficients(folder: Path) -> None:
+    tensors(lambda state: state.update({COEF: state[COEF].flatten()}))(folder)
+    flag("fourier_norm: false", "fourier_norm: true")(folder)
+
+
 CASES: dict[str, tuple[Spoil, str]] = {
     "training length": (flag("max_sequence_length: 512", "max_sequence_length: 1024"), "D is 16 in the weights but 18"),
     "unknown flag": (flag("fourier: true", "fourier: true\n  fourrier: 1"), "unknown field `fourrier`"),
@@ -67,6 +74,11 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "extension without length": (flag("len_extra: false", "len_extra: true"), "len_extra needs len_extra_orig_length"),
     "unknown extension": (flag("len_extra_type: PI", "len_extra_type: CLEX\n  len_extra: true"), "config.yaml"),
     "heads that do not divide": (flag("n_heads: 2", "n_heads: 3"), "d_model is not a multiple of n_heads"),
+    "no heads": (flag("n_heads: 2", "n_heads: 0"), "n_heads: Expected `int` >= 1"),
+    "no length": (flag("max_sequence_length: 512", "max_sequence_length: 0"), "max_sequence_length: Expected"),
+    "no epsilon": (flag("layer_norm_eps: 1.0e-06", "layer_norm_eps: .nan"), "layer_norm_eps"),
+    "negative base": (flag("rope_theta: 10000", "rope_theta: -1"), "rope_theta: Expected `float` > 0"),
+    "impossible date": (flag("run_name: fope60m", "run_name: 2024-13-45"), "not valid YAML"),
     "one layer more": (flag("n_layers: 2", "n_layers: 3"), "missing: transformer.blocks.2"),
     "one layer less": (flag("n_layers: 2", "n_layers: 1"), "left over: transformer.blocks.1"),
     "rope instead of fope": (flag("fourier: true", "fourier: false"), "4 tensors left over"),
@@ -75,7 +87,10 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "misshapen tensor": (tensors(lambda state: state.update({FF: state[FF][:-1]})), "has shape (1023, 128)"),
     "NaN": (tensors(lambda state: state[FF].view(-1)[5].fill_(torch.nan)), f"{FF} holds NaN or infinity"),
     "infinite coefficient": (tensors(lambda state: state[COEF][0, 0].fill_(torch.inf)), "holds NaN or infinity"),
-    "integer weights": (tensors(lambda state: state.update({FF: state[FF].int()})), "expected floating point"),
+    "integer weights": (tensors(lambda state: state.update({FF: state[FF].int()})), "expected dense floating point"),
+    "sparse weights": (tensors(lambda state: state.update({FF: state[FF].to_sparse()})), "expected dense floating"),
+    "flat coefficients": (flat_coefficients, "has shape (512,)"),
+    "numbers as names": (tensors(lambda state: state.update({3: torch.ones(1)})), "expected a dictionary"),
     "truncated weights": (truncate("model.pt", 0.5), "cannot be read"),
     "truncated config": (truncate("config.yaml", 0.4), "config.yaml"),
     "broken yaml": (write("config.yaml", b"model: [1, 2"), "not valid YAML"),

@@ -1,5 +1,6 @@
 """Validation as a whole: good bundles pass, spoiled ones fail and are told where, and every control is refused."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle, sha256
 from fope_export.errors import BundleError, ParityError
+from fope_export.fope.rotary import FopeRotary
+from fope_export.fope.spectrum import Spectrum
+from fope_export.graph.export import export
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Cache
 from fope_export.parity import run
@@ -23,6 +27,8 @@ from fope_export.parity.cases import FAR, Case, load_inputs, save_inputs, standa
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import judge
 from fope_export.parity.run import ParityResult, validate
+from fope_export.report import place, write_parity
+from tests.conftest import small_decoder, write_native
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def result(bundle: Bundle) -> ParityResult:
 
 
 def test_a_good_bundle_passes_every_case(result: ParityResult) -> None:
-    assert result.passed and not result.damaged and result.divergence is None
+    assert result.passed and not result.damaged and not result.broken and result.place is None
     assert all(case.verdict.ratio < 2.5 for case in result.cases)
 
 
@@ -56,7 +62,7 @@ def test_controls_that_a_model_cannot_show_say_why(rope_bundle: Bundle) -> None:
     skipped = {control.name: control.skipped for control in found.controls if control.verdict is None}
     assert skipped == {
         "sine of the padding changed": "no pair is padded",
-        "coefficients of two heads swapped": "all heads share their coefficients",
+        "coefficients of two heads swapped": "heads have the same coefficients",
     }
     assert found.passed
 
@@ -71,7 +77,7 @@ def test_controls_leave_the_model_as_it_was(bundle: Bundle) -> None:
 
 
 def test_a_control_that_passes_breaks_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda config: ""),))
+    monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda spectrum: ""),))
     found = validate(bundle, lengths=(64,))
     assert not found.controls[0].passed and not found.passed
 
@@ -148,16 +154,80 @@ def test_a_spoiled_bundle_fails_and_the_layer_is_named(name: str, rehashed: bool
     found = validate(spoilable.path, lengths=(7, 64))
     assert not found.passed and bool(found.damaged) != rehashed
     assert any(not case.verdict.passed for case in found.cases)
-    assert found.divergence is not None and found.divergence.module == module
-    assert found.divergence.error > found.divergence.allowed
-    assert found.tensors == ((tensor,) if tensor else ())
+    assert found.place is not None and found.place.divergence is not None
+    assert found.place.divergence.module == module
+    assert found.place.divergence.error > found.place.divergence.allowed
+    assert found.place.tensors == ((tensor,) if tensor else ())
+    settings = name in ("padding of layer 1", "padding, slightly", "sign")
+    assert found.place.rotations == ((module,) if settings else ())
 
 
 def test_a_change_below_the_noise_is_found_by_hash_and_named(spoilable: Bundle) -> None:
     weights("layers.1.feed_forward.ff_proj.weight.T", one_value)(spoilable)
     found = validate(spoilable.path, lengths=(64,))
     assert not found.passed and found.damaged
-    assert found.tensors == ("layers.1.feed_forward.ff_proj.weight",)
+    assert found.place is not None and found.place.tensors == ("layers.1.feed_forward.ff_proj.weight",)
+
+
+def heads(bundle: Bundle) -> None:
+    """A rotation that loads and does not run."""
+    model = onnx.load(bundle.model, load_external_data=False)
+    node = next(n for n in model.graph.node if n.name == "layers.1.attention.rotary/FopeRotary")
+    next(a for a in node.attribute if a.name == "heads_per_group").i = 2
+    onnx.save(model, bundle.model)
+
+
+def truncated(bundle: Bundle) -> None:
+    data = bundle.path / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+
+
+def garbage(bundle: Bundle) -> None:
+    bundle.model.write_bytes(b"no graph")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [(heads, "layers.1.attention.rotary"), (truncated, "layers.1"), (garbage, "model.onnx")],
+    ids=["does not run", "truncated", "garbage"],
+)
+def test_a_graph_that_does_not_load_or_run_fails_too(
+    spoil: Callable[[Bundle], None], named: str, spoilable: Bundle
+) -> None:
+    spoil(spoilable)
+    found = validate(spoilable.path, lengths=(7,))
+    assert not found.passed and found.broken and named in place(found)
+    write_parity(spoilable, found)
+
+
+def test_a_mask_that_the_graph_ignores_is_found(spoilable: Bundle) -> None:
+    model = onnx.load(spoilable.model, load_external_data=False)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(7), "seven"))
+    next(n for n in model.graph.node if n.op_type == "Equal").input[1] = "seven"  # no value is padding
+    onnx.save(model, spoilable.model)
+    found = validate(spoilable.path, lengths=(64,))
+    assert [case.name for case in found.cases if not case.verdict.passed] == ["padded batch"]
+    assert found.place is not None and found.place.divergence is not None
+    assert found.place.divergence.module == "layers.0.attention.attn_out"
+
+
+def test_a_manifest_that_contradicts_the_checkpoint_fails(spoilable: Bundle) -> None:
+    path = spoilable.path / "fope_export.json"
+    path.write_text(path.read_text().replace('"sin_pad": 1.0', '"sin_pad": 0.0'))
+    found = validate(spoilable.path, lengths=(64,))
+    assert not found.passed and found.damaged == {"fope_export.json": "contradicts the checkpoint in spectrum"}
+
+
+def test_controls_show_whatever_the_pads_and_the_length(tmp_path: Path) -> None:
+    model = small_decoder(length=16)
+    for attention in model.attentions():
+        s = attention.rotary.spectrum
+        config = msgspec.structs.replace(s.config, sin_pad=0.5)
+        attention.rotary = FopeRotary.from_spectrum(Spectrum(config, s.freq, s.sin_coef, s.cos_coef))
+    model.config = msgspec.structs.replace(model.config, spectrum=config)
+    bundle = export(write_native(model, tmp_path / "checkpoint"), tmp_path / "out")
+    found = validate(bundle, lengths=(1,))
+    assert found.passed and all(control.verdict for control in found.controls)
 
 
 def test_another_checkpoint_is_refused(native: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -200,14 +270,24 @@ def test_inputs_are_replayed_by_us_and_by_polygraphy(bundle: Bundle, tmp_path: P
     assert [case.length for case in again] == [case.length for case in cases]
     backend = load_backend(bundle)
     np.testing.assert_array_equal(again[1].run(backend), cases[1].run(backend))
-    assert validate(bundle, cases=again).passed
+    assert validate(bundle, load=path).passed
     polygraphy = Path(sys.executable).with_name("polygraphy")
     command = [polygraphy, "run", bundle.model, "--onnxrt", "--load-inputs", path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '[{"input_ids": 3}]'])
+def inputs(ids: object = ((1, 2),), mask: object = ((1, 1),), positions: object = ((0, 1),)) -> str:
+    return json.dumps([{"input_ids": ids, "attention_mask": mask, "position_ids": positions}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", '{"a": 1}', '[{"input_ids": 3}]', inputs(3, 1, 0), inputs([[1, 256]]), inputs([[1, -1]]),
+        inputs([[]], [[]], [[]]), inputs(mask=[[1, 0]]), inputs(mask=[[0, 0]]), inputs(mask=[[1, 1, 1]]), inputs("ab"),
+    ],
+)  # fmt: skip
 def test_inputs_that_are_none_are_refused(content: str, bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "inputs.json"
     path.write_text(content)
