@@ -7,9 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fope_export.errors import ConfigError, FopeError
+
+if TYPE_CHECKING:
+    from fope_export.bundle import Bundle
 
 PASSED, FAILED, MISUSED, BROKEN, INTERRUPTED = 0, 1, 2, 70, 130
 
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
     sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
+    sub.add_argument("--chunk", type=_natural, default=512, help="prompt tokens fed at once; 0 is all (default: 512)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -206,11 +210,11 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_ids:
         if args.stop:
             raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
-        steps = generate(backend, [_known(args.prompt_ids, bundle.manifest.model.vocab_size)], sampling, eos=eos)
+        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=eos, chunk=args.chunk)
         _print_ids((token for (token,) in steps), as_json=args.json)
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
-    pieces = complete(backend, Text(bundle.path), prompts, sampling, stop=args.stop, eos=eos)
+    pieces = complete(backend, Text(bundle.path), prompts, sampling, stop=args.stop, eos=eos, chunk=args.chunk)
     texts = [""] * len(prompts)
     with report_speed() as count:
         for row, piece in pieces:
@@ -239,7 +243,8 @@ def inspect(args: argparse.Namespace) -> int:
     return PASSED
 
 
-def _known(ids: Sequence[int], vocabulary: int) -> Sequence[int]:
+def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:
+    vocabulary = bundle.manifest.model.vocab_size
     if max(ids) >= vocabulary:
         raise ConfigError(f"token {max(ids)} is outside the vocabulary of {vocabulary}", hint="Ids start at 0.")
     return ids

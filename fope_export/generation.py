@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.backends.base import Backend, Ids, feeds_for
+from fope_export.backends.base import Backend, Feeds, Ids, Logits, feeds_for
 from fope_export.config import Checked, Count, Size
 from fope_export.errors import ConfigError
 from fope_export.tokens import Text
@@ -25,14 +25,23 @@ class Sampling(Checked, frozen=True, kw_only=True):
     seed: Size = 0
 
 
+CHUNK = 512
+"""Tokens of a prompt that are fed at once: attention over a chunk takes less time and memory than over the whole."""
+
+
 def generate(
-    backend: Backend, prompts: Sequence[Sequence[int]], sampling: Sampling, *, eos: int | None = None
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos: int | None = None,
+    chunk: int = CHUNK,
 ) -> Generator[list[int | None], Collection[int] | None]:
     """Yield one token for each prompt and step; None for a prompt that has met `eos` (which itself is yielded).
 
     Prompts of different lengths are padded on the left. Each row draws with its own generator, from `seed` and its
     index, so that a prompt's text does not depend on the prompts beside it. Send a list of row numbers to end those
-    rows early.
+    rows early. Prompts are fed `chunk` tokens at a time; 0 feeds them whole.
 
     Raises ConfigError for an empty prompt.
     """
@@ -41,17 +50,24 @@ def generate(
     ids, mask = pad_left(prompts)
     rngs = [np.random.default_rng((sampling.seed, row)) for row in range(len(prompts))]
     done = np.zeros(len(prompts), bool)
-    cache = backend.empty_cache(len(prompts))
-    for _ in range(sampling.max_new_tokens):
-        logits, cache = backend.step(feeds_for(ids, mask), cache)
+    logits, cache = prefill(backend, feeds_for(ids, mask), chunk)
+    for remaining in reversed(range(sampling.max_new_tokens)):
         chosen = [sample(row, sampling, rng) for row, rng in zip(logits[:, -1], rngs, strict=True)]
         ended = yield [None if over else token for token, over in zip(chosen, done, strict=True)]
         done |= np.array([token == eos for token in chosen])
         done[list(ended or ())] = True
-        if done.all():
+        if done.all() or not remaining:
             return
-        ids = np.array(chosen, np.int64)[:, None]
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        logits, cache = backend.step(feeds_for(np.array(chosen, np.int64)[:, None], mask), cache)
+
+
+def prefill(backend: Backend, feeds: Feeds, chunk: int = CHUNK) -> tuple[Logits, Any]:
+    """Feed a whole prompt, `chunk` tokens at a time (0: at once); logits of the last chunk, and the cache."""
+    cache, length = backend.empty_cache(len(feeds.input_ids)), feeds.input_ids.shape[1]
+    for start in range(0, length, chunk or length):
+        logits, cache = backend.step(feeds.part(start, start + (chunk or length)), cache)
+    return logits, cache
 
 
 def complete(
@@ -62,10 +78,11 @@ def complete(
     *,
     stop: Sequence[str] = (),
     eos: int | None = None,
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of a prompt, text that became certain, perhaps none) for every token; `stop` strings end it."""
     streams = [text.stream(stop) for _ in prompts]
-    steps = generate(backend, [text.encode(prompt) for prompt in prompts], sampling, eos=eos)
+    steps = generate(backend, [text.encode(prompt) for prompt in prompts], sampling, eos=eos, chunk=chunk)
     tokens = next(steps, None)
     while tokens is not None:
         for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):

@@ -4,13 +4,14 @@
     scripts/bench_export.py                  the paper's 60M shape; writes scripts/results/bench_export.json
     scripts/bench_export.py --shape 180M --out FILE
 
-Weights are random. All backends run in turn within each round, and ratios are medians over rounds, so that a machine
-whose speed drifts does not favour anybody. Both sides compute the logits of every position.
+Weights are random. Both sides compute the logits of every position; prompts of 2048 tokens are fed at once, and in
+chunks of 512 as `fope-export run` does. All backends run in turn within each round, and ratios are medians over all
+rounds. A process keeps the memory it was given, and some is faster than other, so the rounds are spread over several
+sittings: fresh processes, in which the backends are made in turning order.
 """
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fope_export.backends.base import Backend, feeds_for
+from fope_export.backends.base import Backend, Feeds, feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort import OrtBackend
@@ -36,6 +37,7 @@ from fope_export.config import ModelConfig
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
+from fope_export.generation import prefill
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.native import save
@@ -71,30 +73,34 @@ def write_checkpoint(shape: str, kind: str, folder: Path) -> int:
 
 
 def timed_export(checkpoint: Path, out: Path) -> tuple[float, float]:
-    """Seconds and peak MiB of `fope-export export` in a process of its own."""
+    """Seconds and peak MiB of `fope-export export` in a process of its own.
+
+    The peak is the process's VmHWM: ru_maxrss would also count what this process held when it started the other.
+    """
+    code = "import sys; from fope_export.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    command = [sys.executable, "-c", code, "export", str(checkpoint), str(out)]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fope_export.cli", "export", str(checkpoint), str(out)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the export of {checkpoint} failed")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    peak = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("VmHWM"))
+    return seconds, int(peak) / 1024
 
 
-def prefill(backend: Backend, length: int) -> float:
-    """Seconds for `length` tokens at once."""
-    feeds = feeds_for(np.random.default_rng(0).integers(0, VOCABULARY, (1, length)))
+def prompt(length: int) -> Feeds:
+    return feeds_for(np.random.default_rng(0).integers(0, VOCABULARY, (1, length)))
+
+
+def timed_prefill(backend: Backend, length: int, chunk: int) -> float:
+    """Seconds for `length` tokens, `chunk` at a time (0: at once)."""
+    feeds = prompt(length)
     started = time.perf_counter()
-    backend.step(feeds, backend.empty_cache(1))
+    prefill(backend, feeds, chunk)
     return time.perf_counter() - started
 
 
-def decode(backend: Backend, past: int) -> float:
+def timed_decode(backend: Backend, past: int) -> float:
     """Seconds for one token after `past` others, the mean of DECODED greedy steps."""
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, past))
-    logits, cache = backend.step(feeds_for(ids), backend.empty_cache(1))
+    logits, cache = prefill(backend, prompt(past))
     started = time.perf_counter()
     for i in range(DECODED):
         token = logits[:, -1:].argmax(-1)
@@ -103,58 +109,80 @@ def decode(backend: Backend, past: int) -> float:
 
 
 CASES: dict[str, Callable[[Backend], float]] = {
-    "decode, past 128": lambda backend: decode(backend, 128),
-    "decode, past 1024": lambda backend: decode(backend, 1024),
-    "prefill 512": lambda backend: prefill(backend, 512),
-    "prefill 2048": lambda backend: prefill(backend, 2048),
+    "decode, past 128": lambda backend: timed_decode(backend, 128),
+    "decode, past 1024": lambda backend: timed_decode(backend, 1024),
+    "prefill 512": lambda backend: timed_prefill(backend, 512, 0),
+    "prefill 2048, at once": lambda backend: timed_prefill(backend, 2048, 0),
+    "prefill 2048, by 512": lambda backend: timed_prefill(backend, 2048, 512),
 }
 
 
-def compare(backends: dict[str, Backend], rounds: int, console: Console) -> dict[str, Any]:
-    """Milliseconds (medians) and ratios (medians of rounds) for every case."""
-    results = {}
+def agree(backends: dict[str, Backend]) -> None:
+    """Refuse to time backends that do not compute the same."""
+    for label in ("FoPE", "RoPE"):
+        logits = [prefill(backends[f"{kind} {label}"], prompt(64))[0] for kind in ("torch", "ONNX")]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+
+
+def sit(folder: Path, turn: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """One sitting: seconds of every round, by case and backend."""
+    makers: dict[str, Callable[[], Backend]] = {}
+    for kind, label in (("fope", "FoPE"), ("rope", "RoPE")):
+        makers[f"torch {label}"] = lambda kind=kind: EagerBackend(load_checkpoint(folder / kind).model)
+        makers[f"ONNX {label}"] = lambda kind=kind: OrtBackend(Bundle.open(folder / f"{kind}-bundle"))
+    names = [*makers][turn % 4 :] + [*makers][: turn % 4]
+    backends = {name: makers[name]() for name in names}
+    agree(backends)
+    seconds: dict[str, dict[str, list[float]]] = {}
     for case, run in CASES.items():
-        seconds: dict[str, list[float]] = {name: [] for name in backends}
-        with console.status(case):
-            for backend in backends.values():
-                run(backend)
-            for _ in range(rounds):
-                for name, backend in backends.items():
-                    seconds[name].append(run(backend))
+        for backend in backends.values():
+            run(backend)
+        timed = [{name: run(backend) for name, backend in backends.items()} for _ in range(rounds)]
+        seconds[case] = {name: [each[name] for each in timed] for name in makers}
+    return seconds
 
-        def ratio(slow: str, fast: str, seconds: dict[str, list[float]] = seconds) -> float:
-            return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
-        results[case] = {
-            "milliseconds": {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()},
-            "speed_over_eager_fope": round(ratio("torch FoPE", "ONNX FoPE"), 3),
-            "speed_over_eager_rope": round(ratio("torch RoPE", "ONNX RoPE"), 3),
-            "time_fope_over_rope": round(ratio("ONNX FoPE", "ONNX RoPE"), 3),
-        }
-    return results
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds and ratios of one case: medians over the rounds of all sittings."""
+
+    def ratio(a: str, b: str) -> float:
+        return round(statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True)), 3)
+
+    return {
+        "milliseconds": {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()},
+        "speed_over_eager_fope": ratio("torch FoPE", "ONNX FoPE"),
+        "speed_over_eager_rope": ratio("torch RoPE", "ONNX RoPE"),
+        "time_fope_over_rope": ratio("ONNX FoPE", "ONNX RoPE"),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="60M")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sittings", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="in each sitting")
     parser.add_argument("--exports", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_export.json")
+    parser.add_argument("--sit", nargs=2, metavar=("FOLDER", "TURN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.sit:
+        print(json.dumps(sit(Path(args.sit[0]), int(args.sit[1]), args.rounds)))
+        return
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, console.status("exports") as status:
         folder = Path(name)
         weights = {kind: write_checkpoint(args.shape, kind, folder / kind) for kind in ("fope", "rope")}
-        exports = []
-        with console.status("export"):
-            timed_export(folder / "rope", folder / "rope-bundle")
-            exports = [timed_export(folder / "fope", folder / "fope-bundle") for _ in range(args.exports)]
-        seconds, peak = (statistics.median(values) for values in zip(*exports, strict=True))
-        backends: dict[str, Backend] = {}
-        for kind, label in (("fope", "FoPE"), ("rope", "RoPE")):
-            backends[f"torch {label}"] = EagerBackend(load_checkpoint(folder / kind).model)
-            backends[f"ONNX {label}"] = OrtBackend(Bundle.open(folder / f"{kind}-bundle"))
-        cases = compare(backends, args.rounds, console)
+        timed_export(folder / "rope", folder / "rope-bundle")
+        exports = [timed_export(folder / "fope", folder / "fope-bundle") for _ in range(args.exports)]
+        pooled: dict[str, dict[str, list[float]]] = {}
+        for turn in range(args.sittings):
+            status.update(f"sitting {turn + 1} of {args.sittings}")
+            command = [sys.executable, __file__, "--rounds", str(args.rounds), "--sit", name, str(turn)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            for case, found in json.loads(done.stdout).items():
+                for backend, seconds in found.items():
+                    pooled.setdefault(case, {}).setdefault(backend, []).extend(seconds)
+    seconds, peak = (statistics.median(values) for values in zip(*exports, strict=True))
     machine = msgspec.to_builtins(read_machine())
     record = {
         "machine": machine | {"processor": processor(), "torch_threads": torch.get_num_threads()},
@@ -165,8 +193,9 @@ def main() -> None:
             "peak_MiB": round(peak),
             "peak_over_weights": round(peak * 2**20 / weights["fope"], 2),
         },
-        "rounds": args.rounds,
-        "inference": cases,
+        "sittings": args.sittings,
+        "rounds": args.sittings * args.rounds,
+        "inference": {case: summary(found) for case, found in pooled.items()},
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n")

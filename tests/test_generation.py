@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from fope_export.backends.base import Backend, Feeds
+from fope_export.backends.base import Backend, Feeds, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
-from fope_export.generation import Sampling, complete, generate, pad_left, sample
+from fope_export.generation import Sampling, complete, generate, pad_left, prefill, sample
 from fope_export.tokens import Text
 
 
@@ -49,6 +49,15 @@ def test_it_works_far_past_the_training_length(backend: Backend, bundle: Bundle)
     assert tokens(backend, [prompt], max_new_tokens=5) == tokens(
         load_backend(bundle, "torch"), [prompt], max_new_tokens=5
     )
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 7, 64, 1000])
+def test_chunks_give_the_logits_of_the_whole(chunk: int, backend: Backend) -> None:
+    ids, mask = pad_left([list(range(1, 150)), [5, 6, 7]])
+    whole, _ = backend.step(feeds_for(ids, mask), backend.empty_cache(2))
+    logits, cache = prefill(backend, feeds_for(ids, mask), chunk)
+    np.testing.assert_allclose(logits[:, -1], whole[:, -1], rtol=0, atol=1e-5)
+    assert cache[0].shape()[2] == 149
 
 
 class Scripted:

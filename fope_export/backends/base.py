@@ -16,6 +16,11 @@ class Feeds(NamedTuple):
     attention_mask: Ids  # [B, T], 1 = token, 0 = padding on the left
     position_ids: Ids  # [B, S]
 
+    def part(self, start: int, end: int) -> "Feeds":
+        """New tokens `start` to `end` of a step without a past, as a step after the ones before them."""
+        ids, mask, positions = self
+        return Feeds(ids[:, start:end], mask[:, :end], positions[:, start:end])
+
 
 class Backend(Protocol):
     """Runs a decoder step by step.

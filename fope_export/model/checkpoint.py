@@ -171,7 +171,7 @@ def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
             f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}",
             hint="The configuration and the weights belong to different models.",
         )
-    if not torch.isfinite(tensor).all():
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(
             f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
         )

@@ -49,15 +49,13 @@ class Case:
 
     def run(self, backend: Backend) -> Floats:
         """Logits [N, V] of the N kept positions that hold a token, row after row."""
-        ids, mask, positions = self.feeds
         first = self.length - self.kept
-        cache, start, kept = backend.empty_cache(len(ids)), 0, []
+        cache, start, kept = backend.empty_cache(len(self.feeds.input_ids)), 0, []
         for step in self.steps:
-            end = start + step
-            logits, cache = backend.step(Feeds(ids[:, start:end], mask[:, :end], positions[:, start:end]), cache)
+            logits, cache = backend.step(self.feeds.part(start, start + step), cache)
             kept.append(logits[:, max(first - start, 0) :])
-            start = end
-        compared: Floats = np.concatenate(kept, axis=1)[mask[:, first:] != 0]
+            start += step
+        compared: Floats = np.concatenate(kept, axis=1)[self.feeds.attention_mask[:, first:] != 0]
         return compared
 
     def run_plainly(self, backend: Backend) -> Floats:
