@@ -66,15 +66,14 @@ def draw_error(axes: Axes, result: ParityResult, training_length: int) -> None:
     )
     axes.plot(lengths, [c.verdict.got.relative for c in rows], "o", ms=4.5, color=BLUE, label=result.backend)
     values = [*limit, *(c.verdict.noise.relative for c in rows), *(c.verdict.got.relative for c in rows)]
-    for control in result.controls:
-        if control.verdict is not None:
-            error = control.verdict.got.relative
-            axes.axhline(error, color=RED, lw=1, ls=(0, (4, 3)))
-            axes.annotate(
-                control.name, (0.995, error), xycoords=("axes fraction", "data"), color=RED, fontsize=8.5,
-                ha="right", va="bottom",
-            )  # fmt: skip
-            values.append(error)
+    wrong = sorted((c.verdict.got.relative, c.name) for c in result.controls if c.verdict is not None)
+    for number, (error, name) in enumerate(wrong):
+        axes.axhline(error, color=RED, lw=1, ls=(0, (4, 3)))
+        axes.annotate(  # above and below in turn, so that the names of neighbours keep apart
+            name, (0.995, error), (0, (1, -2)[number % 2]), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=RED, fontsize=8.5, ha="right", va=("bottom", "top")[number % 2],
+        )  # fmt: skip
+        values.append(error)
     axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
