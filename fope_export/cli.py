@@ -54,7 +54,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("export", export, "Write a checkpoint as a portable ONNX bundle.")
     sub.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo)")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
-    sub.add_argument("--opset", type=int, choices=(23, 24), default=23, help="ONNX opset (default: 23)")
+    sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of weights and activations")
+    sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
+    sub.add_argument(
+        "--capacity", type=int, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
+    )
+    sub.add_argument("--opset", type=int, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
     _json(sub)
 
     sub = command("validate", validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.")
@@ -154,17 +159,19 @@ def doctor(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Checkpoint to bundle."""
-    from fope_export.config import ExportConfig
+    from fope_export.config import ExportConfig, convert
     from fope_export.graph.export import export as export_bundle
     from fope_export.terminal import RESULTS, stages
 
+    options = {name: getattr(args, name) for name in ExportConfig.__struct_fields__}
+    config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
     with stages("export") as report:
-        bundle = export_bundle(args.checkpoint, args.out, ExportConfig(opset=args.opset), report=report)
+        bundle = export_bundle(args.checkpoint, args.out, config, report=report)
     if args.json:
         _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     else:
         size = sum((bundle.path / name).stat().st_size for name in bundle.manifest.files)
-        RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, opset {args.opset}", markup=False)
+        RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, {bundle.manifest.export.described}", markup=False)
         RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
     return PASSED
 

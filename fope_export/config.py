@@ -97,12 +97,43 @@ class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", ta
                 )
 
 
-class ExportConfig(Checked, frozen=True, kw_only=True):
-    """How a model is written as ONNX. The defaults are the portable file that every runtime takes."""
+Dtype = Literal["fp32", "fp16", "bf16"]
 
-    opset: Literal[23, 24] = 23
-    cache: Literal["dynamic"] = "dynamic"
-    dtype: Literal["fp32"] = "fp32"
+
+class ExportConfig(Checked, frozen=True, kw_only=True):
+    """How a model is written as ONNX. The defaults are the portable file that every runtime takes.
+
+    A static cache has room for `capacity` tokens and is written in place; only it has a capacity, and it needs opset
+    24. What is None is chosen when the model is known (`resolved`).
+    """
+
+    opset: Literal[23, 24] | None = None
+    cache: Literal["dynamic", "static"] = "dynamic"
+    dtype: Dtype = "fp32"  # of weights, activations and cache; angles, series and statistics stay float32
+    capacity: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        static = self.cache == "static"
+        if static and self.opset == 23:
+            raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
+        if self.capacity and not static:
+            raise ConfigError("a dynamic cache has no capacity", hint="Ask for a static cache, or leave it out.")
+
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        room = f" of {self.capacity} tokens" if self.capacity else ""
+        return f"opset {self.opset}, {self.dtype}, {self.cache} cache{room}"
+
+    def resolved(self, training_length: int) -> "ExportConfig":
+        """With nothing left open: the lowest opset, and room for 16 times the training length (or 8192 tokens, where
+        that is less and training was not longer).
+        """
+        static = self.cache == "static"
+        room = max(training_length, min(16 * training_length, 8192)) if static else None
+        opset = self.opset or (24 if static else 23)
+        return msgspec.structs.replace(self, opset=opset, capacity=self.capacity or room)
 
 
 def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = True, hint: str = INCOMPLETE) -> T:

@@ -55,7 +55,7 @@ def _bundle(bundle: Bundle) -> Description:
             "path": str(bundle.path),
             "made by": f"fope-export {manifest.tool_version}",
             "from": f"{manifest.source.path} ({manifest.source.dialect})",
-            "written as": f"opset {manifest.export.opset}, {manifest.export.dtype}, {manifest.export.cache} cache",
+            "written as": manifest.export.described,
         },
         "model": _model(manifest.model),
         "spectrum": _spectrum(manifest.model, manifest.spectra[0]),

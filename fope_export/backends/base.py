@@ -5,6 +5,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fope_export.bundle import Manifest
+from fope_export.errors import BackendError
+
 Ids = NDArray[np.int64]
 Logits = NDArray[np.floating[Any]]
 
@@ -26,7 +29,8 @@ class Backend(Protocol):
     """Runs a decoder step by step.
 
     Logits [B, S, V] belong to the caller. A cache belongs to the backend that made it: it is handed back unread, stays
-    where the backend keeps it (host or device), and an old one remains valid after a step that grew it.
+    where the backend keeps it (host or device), and an old one remains valid after a step that grew it. (A static cache
+    is one buffer: of two steps that continue from the same old one, the later wins.)
     """
 
     name: str
@@ -39,6 +43,29 @@ class Backend(Protocol):
     def step(self, feeds: Feeds, cache: Any) -> tuple[Logits, Any]:
         """Logits of the new tokens, and the cache grown by them."""
         ...
+
+
+def empty_past(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every cache input of a bundle's graph for `batch` rows with no past, by name: a static cache has all
+    its slots.
+    """
+    return {
+        port.name: tuple(
+            {"batch": batch, "past_sequence": 0}[size] if isinstance(size, str) else size for size in port.shape
+        )
+        for port in manifest.inputs
+        if port.name not in Feeds._fields
+    }
+
+
+def check_capacity(manifest: Manifest, feeds: Feeds) -> None:
+    """Raises BackendError where a step does not fit the bundle's static cache."""
+    capacity, total = manifest.export.capacity, feeds.attention_mask.shape[1]
+    if capacity and total > capacity:
+        raise BackendError(
+            f"{total} tokens do not fit the bundle's static cache of {capacity}",
+            hint="Ask for fewer tokens, or export with a larger --capacity.",
+        )
 
 
 def feeds_for(input_ids: Ids, attention_mask: Ids | None = None) -> Feeds:

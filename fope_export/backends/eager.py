@@ -9,6 +9,11 @@ from fope_export.backends.base import Feeds, Logits
 from fope_export.model.decoder import Cache, Decoder
 
 
+def in_numpy(tensor: torch.Tensor) -> Logits:
+    """The values on the host; half types as float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
+
+
 class EagerBackend:
     """A decoder in PyTorch, in the dtype its weights have and where they are."""
 
@@ -28,4 +33,4 @@ class EagerBackend:
     def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
         logits, present = self.model(*inputs, cache)
-        return logits.cpu().numpy(), present
+        return in_numpy(logits), present

@@ -1,44 +1,65 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Logits
-from fope_export.bundle import Bundle
+from fope_export.backends.base import Feeds, Logits, check_capacity, empty_past
+from fope_export.bundle import MODEL, Bundle
 from fope_export.errors import BackendError, require
 
-PAST = "past_key_values."
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtBackend:
-    """A bundle's model.onnx in ONNX Runtime. Caches are OrtValues, handed from step to step without a copy."""
+    """A bundle's model.onnx in ONNX Runtime. Caches are OrtValues, handed from step to step without a copy; a static
+    one is written in place.
+
+    ONNX Runtime's CPU has no kernels for bfloat16: such a bundle runs as a copy with the same weights in float32, which
+    shows that the graph is right, and not what bfloat16 rounds.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
         self._ort = require("onnxruntime", "cpu")
-        self.name, self._path = "onnxruntime", bundle.model
+        self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
         try:
-            self._session = self._ort.InferenceSession(self._path, providers=["CPUExecutionProvider"])
+            with runnable(bundle) as path:
+                self._session = self._ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as cause:  # ONNX Runtime's errors share no base class of their own
             raise self._error("load", cause) from cause
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._past = [port.name for port in self._session.get_inputs() if port.name.startswith(PAST)]
-        config = bundle.manifest.model
-        self.vocab_size = config.vocab_size
-        self._empty = (config.num_kv_heads, 0, config.spectrum.head_dim)
+        self._present = [output.name for output in self._session.get_outputs()][1:]
+        self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
+        self.vocab_size = bundle.manifest.model.vocab_size
 
     def empty_cache(self, batch: int) -> list[Any]:
-        return [self._value(np.zeros((batch, *self._empty), np.float32)) for _ in self._past]
+        shapes = empty_past(self._manifest, batch)
+        return [self._value(np.zeros(shape, self._types[name])) for name, shape in shapes.items()]
 
     def step(self, feeds: Feeds, cache: list[Any]) -> tuple[Logits, list[Any]]:
+        check_capacity(self._manifest, feeds)
         inputs = {name: self._value(array) for name, array in feeds._asdict().items()}
-        inputs |= dict(zip(self._past, cache, strict=True))
+        inputs |= dict(zip(self._types, cache, strict=True))
+        binding, static = self._session.io_binding(), self._manifest.export.cache == "static"
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits")
+        for name, value in zip(self._present, cache, strict=True):
+            if static:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name)
         try:
-            logits, *present = self._session.run_with_ort_values(self._outputs, inputs)
+            self._session.run_with_iobinding(binding)
         except Exception as cause:
             raise self._error("run", cause) from cause
-        return logits.numpy(), present
+        logits, *present = binding.get_outputs()
+        # The static cache's own values, and not their aliases among the outputs: those do not keep its memory alive.
+        return logits.numpy().astype(np.float32, copy=False), cache if static else present
 
     def _error(self, what: str, cause: Exception) -> BackendError:
         reason = " ".join(str(cause).split())
@@ -46,3 +67,15 @@ class OrtBackend:
 
     def _value(self, array: np.ndarray[Any, Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+@contextmanager
+def runnable(bundle: Bundle) -> Iterator[Path]:
+    """The bundle's model, or the float32 copy of a bfloat16 one, for as long as a session loads it."""
+    if bundle.manifest.export.dtype != "bf16":
+        yield bundle.model
+        return
+    from fope_export.graph.passes import widened
+
+    with TemporaryDirectory(prefix="fope-export-") as folder:
+        yield widened(bundle.model, Path(folder) / MODEL)

@@ -45,14 +45,15 @@ def export(
 
     Raises CheckpointError, ConfigError, BundleError or ExportError; then `out` is as it was.
     """
-    out, config = Path(out), config or ExportConfig()
+    out = Path(out)
     check_target(out)
     report("reading the checkpoint")
     source = load_checkpoint(checkpoint)
+    config = (config or ExportConfig()).resolved(source.config.training_length)
     report("tracing and translating")
-    model = to_onnx(source.model, config)
+    model = to_onnx(source.model.as_exported(config), config)
     with creating(out) as folder:
-        report(f"writing {sum(p.numel() for p in source.model.parameters()) * 4 / 1e6:,.0f} MB")
+        report(f"writing {sum(p.nbytes for p in source.model.parameters()) / 1e6:,.0f} MB")
         _save(model, folder / MODEL)
         for name, content in companions(source.config).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -104,7 +105,7 @@ def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
     Weights stay where `model` has them; they are read when the result is saved.
     """
     with _quiet():
-        program = trace(model)
+        program = trace(model, config.capacity or 0)
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -136,21 +137,26 @@ def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
     return finished
 
 
-def trace(model: Decoder) -> ExportedProgram:
-    """torch.export with symbolic sizes. The example's sizes are all different, so that none is taken for another."""
+def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
+    """torch.export with symbolic sizes, and a static cache if it has a `capacity`.
+
+    The example's sizes are all different, so that none is taken for another.
+    """
     batch, sequence, past, config = 2, 3, 5, model.config
+    model.capacity = capacity
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
-    shape = (batch, config.num_kv_heads, past, config.spectrum.head_dim)
+    shape = (batch, config.num_kv_heads, capacity or past, config.spectrum.head_dim)
     dtype = model.embed.weight.dtype
     # One tensor given twice would be exported as one input.
     cache = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
     tokens = {0: Dim(BATCH), 1: Dim(SEQUENCE)}
+    kept = {0: Dim(BATCH)} if capacity else {0: Dim(BATCH), 2: Dim(PAST)}
     dynamic = {
         "input_ids": tokens,
         "attention_mask": {0: Dim(BATCH), 1: Dim.DYNAMIC},
         "position_ids": tokens,
-        "past_key_values": [({0: Dim(BATCH), 2: Dim(PAST)},) * 2] * config.num_layers,
+        "past_key_values": [(kept,) * 2] * config.num_layers,
     }
     with torch.no_grad():
         return torch.export.export(model, (ids, mask, ids.clone(), cache), dynamic_shapes=dynamic, strict=False)
@@ -174,7 +180,8 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
     for name, (value, axis) in where.items():
         shape = inputs[value]
         assert shape is not None
-        found[str(shape[axis])] = name
+        if not isinstance(shape[axis], int):
+            found[str(shape[axis])] = name
     return found
 
 

@@ -4,6 +4,8 @@ import ast
 import os.path
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -78,6 +80,35 @@ class AttachRotary(InPlacePass):
                 raise PostconditionError(
                     f"{node.name} carries {found}, not {contract.DISPATCH}: no plugin would be found"
                 )
+
+
+class Widen(InPlacePass):
+    """Every bfloat16 value becomes float32, in the main graph; FopeRotary's body follows its attribute."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph, narrow, wide = model.graph, ir.DataType.BFLOAT16, ir.DataType.FLOAT
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
+            if value.dtype == narrow:
+                value.dtype = wide
+            if (tensor := value.const_value) is not None and tensor.dtype == narrow:
+                value.const_value = ir.LazyTensor(
+                    partial(_as_float32, tensor), wide, ir.Shape(tensor.shape.numpy()), name=tensor.name
+                )
+        for node in graph:
+            for name in ("to", "compute_dtype"):
+                if name in node.attributes and node.attributes[name].as_int() == narrow:
+                    node.attributes[name] = ir.AttrInt64(name, wide)
+        return PassResult(model, modified=True)
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+def widened(model: Path, copy: Path) -> Path:
+    """Write the bfloat16 `model` to `copy` with float32 in place of bfloat16: the same numbers in twice the space."""
+    ir.save(Widen()(ir.load(model)).model, copy, external_data=f"{copy.name}.data")
+    return copy
 
 
 class ShareSpectra(InPlacePass):

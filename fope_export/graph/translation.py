@@ -9,7 +9,8 @@ import torch
 from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 
-import fope_export.fope.rotary  # noqa: F401 (registers the torch operator)
+import fope_export.fope.rotary
+import fope_export.model.decoder  # noqa: F401 (both register torch operators)
 from fope_export.fope import contract
 
 _FOPE = Opset(contract.DOMAIN, contract.VERSION)
@@ -60,7 +61,17 @@ def _size(value: ir.Value, axis: int) -> int:
     return dim
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.fope.rotary.default: _translate}
+_SCATTER = Op(Opset("", 24), "TensorScatter", onnx.defs.get_schema("TensorScatter", 24))
+
+
+def _translate_write(past: ir.Value, new: ir.Value, written: ir.Value) -> Any:
+    return _SCATTER(past, new, written, axis=2, mode="linear")
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.fope.rotary.default: _translate,
+    torch.ops.fope.write.default: _translate_write,
+}
 """For torch.onnx.export's `custom_translation_table`."""
 
 

@@ -3,14 +3,46 @@
 B batch, S sequence (new tokens), P past, T = P + S total, H query heads, K key-value heads, E head_dim, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
 import torch
 from torch import Tensor, nn
 
-from fope_export.config import ModelConfig
+from fope_export.config import ExportConfig, ModelConfig
 from fope_export.fope.rotary import FopeRotary
 
 Cache = list[tuple[Tensor, Tensor]]
-"""Rotated keys and values of every layer, each [B, K, P, E]."""
+"""Rotated keys and values of every layer, each [B, K, P, E]; a static cache has its capacity in place of P."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Grow = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(past, new [B, K, S, E], tokens already there int64 [B]) -> present."""
+
+
+def append(past: Tensor, new: Tensor, written: Tensor) -> Tensor:  # noqa: ARG001
+    """The dynamic cache: [B, K, P, E] becomes [B, K, P + S, E]."""
+    return torch.cat((past, new), dim=2)
+
+
+@torch.library.custom_op("fope::write", mutates_args=())
+def write(past: Tensor, new: Tensor, written: Tensor) -> Tensor:
+    """The static cache: a copy of past [B, K, C, E] with `new` after the tokens `written`. ONNX's TensorScatter."""
+    slots = written[:, None] + torch.arange(new.shape[2], device=past.device)
+    return past.scatter(2, slots[:, None, :, None].expand(new.shape), new)
+
+
+@write.register_fake
+def _(past: Tensor, new: Tensor, written: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(past)
+
+
+class Step(NamedTuple):
+    """What all layers of one step share."""
+
+    mask: Tensor  # [B, 1, S, T], additive
+    position_ids: Tensor  # int64 [B, S]
+    written: Tensor  # int64 [B], tokens in a static cache
+    grow: Grow
 
 
 class Attention(nn.Module):
@@ -25,16 +57,15 @@ class Attention(nn.Module):
         self.rotary = FopeRotary(config.spectrum)
         self.attn_out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, position_ids: Tensor, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, step: Step, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         projected = self.att_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k = self.rotary(q, k, position_ids)
-        keys = torch.cat((past[0], k.transpose(1, 2)), dim=2)
-        values = torch.cat((past[1], v.transpose(1, 2)), dim=2)
+        q, k = self.rotary(q, k, step.position_ids)
+        keys, values = (
+            step.grow(old, new.transpose(1, 2), step.written) for old, new in zip(past, (k, v), strict=True)
+        )
         attended = nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+            q.transpose(1, 2), keys, values, attn_mask=step.mask, enable_gqa=self.heads != self.kv_heads
         )
         return self.attn_out(attended.transpose(1, 2).flatten(2)), (keys, values)
 
@@ -63,20 +94,21 @@ class Block(nn.Module):
         self.ff_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, mask: Tensor, position_ids: Tensor, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attention(self.attn_norm(x), mask, position_ids, past)
+    def forward(self, x: Tensor, step: Step, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        attended, present = self.attention(self.attn_norm(x), step, past)
         x = x + attended
         return x + self.feed_forward(self.ff_norm(x)), present
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits and the grown cache out. Call it with the names of the exported graph's inputs."""
+    """Token ids in, logits and the grown cache out. Call it with the names of the exported graph's inputs.
+
+    `capacity` makes the cache static: as many slots, written in place of being grown.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.capacity = config, 0
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -89,18 +121,27 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 = padding. Logits are [B, S, V]."""
         x = self.embed(input_ids)
-        mask = causal_mask(attention_mask, input_ids.shape[1], x.dtype)
+        if self.capacity:
+            mask, written = static_mask(attention_mask, input_ids.shape[1], x.dtype, self.capacity)
+            step = Step(mask, position_ids, written, write)
+        else:
+            mask = causal_mask(attention_mask, input_ids.shape[1], x.dtype)
+            step = Step(mask, position_ids, input_ids[:, 0], append)
         present: Cache = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
-            x, grown = layer(x, mask, position_ids, past)
+            x, grown = layer(x, step, past)
             present.append(grown)
         return self.lm_head(self.norm(x)), present
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache with no past, of the model's dtype and on its device."""
         config = self.config
-        empty = self.embed.weight.new_zeros(batch, config.num_kv_heads, 0, config.spectrum.head_dim)
+        empty = self.embed.weight.new_zeros(batch, config.num_kv_heads, self.capacity, config.spectrum.head_dim)
         return [(empty, empty)] * config.num_layers
+
+    def as_exported(self, config: ExportConfig) -> Self:
+        """This decoder, now with the dtype of `config`. The numbers of the rotation stay float32."""
+        return self.to(DTYPES[config.dtype])
 
     def attentions(self) -> list[Attention]:
         """Every layer's attention, in order."""
@@ -108,13 +149,32 @@ class Decoder(nn.Module):
 
 
 def causal_mask(attention_mask: Tensor, sequence: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, S, T] for the last `sequence` of T tokens: 0 where a token may look, else dtype's minimum.
+    """Additive mask [B, 1, S, T] for the last `sequence` of T tokens: 0 where a token may look, else very low.
 
-    The minimum is finite, so that a padding row that sees nothing stays finite too and cannot poison the cache.
+    Low is half of dtype's minimum: finite with any score added, so that a padding row that sees nothing stays finite
+    and cannot poison the cache.
     """
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = torch.arange(sequence, device=attention_mask.device) + (total - sequence)
-    seen = (keys <= queries[:, None]) & (attention_mask != 0)[:, None, :]
-    zero, hidden = (torch.full((), value, dtype=dtype) for value in (0.0, torch.finfo(dtype).min))
+    return _additive((keys <= queries[:, None]) & (attention_mask != 0)[:, None, :], dtype)
+
+
+def static_mask(attention_mask: Tensor, sequence: int, dtype: torch.dtype, capacity: int) -> tuple[Tensor, Tensor]:
+    """The same over all C slots of a static cache, [B, 1, S, C], and how many of them each row has written, int64 [B].
+
+    A row's new tokens end at its last 1, wherever that is: attention_mask may be wider than the T tokens, up to C, so
+    that all steps can have the same shapes.
+    """
+    total = attention_mask.shape[1]
+    real = attention_mask != 0
+    written = (real * torch.arange(1, total + 1, device=real.device)).amax(1).sub(sequence).clamp(min=0)
+    keys = torch.arange(capacity, device=real.device)
+    queries = written[:, None] + torch.arange(sequence, device=real.device)
+    real = nn.functional.pad(attention_mask, (0, capacity - total)) != 0
+    return _additive((keys <= queries[:, :, None]) & real[:, None, :], dtype), written
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    zero, hidden = (torch.full((), value, dtype=dtype) for value in (0.0, torch.finfo(dtype).min / 2))
     return torch.where(seen, zero, hidden)[:, None]

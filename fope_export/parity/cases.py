@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from polygraphy.exception import PolygraphyException
 from polygraphy.json import load_json, save_json
 
-from fope_export.backends.base import Backend, Feeds, feeds_for
+from fope_export.backends.base import Backend, Feeds, empty_past, feeds_for
 from fope_export.bundle import Manifest
 from fope_export.config import ModelConfig
 from fope_export.errors import ParityError
@@ -70,9 +70,12 @@ class Case:
             yield Case(self.name, feeds, _chunks(length, largest), min(self.kept, length))
 
 
-def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = ()) -> list[Case]:
+def standard_cases(
+    config: ModelConfig, seed: int = 0, lengths: Sequence[int] = (), capacity: int | None = None
+) -> list[Case]:
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
-    length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000.
+    length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000. Of these,
+    the ones that fit a static cache of `capacity` tokens.
 
     Raises ParityError for a length below 1.
     """
@@ -89,7 +92,7 @@ def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = 
     longest = padded.input_ids.shape[1]
     far = feeds_for(tokens(1, 64))
     far = far._replace(position_ids=far.position_ids + FAR - 63)
-    return [
+    cases = [
         *(prefill(config, length, seed) for length in sorted(set(wanted))),
         Case(
             f"decode across {trained}",
@@ -101,6 +104,7 @@ def standard_cases(config: ModelConfig, seed: int = 0, lengths: Sequence[int] = 
         Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
         Case(f"decode to {FAR:,}", far, (48, *[1] * 16), 64),
     ]
+    return [case for case in cases if case.length <= (capacity or case.length)]
 
 
 def prefill(config: ModelConfig, length: int, seed: int) -> Case:
@@ -152,6 +156,6 @@ def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
 
 def graph_feeds(manifest: Manifest, feeds: Feeds) -> dict[str, NDArray[Any]]:
     """`feeds` and an empty cache under the graph's input names."""
-    config = manifest.model
-    empty = np.zeros((len(feeds.input_ids), config.num_kv_heads, 0, config.spectrum.head_dim), np.float32)
-    return feeds._asdict() | {port.name: empty for port in manifest.inputs if port.name not in Feeds._fields}
+    dtype = np.float16 if manifest.export.dtype == "fp16" else np.float32  # bfloat16 runs as its float32 copy
+    past = empty_past(manifest, len(feeds.input_ids))
+    return feeds._asdict() | {name: np.zeros(shape, dtype) for name, shape in past.items()}

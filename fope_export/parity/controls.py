@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor
 
 from fope_export.backends.base import Backend, Feeds, Logits
@@ -17,10 +18,10 @@ from fope_export.model.decoder import Cache, Decoder
 
 @dataclass(frozen=True)
 class Control:
-    """One deliberate mistake. `reason` says why a model with this spectrum cannot show it, or nothing."""
+    """One deliberate mistake. `reason` says why a model cannot show it, or nothing."""
 
     name: str
-    reason: Callable[[Spectrum], str]
+    reason: Callable[[Decoder], str]
     rotary: Callable[[FopeRotary], FopeRotary] = lambda rotary: rotary
     backend: Callable[[Decoder], Backend] = EagerBackend
 
@@ -72,22 +73,33 @@ class _ShiftedBackend(EagerBackend):
         return super().step(feeds._replace(position_ids=shifted), cache)
 
 
-def _unpadded(spectrum: Spectrum) -> str:
+def _spectrum(model: Decoder) -> Spectrum:
+    return model.attentions()[0].rotary.spectrum
+
+
+def _unpadded(model: Decoder) -> str:
+    spectrum = _spectrum(model)
     return "" if spectrum.config.pairs < spectrum.config.head_dim // 2 else "no pair is padded"
 
 
-def _shared(spectrum: Spectrum) -> str:
+def _shared(model: Decoder) -> str:
+    spectrum = _spectrum(model)
     same = all(np.array_equal(coef[:1], coef[1:2]) for coef in (spectrum.sin_coef, spectrum.cos_coef))
     return "heads have the same coefficients" if spectrum.config.groups == 1 or same else ""
 
 
-def _without_position(spectrum: Spectrum) -> str:
-    return "" if spectrum.config.pairs else "the model has no position embedding"
+def _without_position(model: Decoder) -> str:
+    return "" if _spectrum(model).config.pairs else "the model has no position embedding"
+
+
+def _in_half_already(model: Decoder) -> str:
+    half = model.embed.weight.dtype.itemsize < torch.float32.itemsize
+    return "the model itself is in half precision" if half else _without_position(model)
 
 
 CONTROLS = (
     Control("sine of the padding changed", _unpadded, rotary=_other_pad),
     Control("coefficients of two heads swapped", _shared, rotary=_swapped_heads),
     Control("positions shifted by one", _without_position, backend=_ShiftedBackend),
-    Control("rotation in half precision", _without_position, rotary=_half_precision),
+    Control("rotation in half precision", _in_half_already, rotary=_half_precision),
 )

@@ -17,7 +17,8 @@ from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from fope_export.backends.base import Feeds
-from fope_export.backends.eager import EagerBackend
+from fope_export.backends.eager import EagerBackend, in_numpy
+from fope_export.backends.ort import runnable
 from fope_export.bundle import Bundle
 from fope_export.fope.contract import DOMAIN
 from fope_export.model.decoder import Block, Decoder
@@ -65,7 +66,7 @@ def different_tensors(bundle: Bundle, model: Decoder) -> list[str]:
         if source in state and value.const_value is not None:
             wanted = state[source].T if name.endswith(".T") else state[source]
             try:
-                same = np.array_equal(value.const_value.numpy(), wanted.numpy())
+                same = np.array_equal(value.const_value.numpy().astype(np.float64), wanted.double().numpy())
             except (OSError, ValueError):  # data that is not there
                 same = False
             if not same:
@@ -114,7 +115,7 @@ def _eager_outputs(backend: EagerBackend, feeds: Feeds, values: dict[str, list[s
 
         def catch(_module: Any, _inputs: Any, output: Any, names: list[str] = names) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
-            caught.update((name, tensor.numpy()) for name, tensor in zip(names, tensors, strict=False))
+            caught.update((name, in_numpy(tensor)) for name, tensor in zip(names, tensors, strict=False))
 
         handles.append(backend.model.get_submodule(module).register_forward_hook(catch))
     try:
@@ -127,7 +128,7 @@ def _eager_outputs(backend: EagerBackend, feeds: Feeds, values: dict[str, list[s
 
 def _bundle_outputs(bundle: Bundle, names: list[str], feeds: Feeds) -> Outputs:
     """The same values from the bundle's graph, through Polygraphy's runner."""
-    with _with_outputs(bundle.model, names) as path, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    with runnable(bundle) as model, _with_outputs(model, names) as path, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         session = SessionFromOnnx(str(path), providers=["CPUExecutionProvider"])
         with OnnxrtRunner(session) as runner:
             return dict(runner.infer(graph_feeds(bundle.manifest, feeds), check_inputs=False))

@@ -105,8 +105,11 @@ def validate(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
     if (chosen := choose(backend, read_machine())) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
-    source = source_of(bundle, checkpoint)
-    cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths)
+    source, exported = source_of(bundle, checkpoint), bundle.manifest.export
+    source.model.as_exported(exported)
+    cases = (
+        load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, exported.capacity)
+    )
     if save:
         save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
@@ -149,7 +152,7 @@ class Yardstick:
 
 def _refuse(control: Control, case: Case, model: Decoder, truth: Floats, noisy: Floats) -> ControlResult:
     """Hold a deliberate mistake against the truth, where `model` can make it."""
-    if reason := control.reason(model.attentions()[0].rotary.spectrum):
+    if reason := control.reason(model):
         return ControlResult(control.name, reason, None)
     with control.applied(model) as wrong:
         return ControlResult(control.name, "", judge(truth, noisy, case.run(wrong)))

@@ -177,7 +177,7 @@ def test_grouped_heads(tmp_path: Path) -> None:
 
 
 def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
-    model = to_onnx(small_decoder(), ExportConfig())
+    model = to_onnx(small_decoder(), ExportConfig().resolved(64))
     call = next(node for node in model.graph if node.domain == contract.DOMAIN)
     del call.attributes["plugin_namespace"]
     with pytest.raises(PostconditionError, match="no plugin would be found"):
@@ -185,7 +185,7 @@ def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
 
 
 def test_a_model_without_a_call_is_an_error() -> None:
-    model = to_onnx(small_decoder(), ExportConfig())
+    model = to_onnx(small_decoder(), ExportConfig().resolved(64))
     for node in model.graph:
         node.domain = ""
     with pytest.raises(PostconditionError, match="no call of fope::FopeRotary"):
