@@ -1,0 +1,1 @@
+"""TensorRT: its plugin, engines and builder."""

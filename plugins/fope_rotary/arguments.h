@@ -1,0 +1,48 @@
+// The C interface of the rotation, the same for the GPU and for the host.
+//
+// B batch, S sequence, H query heads, K key-value heads, E head_dim, D kept frequencies, F rotated pairs,
+// G coefficient groups; a token is one of the B * S positions.
+#pragma once
+
+#include <stdint.h>
+
+#define FOPE_ROTARY_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Every tensor is contiguous, in the memory of the device that computes; nothing is owned. T is `dtype`.
+struct FopeRotaryArguments {
+    void const* q;               // T [B, S, H, E]
+    void const* k;               // T [B, S, K, E]
+    int64_t const* position_ids; // [B, S]
+    float const* freq;           // [D]
+    float const* sin_coef;       // [G, D, F]
+    float const* cos_coef;       // [G, D, F]
+    void* q_rotated;             // T [B, S, H, E]; may not overlap an input
+    void* k_rotated;             // T [B, S, K, E]
+    int64_t tokens;              // B * S
+    int32_t heads;               // H
+    int32_t kv_heads;            // K
+    int32_t head_dim;            // E
+    int32_t frequencies;         // D
+    int32_t pairs;               // F
+    int32_t groups;              // G
+    int32_t interleaved;         // pairs are (2i, 2i + 1) instead of (i, i + E/2)
+    int32_t dtype;               // ONNX element type: 1 float, 10 float16, 16 bfloat16
+    float sin_pad;               // sine and cosine of the E/2 - F pairs that no frequency turns
+    float cos_pad;
+    float sign;
+};
+
+enum FopeRotaryFault {
+    FOPE_ROTARY_POINTER = -1, // a tensor with elements has no address
+    FOPE_ROTARY_SHAPE = -2,   // sizes that contradict each other
+    FOPE_ROTARY_DTYPE = -3,   // none of the three types
+    FOPE_ROTARY_SIZE = -4,    // more than a block's shared memory or a grid can hold
+    FOPE_ROTARY_PLAN = -5,    // a tile, vector or block size that does not exist (host only)
+};
+
+// Enqueues one kernel on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or a FopeRotaryFault.
+FOPE_ROTARY_EXPORT int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream);
+
+// Computes the same on the CPU, block by block and thread by thread. `tile`, `vector` and `threads` are tokens a
+// block, pairs an access and threads a block; 0 is what the GPU would take. Returns 0 or a FopeRotaryFault.
+FOPE_ROTARY_EXPORT int fope_rotary_host(FopeRotaryArguments const* arguments, int tile, int vector, int threads);

@@ -1,0 +1,33 @@
+// The kernel and its launch.
+#include "plan.h"
+
+namespace fope {
+
+template <typename T, int Tile, int Vector>
+__global__ void __launch_bounds__(kMaxThreads)
+rotary(__grid_constant__ FopeRotaryArguments const arguments, int chunk) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    Block<Tile, Vector> const block(arguments, chunk, blockIdx.x, blockIdx.y, shared);
+    block.fill_basis(threadIdx.x, blockDim.x);
+    __syncthreads();
+    block.fill_table(threadIdx.x, blockDim.x);
+    __syncthreads();
+    block.template rotate<T>(threadIdx.x, blockDim.x);
+}
+
+} // namespace fope
+
+int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream) {
+    using namespace fope;
+    Plan plan;
+    if (int const code = choose(*arguments, plan)) return code;
+    if (arguments->tokens == 0) return 0;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(plan.tiles), plan.chunks);
+    config.blockDim = dim3(plan.threads);
+    config.dynamicSmemBytes = plan.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    return dispatch(arguments->dtype, plan, [&](auto c) {
+        return cudaLaunchKernelEx(&config, rotary<typename decltype(c)::T, c.Tile, c.Vector>, *arguments, plan.chunk);
+    });
+}

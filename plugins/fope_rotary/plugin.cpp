@@ -1,0 +1,319 @@
+// The TensorRT plugin fope::FopeRotary: settings from the ONNX node, checks that name what is wrong, one launch.
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+
+using namespace nvinfer1;
+
+namespace {
+
+constexpr char kName[] = "FopeRotary";
+constexpr char kVersion[] = "1";
+constexpr char kNamespace[] = "fope";
+
+ILoggerFinder* finder = nullptr;
+
+// One line for the log of the engine at work, or for stderr where there is none: TensorRT 11 put another function into
+// findLogger's place, and a plugin built with older headers hears null from it.
+void report(std::string const& where, std::string const& what) {
+    std::string const line = std::string(kName) + " " + where + ": " + what;
+    ILogger* const logger = finder ? finder->findLogger() : nullptr;
+    if (logger) logger->log(ILogger::Severity::kERROR, line.c_str());
+    else std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+struct Settings {
+    float sin_pad, cos_pad, sign;
+    int32_t interleaved, compute_dtype, head_dim, heads_per_group, kv_heads_per_group;
+};
+
+struct Field {
+    char const* name;
+    float Settings::*real;
+    int32_t Settings::*integer;
+
+    PluginField describe(Settings const* settings) const {
+        if (real) return {name, settings ? &(settings->*real) : nullptr, PluginFieldType::kFLOAT32, 1};
+        return {name, settings ? &(settings->*integer) : nullptr, PluginFieldType::kINT32, 1};
+    }
+};
+
+constexpr Field kFields[] = {
+    {"sin_pad", &Settings::sin_pad, nullptr},
+    {"cos_pad", &Settings::cos_pad, nullptr},
+    {"sign", &Settings::sign, nullptr},
+    {"interleaved", nullptr, &Settings::interleaved},
+    {"compute_dtype", nullptr, &Settings::compute_dtype},
+    {"head_dim", nullptr, &Settings::head_dim},
+    {"heads_per_group", nullptr, &Settings::heads_per_group},
+    {"kv_heads_per_group", nullptr, &Settings::kv_heads_per_group},
+};
+
+std::vector<PluginField> describe(Settings const* settings) {
+    std::vector<PluginField> fields;
+    for (Field const& field : kFields) fields.push_back(field.describe(settings));
+    return fields;
+}
+
+// Takes one field's value; returns what is wrong with it, or nothing.
+std::string read(Field const& field, PluginFieldCollection const& given, Settings& settings) {
+    for (int32_t i = 0; i < given.nbFields; ++i) {
+        PluginField const& found = given.fields[i];
+        if (std::strcmp(found.name, field.name) != 0) continue;
+        if (!found.data) return std::string(field.name) + " has no value";
+        if (found.length != 1)
+            return std::string(field.name) + " has " + std::to_string(found.length) + " values, expected one";
+        if (field.real && found.type == PluginFieldType::kFLOAT32)
+            settings.*field.real = *static_cast<float const*>(found.data);
+        else if (field.integer && found.type == PluginFieldType::kINT32)
+            settings.*field.integer = *static_cast<int32_t const*>(found.data);
+        else if (field.integer && found.type == PluginFieldType::kINT64)
+            settings.*field.integer = static_cast<int32_t>(*static_cast<int64_t const*>(found.data));
+        else
+            return std::string(field.name) + " is of type " + std::to_string(static_cast<int>(found.type)) +
+                   ", expected " + (field.real ? "float32" : "int32 or int64");
+        return "";
+    }
+    return std::string("the node has no ") + field.name;
+}
+
+std::string fault(Settings const& s) {
+    for (Field const& field : kFields)
+        if (field.real && !std::isfinite(s.*field.real)) return std::string(field.name) + " is not finite";
+    if (s.interleaved != 0 && s.interleaved != 1)
+        return "interleaved is " + std::to_string(s.interleaved) + ", expected 0 or 1";
+    if (s.compute_dtype != 1 && s.compute_dtype != 10 && s.compute_dtype != 16)
+        return "compute_dtype is " + std::to_string(s.compute_dtype) + ", expected 1, 10 or 16 (float, half, bfloat16)";
+    if (s.head_dim < 2 || s.head_dim % 2)
+        return "head_dim is " + std::to_string(s.head_dim) + ", and channel pairs need an even one";
+    for (auto const& [name, count] : {std::pair{"heads_per_group", s.heads_per_group},
+                                      std::pair{"kv_heads_per_group", s.kv_heads_per_group}})
+        if (count < 1) return std::string(name) + " is " + std::to_string(count) + ", expected 1 or more";
+    return "";
+}
+
+enum Port { kQ, kK, kPositions, kFreq, kSin, kCos, kInputs };
+constexpr char const* kPorts[kInputs] = {"q", "k", "position_ids", "freq", "sin_coef", "cos_coef"};
+constexpr int32_t kRanks[kInputs] = {4, 4, 2, 1, 3, 3};
+constexpr int32_t kOutputs = 2;
+
+// An extent that two ports share, or that `expected` fixes. One that is still unknown (-1) agrees with any.
+struct Extent {
+    Port port;
+    int axis;
+    int64_t expected;
+    std::string reason;
+};
+
+std::string mismatch(Dims const* dims, Settings const& s) {
+    for (int i = 0; i < kInputs; ++i)
+        if (dims[i].nbDims != kRanks[i])
+            return std::string(kPorts[i]) + " has " + std::to_string(dims[i].nbDims) + " dimensions, expected " +
+                   std::to_string(kRanks[i]);
+    int64_t const groups = dims[kSin].d[0], pairs = dims[kSin].d[2], half = s.head_dim / 2;
+    auto const heads = [&](int32_t per_group) { return groups < 0 ? -1 : groups * per_group; };
+    Extent const extents[] = {
+        {kQ, 3, s.head_dim, "head_dim"},
+        {kK, 3, s.head_dim, "head_dim"},
+        {kQ, 2, heads(s.heads_per_group), "heads_per_group times the groups of sin_coef"},
+        {kK, 2, heads(s.kv_heads_per_group), "kv_heads_per_group times the groups of sin_coef"},
+        {kK, 0, dims[kQ].d[0], "the batch of q"},
+        {kK, 1, dims[kQ].d[1], "the sequence of q"},
+        {kPositions, 0, dims[kQ].d[0], "the batch of q"},
+        {kPositions, 1, dims[kQ].d[1], "the sequence of q"},
+        {kSin, 1, dims[kFreq].d[0], "the number of frequencies"},
+        {kCos, 0, groups, "as in sin_coef"},
+        {kCos, 1, dims[kSin].d[1], "as in sin_coef"},
+        {kCos, 2, pairs, "as in sin_coef"},
+    };
+    for (Extent const& extent : extents) {
+        int64_t const found = dims[extent.port].d[extent.axis];
+        if (found >= 0 && extent.expected >= 0 && found != extent.expected)
+            return std::string(kPorts[extent.port]) + " has " + std::to_string(found) + " on axis " +
+                   std::to_string(extent.axis) + ", expected " + std::to_string(extent.expected) + " (" +
+                   extent.reason + ")";
+    }
+    if (pairs > half)
+        return "sin_coef turns " + std::to_string(pairs) + " pairs, and head_dim has " + std::to_string(half);
+    return "";
+}
+
+// ONNX's number of a type that the kernel takes, or 0.
+int32_t onnx_type(DataType type) {
+    switch (type) {
+    case DataType::kFLOAT: return 1;
+    case DataType::kHALF: return 10;
+    case DataType::kBF16: return 16;
+    default: return 0;
+    }
+}
+
+class FopeRotary final : public IPluginV3,
+                         public IPluginV3OneCore,
+                         public IPluginV3OneBuild,
+                         public IPluginV3OneRuntime {
+  public:
+    FopeRotary(Settings const& settings, std::string layer) : settings_(settings), layer_(std::move(layer)) {}
+    FopeRotary(FopeRotary const& other) : FopeRotary(other.settings_, other.layer_) {}
+
+    IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+        switch (type) {
+        case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        }
+        return nullptr;
+    }
+    IPluginV3* clone() noexcept override { return new FopeRotary(*this); }
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+
+    char const* getPluginName() const noexcept override { return kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginNamespace() const noexcept override { return kNamespace; }
+    char const* getTimingCacheID() noexcept override { return kVersion; }
+    int32_t getNbOutputs() const noexcept override { return kOutputs; }
+
+    int32_t getOutputDataTypes(DataType* out, int32_t outputs, DataType const* in,
+                               int32_t inputs) const noexcept override {
+        if (!counted(inputs, outputs)) return -1;
+        out[0] = out[1] = in[kQ];
+        return 0;
+    }
+
+    int32_t getOutputShapes(DimsExprs const* in, int32_t inputs, DimsExprs const*, int32_t, DimsExprs* out,
+                            int32_t outputs, IExprBuilder&) noexcept override {
+        if (!counted(inputs, outputs)) return -1;
+        out[0] = in[kQ];
+        out[1] = in[kK];
+        return 0;
+    }
+
+    bool supportsFormatCombination(int32_t port, DynamicPluginTensorDesc const* ports, int32_t inputs,
+                                   int32_t outputs) noexcept override {
+        if (inputs != kInputs || outputs != kOutputs || ports[port].desc.format != TensorFormat::kLINEAR) return false;
+        DataType const type = ports[port].desc.type;
+        switch (port) {
+        case kQ: return onnx_type(type) != 0;
+        case kPositions: return type == DataType::kINT64;
+        case kFreq:
+        case kSin:
+        case kCos: return type == DataType::kFLOAT;
+        default: return type == ports[kQ].desc.type;
+        }
+    }
+
+    int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*,
+                            int32_t outputs) noexcept override {
+        Dims dims[kInputs];
+        if (!counted(inputs, outputs)) return -1;
+        for (int i = 0; i < kInputs; ++i) dims[i] = in[i].desc.dims;
+        return checked(dims);
+    }
+
+    int32_t onShapeChange(PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const*,
+                          int32_t outputs) noexcept override {
+        Dims dims[kInputs];
+        if (!counted(inputs, outputs)) return -1;
+        for (int i = 0; i < kInputs; ++i) dims[i] = in[i].dims;
+        return checked(dims);
+    }
+
+    int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
+                    void* const* outputs, void*, cudaStream_t stream) noexcept override {
+        Dims const &q = in[kQ].dims, &coef = in[kSin].dims;
+        FopeRotaryArguments arguments = {};
+        arguments.q = inputs[kQ];
+        arguments.k = inputs[kK];
+        arguments.position_ids = static_cast<int64_t const*>(inputs[kPositions]);
+        arguments.freq = static_cast<float const*>(inputs[kFreq]);
+        arguments.sin_coef = static_cast<float const*>(inputs[kSin]);
+        arguments.cos_coef = static_cast<float const*>(inputs[kCos]);
+        arguments.q_rotated = outputs[0];
+        arguments.k_rotated = outputs[1];
+        arguments.tokens = q.d[0] * q.d[1];
+        arguments.heads = static_cast<int32_t>(q.d[2]);
+        arguments.kv_heads = static_cast<int32_t>(in[kK].dims.d[2]);
+        arguments.head_dim = static_cast<int32_t>(q.d[3]);
+        arguments.groups = static_cast<int32_t>(coef.d[0]);
+        arguments.frequencies = static_cast<int32_t>(coef.d[1]);
+        arguments.pairs = static_cast<int32_t>(coef.d[2]);
+        arguments.interleaved = settings_.interleaved;
+        arguments.dtype = onnx_type(in[kQ].type);
+        arguments.sin_pad = settings_.sin_pad;
+        arguments.cos_pad = settings_.cos_pad;
+        arguments.sign = settings_.sign;
+        int const code = fope_rotary_launch(&arguments, stream);
+        if (code < 0) report(layer_, "the kernel refuses its arguments: " + std::to_string(code) + ", see arguments.h");
+        if (code > 0) report(layer_, std::string("no launch: ") + cudaGetErrorString(static_cast<cudaError_t>(code)));
+        return code;
+    }
+
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override {
+        fields_ = describe(&settings_);
+        collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
+        return &collection_;
+    }
+
+  private:
+    bool counted(int32_t inputs, int32_t outputs) const {
+        if (inputs == kInputs && outputs == kOutputs) return true;
+        report(layer_, "the node has " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
+                           " outputs, expected 6 and 2");
+        return false;
+    }
+
+    int32_t checked(Dims const* dims) const {
+        std::string const wrong = mismatch(dims, settings_);
+        if (wrong.empty()) return 0;
+        report(layer_, wrong);
+        return -1;
+    }
+
+    Settings settings_;
+    std::string layer_;
+    std::vector<PluginField> fields_; // owned here because TensorRT reads them after the call
+    PluginFieldCollection collection_{};
+};
+
+class Creator final : public IPluginCreatorV3One {
+  public:
+    char const* getPluginName() const noexcept override { return kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginNamespace() const noexcept override { return kNamespace; }
+    PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+
+    IPluginV3* createPlugin(char const* layer, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
+        std::string const where = layer ? layer : "";
+        Settings settings{};
+        std::string wrong;
+        for (Field const& field : kFields)
+            if (wrong.empty()) wrong = read(field, *given, settings);
+        if (wrong.empty()) wrong = fault(settings);
+        if (wrong.empty()) return new FopeRotary(settings, where);
+        report(where, wrong);
+        return nullptr;
+    }
+
+  private:
+    std::vector<PluginField> fields_ = describe(nullptr);
+    PluginFieldCollection collection_{static_cast<int32_t>(fields_.size()), fields_.data()};
+};
+
+} // namespace
+
+FOPE_ROTARY_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
+    static Creator creator;
+    static IPluginCreatorInterface* const creators[] = {&creator};
+    count = 1;
+    return creators;
+}
+
+FOPE_ROTARY_EXPORT void setLoggerFinder(ILoggerFinder* found) { finder = found; }
