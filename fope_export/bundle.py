@@ -94,13 +94,15 @@ class Bundle:
                 found[name] = "differs from the hash in the manifest"
         return found
 
-    def add(self, files: Mapping[str, bytes]) -> Self:
-        """Add or replace small files; interrupted anywhere, what remains is still a valid bundle."""
+    def add(self, files: Mapping[str, bytes | Path]) -> Self:
+        """Add or replace files, of some content or moved from a path on the same disk; interrupted anywhere, what
+        remains is still a valid bundle.
+        """
         others = {name: digest for name, digest in self.manifest.files.items() if name not in files}
         _write_manifest(self.path, msgspec.structs.replace(self.manifest, files=others))
         for name, content in files.items():
             _write(self.path / name, content)
-        added = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        added = {name: sha256(self.path / name) for name in files}
         manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((others | added).items())))
         _write_manifest(self.path, manifest)
         return type(self)(self.path, manifest)
@@ -212,9 +214,10 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     _write(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | Path) -> None:
     """Replace a file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
+    partial = content if isinstance(content, Path) else path.with_name(f".{path.name}.partial")
+    if isinstance(content, bytes):
+        partial.write_bytes(content)
     partial.replace(path)

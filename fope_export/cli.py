@@ -62,6 +62,30 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--opset", type=int, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
     _json(sub)
 
+    sub = command("build", build, "Build a TensorRT engine from a bundle, and add it.")
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument(
+        "--target",
+        default="tensorrt-rtx",
+        help="tensorrt (for the GPU at hand), tensorrt-rtx, or for GPUs by name tensorrt-rtx:sm86,sm89,sm120 (default)",
+    )
+    sub.add_argument(
+        "--plugin", action=argparse.BooleanOptionalAction, default=True, help="the rotation as one fused kernel"
+    )
+    sub.add_argument("--max-batch", type=int, default=4, help="rows at once (default: 4)")
+    sub.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
+    )
+    sub.add_argument(
+        "--timing-cache", action=argparse.BooleanOptionalAction, default=True, help="reuse what earlier builds measured"
+    )
+    sub.add_argument("--tf32", action="store_true", help="let float32 products round to 10 bits")
+    sub.add_argument("--refit", action="store_true", help="weights can be replaced later (needs a GPU)")
+    sub.add_argument("--strip", action="store_true", help="leave the weights out, to be refitted (needs a GPU)")
+    sub.add_argument("--version-compatible", action="store_true", help="runs in later versions of TensorRT too")
+    sub.add_argument("--hardware-compatible", action="store_true", help="runs on all GPUs from Ampere on")
+    _json(sub)
+
     sub = command("validate", validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.")
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
@@ -105,7 +129,7 @@ def _json(sub: argparse.ArgumentParser) -> None:
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--backend", help="onnxruntime or torch (default: the best that this machine runs)")
+    sub.add_argument("--backend", help="onnxruntime, tensorrt or torch (default: onnxruntime)")
 
 
 def _natural(text: str) -> int:
@@ -150,6 +174,7 @@ def doctor(args: argparse.Namespace) -> int:
         {
             "machine": {"system": f"{machine.system}, {machine.cores} cores", "python": machine.python},
             "libraries": machine.packages,
+            "hardware": {"GPUs": ", ".join(machine.gpus) or "none", "compiler": machine.compiler or "none"},
         }
     )
     RESULTS.print("[bold]can it[/]")
@@ -173,6 +198,31 @@ def export(args: argparse.Namespace) -> int:
         size = sum((bundle.path / name).stat().st_size for name in bundle.manifest.files)
         RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, {bundle.manifest.export.described}", markup=False)
         RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
+    return PASSED
+
+
+def build(args: argparse.Namespace) -> int:
+    """Bundle to engine."""
+    from fope_export.bundle import Bundle
+    from fope_export.config import BuildConfig, convert
+    from fope_export.engine.build import build as build_engine
+    from fope_export.engine.build import plan_name
+    from fope_export.terminal import RESULTS, progress
+
+    options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__}
+    config = convert(options, BuildConfig, where="build", hint="See fope-export build --help.")
+    with progress("build") as report:
+        bundle, record = build_engine(Bundle.open(args.bundle), config, report=report)
+    if args.json:
+        _print_json(record)
+    else:
+        rotations = f"{record.plugin_layers} plugin layers" if record.plugin_layers else "no plugin"
+        place, seconds = bundle.path / plan_name(record.target), sum(record.seconds.values())
+        RESULTS.print(
+            f"{place}: {record.plan_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {record.library} {record.library_version}",
+            markup=False,
+        )
+        RESULTS.print(f"{record.decoder_layers} decoder layers, {rotations}, for {record.gpus}", markup=False)
     return PASSED
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -127,13 +128,52 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         return f"opset {self.opset}, {self.dtype}, {self.cache} cache{room}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
-        """With nothing left open: the lowest opset, and room for 16 times the training length (or 8192 tokens, where
-        that is less and training was not longer).
-        """
+        """With nothing left open: the lowest opset, and room for the usual length."""
         static = self.cache == "static"
-        room = max(training_length, min(16 * training_length, 8192)) if static else None
+        room = usual_length(training_length) if static else None
         opset = self.opset or (24 if static else 23)
         return msgspec.structs.replace(self, opset=opset, capacity=self.capacity or room)
+
+
+class BuildConfig(Checked, frozen=True, kw_only=True):
+    """How an engine is built. `target` is a library, and for TensorRT-RTX the GPUs: "tensorrt-rtx:sm86,sm89"."""
+
+    target: str = "tensorrt-rtx"
+    plugin: bool = True  # the rotation as one fused kernel, instead of the function's body
+    max_batch: Count = 4
+    max_length: Count | None = None  # tokens, prompt and answer; None: a static cache's capacity, or the usual length
+    timing_cache: bool = True  # keep what was measured for the next build
+    tf32: bool = False  # round float32 matrix products to 10 bits
+    refit: bool = False
+    strip: bool = False  # leave the weights out, to be refitted
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"tensorrt|tensorrt-rtx(:sm\d+(,sm\d+)*)?", self.target):
+            raise ConfigError(
+                f"target is {self.target!r}, expected tensorrt, tensorrt-rtx or tensorrt-rtx:sm86,sm89",
+                hint="tensorrt builds for the GPU at hand; tensorrt-rtx for any, without one.",
+            )
+
+    @property
+    def library(self) -> str:
+        """The library's name on PyPI."""
+        return self.target.partition(":")[0]
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The GPUs to build for; none means the one at hand."""
+        named = self.target.partition(":")[2]
+        return tuple(named.split(",")) if named else ("sm86", "sm89", "sm120") if self.library != "tensorrt" else ()
+
+
+def usual_length(training_length: int) -> int:
+    """Tokens to make room for where nobody says: 16 times the training length, or 8192 where that is less and training
+    was not longer.
+    """
+    return max(training_length, min(16 * training_length, 8192))
 
 
 def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = True, hint: str = INCOMPLETE) -> T:

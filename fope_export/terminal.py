@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.table import Table
@@ -67,7 +68,7 @@ def doctor_table(abilities: Mapping[str, str]) -> Table:
     """What a machine can do, and why not."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for what, reason in abilities.items():
-        table.add_row(f"  {what}", "[yellow]no[/]" if reason else "[green]yes[/]", reason)
+        table.add_row(f"  {what}", "[yellow]no[/]" if reason else "[green]yes[/]", escape(reason))
     return table
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from fope_export.bundle import Bundle
-from fope_export.config import ModelConfig
+from fope_export.config import ExportConfig, ModelConfig
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -95,6 +95,12 @@ def bundle(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def static_bundle(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same model with a static cache."""
+    return export(native, tmp_path_factory.mktemp("static") / "fope", ExportConfig(cache="static", capacity=200))
+
+
+@pytest.fixture(scope="session")
 def rope_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The RoPE twin's bundle."""
     folder = tmp_path_factory.mktemp("rope")
@@ -153,7 +159,9 @@ def write_variant(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share a worker and its session fixtures."""
+    """Tests of one file share a worker and its session fixtures; what needs a GPU is skipped where there is none."""
     for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from fope_export.config import ExportConfig, ModelConfig, SpectrumConfig, convert
+from fope_export.config import BuildConfig, ExportConfig, ModelConfig, SpectrumConfig, convert
 from fope_export.errors import ConfigError
 from fope_export.model.olmo import OlmoFlags
 from tests.conftest import small_decoder
@@ -31,6 +31,40 @@ def test_a_spectrum_is_checked_at_birth(fields: dict[str, object]) -> None:
 def test_a_model_is_checked_at_birth(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         msgspec.structs.replace(GOOD, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache": "static", "opset": 23}, "needs opset 24"),
+        ({"capacity": 100}, "a dynamic cache has no capacity"),
+        ({"dtype": "fp8"}, "dtype: Invalid enum value"),
+    ],
+)
+def test_an_export_is_checked_at_birth(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExportConfig(**fields)
+
+
+@pytest.mark.parametrize(("trained", "room"), [(64, 1024), (512, 8192), (1024, 8192), (20_000, 20_000)])
+def test_an_export_has_nothing_open_once_the_model_is_known(trained: int, room: int) -> None:
+    assert ExportConfig().resolved(trained) == ExportConfig(opset=23)
+    assert ExportConfig(cache="static").resolved(trained) == ExportConfig(cache="static", opset=24, capacity=room)
+
+
+@pytest.mark.parametrize(
+    "target", ["tensorrt:sm86", "tensorrt-rtx:", "tensorrt-rtx:86", "cuda", "tensorrt-rtx:sm86/../x"]
+)
+def test_targets_are_closed(target: str) -> None:
+    with pytest.raises(ConfigError, match="expected tensorrt, tensorrt-rtx or"):
+        BuildConfig(target=target)
+
+
+def test_a_target_names_a_library_and_gpus() -> None:
+    assert BuildConfig(target="tensorrt").architectures == ()
+    assert BuildConfig().architectures == ("sm86", "sm89", "sm120")
+    named = BuildConfig(target="tensorrt-rtx:sm89")
+    assert (named.library, named.architectures) == ("tensorrt-rtx", ("sm89",))
 
 
 def test_they_are_frozen_and_come_back_from_json() -> None:

@@ -25,6 +25,23 @@ class Feeds(NamedTuple):
         return Feeds(ids[:, start:end], mask[:, :end], positions[:, start:end])
 
 
+class Limits(NamedTuple):
+    """What a backend has room for; None is no limit."""
+
+    batch: int | None = None
+    length: int | None = None  # tokens in total, past and new
+
+    def check(self, feeds: Feeds) -> None:
+        """Raises BackendError where a step has more rows or tokens."""
+        sizes = {"rows": len(feeds.input_ids), "tokens": feeds.attention_mask.shape[1]}
+        for (what, size), limit in zip(sizes.items(), self, strict=True):
+            if limit is not None and size > limit:
+                raise BackendError(
+                    f"{size} {what} do not fit: there is room for {limit}",
+                    hint="Ask for less, or export with a larger --capacity.",
+                )
+
+
 class Backend(Protocol):
     """Runs a decoder step by step.
 
@@ -56,16 +73,6 @@ def empty_past(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:
         for port in manifest.inputs
         if port.name not in Feeds._fields
     }
-
-
-def check_capacity(manifest: Manifest, feeds: Feeds) -> None:
-    """Raises BackendError where a step does not fit the bundle's static cache."""
-    capacity, total = manifest.export.capacity, feeds.attention_mask.shape[1]
-    if capacity and total > capacity:
-        raise BackendError(
-            f"{total} tokens do not fit the bundle's static cache of {capacity}",
-            hint="Ask for fewer tokens, or export with a larger --capacity.",
-        )
 
 
 def feeds_for(input_ids: Ids, attention_mask: Ids | None = None) -> Feeds:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from fope_export.backends.base import Backend
+from fope_export.backends.base import Backend, Limits
 from fope_export.bundle import Bundle
+from fope_export.engine import compile
+from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
 
 PACKAGES = (
@@ -36,18 +38,35 @@ class Machine:
     gpus: tuple[str, ...]
     packages: Mapping[str, str]
     """Installed versions by distribution name."""
+    compiler: str = ""
+    """What compiles the TensorRT plugin, with versions."""
+    without_compiler: str = ""
+    """Why nothing does."""
 
 
 @cache
 def read_machine() -> Machine:
     """This machine, read once. Imports nothing heavy."""
+    compiler, without_compiler = _compiler()
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpus=_gpus(),
         packages={name: found for name in PACKAGES if (found := _installed(name))},
+        compiler=compiler,
+        without_compiler=without_compiler,
     )
+
+
+def _compiler() -> tuple[str, str]:
+    try:
+        tools = compile.find_toolchain()
+    except BackendError as refusal:
+        return "", str(refusal)
+    if tools.headers_version is None:
+        return "", "TensorRT's headers are missing: set TENSORRT_ROOT, or pip install --no-deps kernel-lens"
+    return f"nvcc {tools.nvcc_version}, TensorRT headers {tools.headers_version}", ""
 
 
 def _installed(name: str) -> str | None:
@@ -70,17 +89,34 @@ def _gpus() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """A backend: why a machine cannot run it (or nothing), and how a bundle becomes one."""
+    """A backend: why a machine cannot run it (or nothing), how a bundle becomes one, and what it then has room for."""
 
     what: str
     missing: Callable[[Machine], str]
     load: Callable[[Bundle], Backend]
+    limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
 
 
 def _load_ort(bundle: Bundle) -> Backend:
     from fope_export.backends.ort import OrtBackend
 
     return OrtBackend(bundle)
+
+
+def _ort_limits(bundle: Bundle) -> Limits:
+    return Limits(length=bundle.manifest.export.capacity)
+
+
+def _trt_limits(bundle: Bundle) -> Limits:
+    from fope_export.backends.trt import limits_of
+
+    return limits_of(bundle)
+
+
+def _load_trt(bundle: Bundle) -> Backend:
+    from fope_export.backends.trt import TrtBackend
+
+    return TrtBackend(bundle)
 
 
 def _load_eager(bundle: Bundle) -> Backend:
@@ -95,8 +131,16 @@ def _without_ort(machine: Machine) -> str:
     return "" if installed else "onnxruntime is not installed: pip install 'fope-export[cpu]'"
 
 
+def _without_trt(machine: Machine) -> str:
+    refusals = [library.refusal(machine.packages) for library in LIBRARIES.values()]
+    if all(refusals):
+        return "; ".join(refusals)
+    return "" if machine.gpus else "no NVIDIA GPU found"
+
+
 BACKENDS: dict[str, Row] = {
-    "onnxruntime": Row("the bundle in ONNX Runtime on the CPU", _without_ort, _load_ort),
+    "onnxruntime": Row("the bundle in ONNX Runtime on the CPU", _without_ort, _load_ort, _ort_limits),
+    "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),
     "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", _load_eager),
 }
 """In order of preference."""
@@ -110,12 +154,15 @@ def abilities(machine: Machine) -> dict[str, str]:
         "export a checkpoint": f"{', '.join(sorted(missing))} not installed" if missing else "",
         **{f"run {BACKENDS[name].what}": reason for name, reason in runs.items()},
         "validate a bundle": runs["onnxruntime"],
-        "use a GPU": f"{_found(machine.gpus)}; nothing in this version uses one",
+        **{f"build for {name}": _without_builder(name, machine) for name in LIBRARIES},
+        "compile the TensorRT plugin": machine.without_compiler,
     }
 
 
-def _found(gpus: tuple[str, ...]) -> str:
-    return f"found {', '.join(gpus)}" if gpus else "none found"
+def _without_builder(library: str, machine: Machine) -> str:
+    if refusal := LIBRARIES[library].refusal(machine.packages):
+        return refusal
+    return "" if LIBRARIES[library].names_architectures or machine.gpus else "it needs a GPU, and none was found"
 
 
 def choose(wanted: str | None, machine: Machine) -> str:

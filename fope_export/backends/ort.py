@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Logits, check_capacity, empty_past
+from fope_export.backends.base import Feeds, Limits, Logits, empty_past
 from fope_export.bundle import MODEL, Bundle
 from fope_export.errors import BackendError, require
 
@@ -41,7 +41,7 @@ class OrtBackend:
         return [self._value(np.zeros(shape, self._types[name])) for name, shape in shapes.items()]
 
     def step(self, feeds: Feeds, cache: list[Any]) -> tuple[Logits, list[Any]]:
-        check_capacity(self._manifest, feeds)
+        Limits(length=self._manifest.export.capacity).check(feeds)
         inputs = {name: self._value(array) for name, array in feeds._asdict().items()}
         inputs |= dict(zip(self._types, cache, strict=True))
         binding, static = self._session.io_binding(), self._manifest.export.cache == "static"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from polygraphy.exception import PolygraphyException
 from polygraphy.json import load_json, save_json
 
-from fope_export.backends.base import Backend, Feeds, empty_past, feeds_for
+from fope_export.backends.base import Backend, Feeds, Limits, empty_past, feeds_for
 from fope_export.bundle import Manifest
 from fope_export.config import ModelConfig
 from fope_export.errors import ParityError
@@ -24,6 +24,8 @@ KEPT = 1024
 """Positions of a long case that are compared: its last ones."""
 STEP_BYTES = 1 << 30
 """Bound on the float64 logits of one step; longer prefills are fed in chunks."""
+
+UNLIMITED = Limits()
 
 Floats = NDArray[np.floating[Any]]
 
@@ -40,6 +42,11 @@ class Case:
     @property
     def length(self) -> int:
         return int(self.feeds.input_ids.shape[1])
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether there is room for it."""
+        sizes = self.feeds.input_ids.shape
+        return all(most is None or size <= most for size, most in zip(sizes, limits, strict=True))
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -71,13 +78,13 @@ class Case:
 
 
 def standard_cases(
-    config: ModelConfig, seed: int = 0, lengths: Sequence[int] = (), capacity: int | None = None
+    config: ModelConfig, seed: int = 0, lengths: Sequence[int] = (), limits: Limits = UNLIMITED
 ) -> list[Case]:
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
     length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000. Of these,
-    the ones that fit a static cache of `capacity` tokens.
+    the ones that a backend with `limits` has room for.
 
-    Raises ParityError for a length below 1.
+    Raises ParityError for a length below 1, or where no case fits.
     """
     if any(length < 1 for length in lengths):
         raise ParityError(f"lengths {tuple(lengths)}: a prefill has at least one token", hint="Give lengths from 1.")
@@ -104,7 +111,9 @@ def standard_cases(
         Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
         Case(f"decode to {FAR:,}", far, (48, *[1] * 16), 64),
     ]
-    return [case for case in cases if case.length <= (capacity or case.length)]
+    if fitting := [case for case in cases if case.fits(limits)]:
+        return fitting
+    raise ParityError(f"there is room for no case: {limits}", hint="Give shorter --lengths, or make more room.")
 
 
 def prefill(config: ModelConfig, length: int, seed: int) -> Case:

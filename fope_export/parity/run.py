@@ -9,7 +9,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import choose, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, choose, load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import MANIFEST, Bundle
 from fope_export.errors import BackendError, ParityError
@@ -107,9 +107,8 @@ def validate(
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     source, exported = source_of(bundle, checkpoint), bundle.manifest.export
     source.model.as_exported(exported)
-    cases = (
-        load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, exported.capacity)
-    )
+    limits = BACKENDS[chosen].limits(bundle)
+    cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))

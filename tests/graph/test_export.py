@@ -11,8 +11,11 @@ import onnxruntime
 import pytest
 from onnx_ir.passes import PostconditionError
 
+from fope_export.backends.base import feeds_for
+from fope_export.backends.ort import OrtBackend
 from fope_export.bundle import MANIFEST, Bundle
 from fope_export.config import ExportConfig
+from fope_export.errors import BackendError
 from fope_export.fope import contract
 from fope_export.graph import passes
 from fope_export.graph.export import export, to_onnx
@@ -201,3 +204,54 @@ def test_layers_that_share_numbers_in_groups(tmp_path: Path) -> None:
     calls = [node for node in onnx.load(out.model, load_external_data=False).graph.node if node.domain == "fope"]
     assert [call.input[4] for call in calls] == [f"layers.{i}.attention.rotary.sin_coef" for i in (0, 0, 2, 2)]
     assert validate(out, lengths=(64,)).passed
+
+
+CONFIGS = [
+    ExportConfig(dtype=dtype, cache=cache, capacity=96 if cache == "static" else None)
+    for dtype in ("fp32", "fp16", "bf16")
+    for cache in ("dynamic", "static")
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.dtype}-{config.cache}")
+def test_dtypes_and_caches(config: ExportConfig, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", config)
+    assert made.manifest.export == config.resolved(64) and made.manifest.export.opset == (24 if config.capacity else 23)
+    dtype = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[config.dtype]
+    ports = {port.name: port for port in (*made.manifest.inputs, *made.manifest.outputs)}
+    kept = config.capacity or "past_sequence"
+    assert (ports["past_key_values.1.value"].dtype, ports["past_key_values.1.value"].shape) == (
+        dtype,
+        ["batch", 4, kept, 16],
+    )
+    assert ports["present.1.value"].shape == ["batch", 4, config.capacity or "total_sequence", 16]
+    assert ports["logits"].dtype == dtype and ports["attention_mask"].shape == ["batch", "total_sequence"]
+    model = onnx.load(made.model, load_external_data=False)
+    kinds = {onnx.helper.tensor_dtype_to_string(t.data_type) for t in model.graph.initializer if ".rotary." in t.name}
+    assert kinds == {"TensorProto.FLOAT"}
+    assert all(value == 1 for value in attribute(model, "compute_dtype"))
+    found = validate(made)
+    assert found.passed and len(found.cases) >= 7, [case for case in found.cases if not case.verdict.passed]
+
+
+def attribute(model: onnx.ModelProto, name: str) -> list[int]:
+    """Its value in every FopeRotary call."""
+    calls = [node for node in model.graph.node if node.op_type == contract.NAME]
+    assert calls
+    return [next(a.i for a in node.attribute if a.name == name) for node in calls]
+
+
+def test_a_static_cache_is_written_in_place_and_has_an_end(static_bundle: Bundle) -> None:
+    backend = OrtBackend(static_bundle)
+    cache = backend.empty_cache(1)
+    feeds = feeds_for(np.arange(150)[None] % 256)
+    _, grown = backend.step(feeds, cache)
+    assert grown is cache and cache[0].numpy()[:, :, :150].all() and not cache[0].numpy()[:, :, 150:].any()
+    with pytest.raises(BackendError, match="210 tokens do not fit: there is room for 200"):
+        backend.step(feeds_for(np.zeros((1, 60), np.int64), np.ones((1, 210), np.int64)), cache)
+
+
+def test_onnx_runtime_is_quiet_about_a_static_cache(static_bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    backend = OrtBackend(static_bundle)
+    backend.step(feeds_for(np.ones((2, 5), np.int64)), backend.empty_cache(2))
+    assert capfd.readouterr() == ("", "")

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fope_export.model.decoder import Decoder, causal_mask
+from fope_export.config import ExportConfig
+from fope_export.model.decoder import Decoder, causal_mask, static_mask, write
 from tests.conftest import small_decoder
 
 
@@ -44,3 +45,49 @@ def test_the_mask_is_causal_and_finite() -> None:
 def test_tied_embeddings_are_one_tensor() -> None:
     model = small_decoder(tie_embeddings=True)
     assert model.lm_head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("width", [0, 30], ids=["as wide as the tokens", "as wide as the cache"])
+@pytest.mark.parametrize("steps", [(20,), (13, 1, 6), (1,) * 20], ids=str)
+def test_a_static_cache_changes_nothing(steps: tuple[int, ...], width: int) -> None:
+    model = small_decoder(kv_heads=2)
+    ids = torch.randint(0, 256, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :14] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    wanted = logits(model, ids, mask, (20,))
+    model.capacity = 30
+    cache, start = model.empty_cache(3), 0
+    for step in steps:
+        end = start + step
+        seen = torch.nn.functional.pad(mask[:, :end], (0, max(width - end, 0)))
+        part, cache = model(ids[:, start:end], seen, positions[:, start:end], cache)
+        real = mask[:, start:end] != 0
+        torch.testing.assert_close(part[real], wanted[:, start:end][real], rtol=0, atol=1e-5)
+        start = end
+    assert all(tensor.shape == (3, 2, 30, 16) and tensor.isfinite().all() for pair in cache for tensor in pair)
+
+
+def test_the_static_mask_ends_at_a_rows_last_token() -> None:
+    mask, written = static_mask(torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]), 2, torch.float32, 5)
+    assert written.tolist() == [1, 2, 0]
+    assert (mask[:2, 0] == 0).int().tolist() == [
+        [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+    ]
+
+
+def test_writing_is_a_registered_operator() -> None:
+    past, new = torch.zeros(2, 3, 8, 4), torch.randn(2, 3, 2, 4)
+    written = torch.tensor([0, 6])
+    torch.library.opcheck(write, (past, new, written))
+    out = write(past, new, written)
+    assert torch.equal(out[0, :, :2], new[0]) and torch.equal(out[1, :, 6:], new[1])
+    assert out.count_nonzero() == new.count_nonzero() and not past.any()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_rotations_numbers_stay_float32(dtype: str) -> None:
+    model = small_decoder().as_exported(ExportConfig(dtype=dtype))
+    wide = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert wide == {name for name in model.state_dict() if ".rotary." in name}

@@ -16,6 +16,7 @@ from fope_export.backends.base import Feeds, Logits, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle, sha256
+from fope_export.config import ExportConfig
 from fope_export.errors import BundleError, ParityError
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -110,6 +111,16 @@ def body(bundle: Bundle) -> None:
     node = next(n for n in model.functions[0].node if "sin_pad_row" in n.output)
     node.input[2] = "zero_float"
     onnx.save(model, bundle.model)
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("fp16", "static"), ("bf16", "dynamic")])
+def test_half_precision_hides_no_wrong_padding(dtype: str, cache: str, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache))
+    attributes("sin_pad", 0.0, 1)(made)
+    found = validate(made, lengths=(64,))
+    assert not found.passed and found.place and found.place.divergence
+    assert found.place.divergence.module == "layers.1.attention.rotary"
+    assert found.controls[-1].skipped == "the model itself is in half precision"
 
 
 def one_value(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,192 @@
+"""An engine of the bundle in TensorRT, on torch's CUDA tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from fope_export.backends.base import Feeds, Limits, Logits, empty_past
+from fope_export.bundle import MODEL, Bundle, sha256
+from fope_export.engine import api
+from fope_export.engine.build import FOLDER, EngineRecord, plan_name
+from fope_export.engine.profiles import fitting
+from fope_export.errors import BackendError
+from fope_export.model.decoder import DTYPES
+
+BUILD_IT = "Build one with `fope-export build`."
+
+
+def newest_engine(bundle: Bundle) -> EngineRecord:
+    """The record of the bundle's engine, of the one built last where there are several.
+
+    Raises BackendError where there is none, or where it was built from another model.
+    """
+    records = [bundle.path / name for name in bundle.manifest.files if name.startswith(FOLDER) and name[-5:] == ".json"]
+    if not records:
+        raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
+    path = max(records, key=lambda path: path.stat().st_mtime)
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    except msgspec.MsgspecError as cause:
+        raise BackendError(f"{path}: not an engine's record: {cause}", hint=BUILD_IT) from cause
+    if record.model_sha256 != bundle.manifest.files[MODEL]:
+        raise BackendError(f"{path}: the engine was built from another {MODEL}", hint=BUILD_IT)
+    if sha256(plan := bundle.path / plan_name(record.target)) != record.plan_sha256:
+        raise BackendError(f"{plan}: not the plan that its record describes", hint=BUILD_IT)
+    return record
+
+
+def limits_of(bundle: Bundle) -> Limits:
+    """What the bundle's engine has room for. Raises BackendError as `newest_engine` does."""
+    record = newest_engine(bundle)
+    return Limits(record.most("batch"), record.most("total_sequence"))
+
+
+def sizes_of(feeds: Feeds, record: EngineRecord) -> dict[str, int]:
+    """A step's symbolic sizes, as the engine's profiles name them."""
+    batch, sequence = feeds.input_ids.shape
+    total = feeds.attention_mask.shape[1]
+    sizes = {"batch": batch, "sequence": sequence, "total_sequence": total}
+    return sizes if record.cache == "static" else sizes | {"past_sequence": total - sequence}
+
+
+@dataclass
+class TrtCache:
+    """Keys and values on the device, in the graph's order."""
+
+    tensors: list[Tensor]
+    recorded: "_Recorded | None" = None
+    """The single-token step on these tensors, once there was one."""
+
+
+class TrtBackend:
+    """One engine, an execution context for each of its profiles. Caches stay on the device; a static one is written in
+    place.
+
+    `cuda_graph` replays single-token steps of a static cache from a recording: the mask is then always as wide as the
+    cache.
+    """
+
+    def __init__(self, bundle: Bundle, *, cuda_graph: bool = False) -> None:
+        """Raises BackendError when there is no engine, no GPU, or when TensorRT does not take the plan."""
+        self.record, self._manifest = newest_engine(bundle), bundle.manifest
+        self.name, self.vocab_size = self.record.library, bundle.manifest.model.vocab_size
+        if not torch.cuda.is_available():
+            raise BackendError(
+                f"torch {torch.__version__} sees no CUDA device",
+                hint="Engines run on an NVIDIA GPU, with a torch that is built for CUDA; the ONNX file runs anywhere.",
+            )
+        self._trt = api.load(self.record.library)
+        self._log = api.make_log(self._trt)
+        self._engine = self._deserialize((bundle.path / plan_name(self.record.target)).read_bytes())
+        self._device, self._stream = torch.device("cuda"), torch.cuda.Stream()
+        self._contexts = {name: self._context(i) for i, name in enumerate(self.record.profiles)}
+        self._dtype = DTYPES[self.record.dtype]
+        self._records = cuda_graph and self.record.cache == "static"
+
+    def _deserialize(self, plan: bytes) -> Any:
+        runtime = self._trt.Runtime(self._log)
+        runtime.engine_host_code_allowed = self.record.plugin_embedded  # the plugin comes out of the plan
+        self._runtime = runtime
+        if (engine := runtime.deserialize_cuda_engine(plan)) is None:
+            raise BackendError(
+                f"{self.record.library} {self._trt.__version__} does not take the plan for {self.record.gpus}, "
+                f"built by version {self.record.library_version}: {self._log.errors()}",
+                hint="Build the engine for this GPU and this version with `fope-export build`.",
+            )
+        return engine
+
+    def _context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile, self._stream.cuda_stream):
+            raise BackendError(
+                f"{self.record.library} makes no execution context: {self._log.errors()}",
+                hint="Is there memory left on the GPU? Build with a smaller --max-batch or --max-length.",
+            )
+        self._stream.synchronize()
+        return context
+
+    def empty_cache(self, batch: int) -> TrtCache:
+        shapes = empty_past(self._manifest, batch).values()
+        return TrtCache([torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes])
+
+    @torch.inference_mode()
+    def step(self, feeds: Feeds, cache: TrtCache) -> tuple[Logits, TrtCache]:
+        profile = fitting(self.record.profiles, sizes_of(feeds, self.record))
+        with torch.cuda.stream(self._stream):
+            if self._records and feeds.input_ids.shape[1] == 1:
+                cache.recorded = cache.recorded or _Recorded(self, profile, cache)
+                logits = cache.recorded.step(feeds)
+            else:
+                inputs = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds._asdict().items()}
+                logits, cache = self._run(profile, {name: x.to(self._device) for name, x in inputs.items()}, cache)
+            answer: Logits = logits.float().cpu().numpy()
+        return answer, cache
+
+    def _run(self, profile: str, inputs: dict[str, Tensor], cache: TrtCache) -> tuple[Tensor, TrtCache]:
+        """Enqueue one step on the current stream."""
+        past = [port.name for port in self._manifest.inputs if port.name not in Feeds._fields]
+        context, bound = self._contexts[profile], inputs | dict(zip(past, cache.tensors, strict=True))
+        for name, tensor in bound.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._failure(f"the shape {tuple(tensor.shape)} of {name}")
+            self._bind(context, name, tensor)
+        logits_name, *present_names = (port.name for port in self._manifest.outputs)
+        logits = self._output(context, logits_name)
+        if self.record.cache == "static":
+            present = cache
+            for name, tensor in zip(present_names, cache.tensors, strict=True):
+                self._bind(context, name, tensor)
+        else:
+            present = TrtCache([self._output(context, name) for name in present_names])
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise self._failure("the step")
+        return logits, present
+
+    def _output(self, context: Any, name: str) -> Tensor:
+        tensor = torch.empty(tuple(context.get_tensor_shape(name)), dtype=self._dtype, device=self._device)
+        self._bind(context, name, tensor)
+        return tensor
+
+    def _bind(self, context: Any, name: str, tensor: Tensor) -> None:
+        # An empty cache has no address, and TensorRT insists on one.
+        address = tensor.data_ptr() or torch.empty(1, device=self._device).data_ptr()
+        if not context.set_tensor_address(name, address):
+            raise self._failure(f"the address of {name}")
+
+    def _failure(self, what: str) -> BackendError:
+        return BackendError(
+            f"{self.record.library} refuses {what}: {self._log.errors()}",
+            hint="Build the engine again with `fope-export build`; if it stays, please report it.",
+        )
+
+
+class _Recorded:
+    """A single-token step as a CUDA graph: the same shapes and addresses every time."""
+
+    def __init__(self, backend: TrtBackend, profile: str, cache: TrtCache) -> None:
+        batch, _, capacity, _ = cache.tensors[0].shape
+        widths = {"input_ids": 1, "attention_mask": capacity, "position_ids": 1}
+        self._inputs = {
+            name: torch.zeros(batch, width, dtype=torch.int64, device=cache.tensors[0].device)
+            for name, width in widths.items()
+        }
+        kept = [tensor[:, :, :1].clone() for tensor in cache.tensors]  # trying it out writes the first slot
+        backend._run(profile, self._inputs, cache)
+        torch.cuda.current_stream().synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+            self._logits, _ = backend._run(profile, self._inputs, cache)
+        for tensor, slot in zip(cache.tensors, kept, strict=True):
+            tensor[:, :, :1] = slot
+
+    def step(self, feeds: Feeds) -> Tensor:
+        for name, array in feeds._asdict().items():
+            buffer, width = self._inputs[name], array.shape[1]
+            buffer[:, :width].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            buffer[:, width:].zero_()
+        self._graph.replay()
+        return self._logits

@@ -1,0 +1,148 @@
+"""Bundle to engine: preflight, the plugin, a worker process, and the plan with its record in the bundle."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from fope_export.bundle import MODEL, Bundle, sha256
+from fope_export.config import BuildConfig
+from fope_export.engine import api, compile, profiles
+from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
+from fope_export.errors import BackendError, ConfigError
+
+FOLDER = "engines"
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `engines/<target>.json` says about the plan beside it."""
+
+    target: str
+    library: str
+    library_version: str
+    architectures: tuple[str, ...]  # none: the GPU it was built on
+    dtype: str
+    cache: str
+    capacity: int | None
+    decoder_layers: int
+    plugin_layers: int
+    layers: dict[str, int]  # of the parsed network, by type
+    profiles: dict[str, profiles.Profile]  # in the engine's order
+    model_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+    plugin_sha256: str | None
+    plugin_embedded: bool
+    compiler: str | None
+    headers: str | None
+    seconds: dict[str, float]
+    options: BuildConfig
+
+    def most(self, size: str) -> int:
+        """The largest value of a symbolic size that a profile holds."""
+        return max(profile[size].most for profile in self.profiles.values())
+
+    @property
+    def gpus(self) -> str:
+        """What it runs on, in words."""
+        return ", ".join(self.architectures) or "the GPU it was built on"
+
+
+def plan_name(target: str) -> str:
+    """Where a target's plan lies in a bundle."""
+    return f"{FOLDER}/{target}.plan"
+
+
+def record_name(target: str) -> str:
+    """Where its record lies."""
+    return f"{FOLDER}/{target}.json"
+
+
+def build(
+    bundle: Bundle,
+    config: BuildConfig | None = None,
+    *,
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[Bundle, EngineRecord]:
+    """Build an engine from a bundle's ONNX file and add it; `report` is told phase, steps done and steps in all.
+
+    With the plugin, every FopeRotary node must become one plugin layer; without it, none may.
+
+    Raises BackendError or ConfigError with the first thing that stands in the way; the bundle is then as it was.
+    """
+    config, manifest = config or BuildConfig(), bundle.manifest
+    ranges = profiles.make_profiles(config, manifest)
+    if manifest.export.dtype == "bf16" and "sm75" in config.architectures:
+        raise ConfigError("sm75 has no bfloat16", hint="Export with --dtype fp16 for it, or leave it out.")
+    api.check_installed(config.library)
+    tools, plugin = _plugin(config, report) if config.plugin else (None, None)
+    layers = manifest.model.num_layers
+    with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".engine-") as scratch:
+        plan = Path(scratch) / "plan"
+        request = Request(
+            model=str(bundle.model.resolve()), plan=str(plan.resolve()), config=config,
+            full_precision=manifest.export.dtype == "fp32",
+            profiles=[{p.name: profiles.shapes(ranges[name], p) for p in manifest.inputs} for name in ranges],
+            plugin=str(plugin) if plugin else None, plugin_layers=layers if plugin else 0,
+            timing_cache=str(_timing_cache(config)) if config.timing_cache else None,
+        )  # fmt: skip
+        built = _work(request, report)
+        record = EngineRecord(
+            target=config.target, library=config.library, library_version=built.library_version,
+            architectures=config.architectures, dtype=manifest.export.dtype, cache=manifest.export.cache,
+            capacity=manifest.export.capacity, decoder_layers=layers, plugin_layers=built.layers.get(PLUGIN_LAYER, 0),
+            layers=built.layers, profiles=ranges, model_sha256=manifest.files[MODEL], plan_sha256=sha256(plan),
+            plan_bytes=plan.stat().st_size, plugin_sha256=sha256(plugin) if plugin else None,
+            plugin_embedded=plugin is not None, compiler=f"nvcc {tools.nvcc_version}" if tools else None,
+            headers=tools.headers_version if tools else None,
+            seconds={name: round(value, 3) for name, value in built.seconds.items()}, options=config,
+        )  # fmt: skip
+        content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+        return bundle.add({plan_name(config.target): plan, record_name(config.target): content}), record
+
+
+def _plugin(config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[compile.Toolchain, Path]:
+    """The compiled plugin for the target, and what compiled it."""
+    tools = compile.find_toolchain()
+    if tools.headers_version is not None:
+        compile.check_headers(tools.headers_version, api.installed_version(config.library)[0])
+    report("compiling the plugin", 0, 1)
+    wanted = tuple(name.removeprefix("sm") for name in config.architectures)
+    return tools, compile.build_plugin(tools, wanted or compile.ARCHITECTURES)
+
+
+def _timing_cache(config: BuildConfig) -> Path:
+    version = ".".join(map(str, api.installed_version(config.library)))
+    return compile.cache_folder() / f"timing-{config.library}-{version}.cache"
+
+
+def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
+    """Have a worker serve the request."""
+    command = [sys.executable, "-m", "fope_export.engine.worker"]
+    with (
+        tempfile.TemporaryFile() as noise,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise) as process,  # noqa: S603
+    ):
+        assert process.stdin and process.stdout
+        process.stdin.write(msgspec.json.encode(request))
+        process.stdin.close()
+        for text in process.stdout:
+            line = msgspec.json.decode(text, type=Line)
+            if line.progress:
+                report(line.progress.phase, line.progress.done, line.progress.total)
+            if line.failure:
+                raise BackendError(line.failure.message, hint=line.failure.hint)
+            if line.built:
+                return line.built
+        code = process.wait()
+        noise.seek(0)
+        last = noise.read().decode(errors="replace").strip().splitlines()[-3:]
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        raise BackendError(
+            f"{request.config.library} ended its process with {how}: {' '.join(last) or 'it said nothing'}",
+            hint="Is there memory left? Try --no-plugin and a smaller --max-length; if it stays, please report it.",
+        )

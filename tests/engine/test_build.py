@@ -1,0 +1,165 @@
+"""Engines that TensorRT-RTX builds without a GPU, and every way to be refused one."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+
+from fope_export.backends.base import feeds_for
+from fope_export.backends.choose import load_backend
+from fope_export.bundle import Bundle
+from fope_export.cli import main
+from fope_export.config import BuildConfig, ExportConfig
+from fope_export.demo import shipped
+from fope_export.engine import api, compile
+from fope_export.engine.build import build
+from fope_export.errors import BackendError, ConfigError
+from fope_export.graph.export import export
+from tests.backends.test_backends import tokens
+
+KINDS = [(dtype, cache) for dtype in ("fp16", "bf16") for cache in ("dynamic", "static")]
+EACH = [
+    pytest.param(*kind, id="-".join(kind), marks=pytest.mark.xdist_group(f"engine {i % 2}"))
+    for i, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("dtype", "cache"), EACH)
+def test_the_shipped_model_builds_with_and_without_the_plugin(dtype: str, cache: str, tmp_path: Path) -> None:
+    made = export(shipped("fope"), tmp_path / "bundle", ExportConfig(dtype=dtype, cache=cache))
+    before, layers = made.model.read_bytes(), made.manifest.model.num_layers
+    for plugin in (True, False):
+        reported: list[tuple[str, int, int]] = []
+        made, record = build(made, BuildConfig(plugin=plugin), report=lambda *step, seen=reported: seen.append(step))
+        plan = (made.path / "engines/tensorrt-rtx.plan").read_bytes()
+        assert record.architectures == ("sm86", "sm89", "sm120") and record.decoder_layers == layers
+        assert record.plugin_layers == record.layers.get("PLUGIN_V3", 0) == (layers if plugin else 0)
+        assert record.layers.get("KV_CACHE_UPDATE", 0) == (2 * layers if cache == "static" else 0)
+        assert record.layers.get("ROTARY_EMBEDDING", 0) == (0 if plugin else 2 * layers)
+        assert len(plan) == record.plan_bytes and (b"kv_heads_per_group" in plan) == plugin  # a field of the plugin
+        assert reported and all(done <= total for _, done, total in reported)
+        assert (
+            json.loads((made.path / "engines/tensorrt-rtx.json").read_bytes())["plugin_layers"] == record.plugin_layers
+        )
+    assert made.model.read_bytes() == before and not Bundle.open(made.path).damaged()
+    backend = load_backend(made, "onnxruntime")  # the same file still runs here
+    logits, _ = backend.step(feeds_for(tokens(2, 5)), backend.empty_cache(2))
+    assert logits.shape == (2, 5, 256)
+
+
+def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
+    built, record = build(spoilable, BuildConfig(target="tensorrt-rtx:sm89", max_batch=1, max_length=64))
+    assert record.plugin_layers == 2 and record.architectures == ("sm89",) and record.dtype == "fp32"
+    assert (built.path / "engines/tensorrt-rtx:sm89.plan").is_file()
+    assert not list(built.path.glob(".engine-*"))
+
+
+def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", str(spoilable.path), "--no-plugin", "--max-length", "64", "--version-compatible"]) == 0
+    assert "2 decoder layers, no plugin, for sm86, sm89, sm120" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "tensorrt-rtx:sm90"], "has no sm90"),
+        (["--target", "tpu"], "target is 'tpu'"),
+        (["--max-length", "0"], "max_length: Expected `int` >= 1"),
+    ],
+)
+def test_misuse_on_the_command_line(
+    options: list[str], message: str, spoilable: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(spoilable.path), "--no-plugin", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "hint:" in told
+    assert not (spoilable.path / "engines").exists() and not list(spoilable.path.glob(".engine-*"))
+
+
+def test_bfloat16_and_an_older_gpu(tmp_path: Path, native: Path) -> None:
+    made = export(native, tmp_path / "bundle", ExportConfig(dtype="bf16"))
+    with pytest.raises(ConfigError, match="sm75 has no bfloat16"):
+        build(made, BuildConfig(target="tensorrt-rtx:sm75"))
+
+
+def test_no_library_and_an_old_one(spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, message in (({}, "tensorrt-rtx is not installed"), ({"tensorrt-rtx": "1.2.0"}, "is 1.2.0, and 1.7")):
+        monkeypatch.setattr(api, "_installed", lambda distribution, found=found: found)
+        with pytest.raises(BackendError, match=message) as caught:
+            build(spoilable)
+        assert "fope-export[tensorrt-rtx]" in caught.value.hint
+
+
+def test_no_compiler(spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "find_toolchain", partial(compile.find_toolchain, {}, lambda name: []))
+    with pytest.raises(BackendError, match="no CUDA compiler"):
+        build(spoilable)
+
+
+def library(folder: Path, source: str) -> Path:
+    """A shared library of a few lines."""
+    path = folder / "plugin.so"
+    (folder / "plugin.cpp").write_text(source)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", path, folder / "plugin.cpp"], check=True)
+    return path
+
+
+NO_CREATOR = """
+extern "C" void* const* getCreators(int& count) { static void* none[1]; count = 0; return none; }
+extern "C" void setLoggerFinder(void*) {}
+"""
+CRASH = """
+#include <cstdio>
+#include <cstdlib>
+extern "C" void* const* getCreators(int& count) { std::fputs("giving up\\n", stderr); std::abort(); }
+extern "C" void setLoggerFinder(void*) {}
+"""
+PLUGINS = {
+    "not a library": (lambda folder: (folder / "no.so").write_text("") or folder / "no.so", "does not load the plugin"),
+    "no entry point": (lambda folder: library(folder, "int x;"), "does not load the plugin .*getCreators"),
+    "no creator": (lambda folder: library(folder, NO_CREATOR), "does not load the plugin .*No creator"),
+    "a crash": (lambda folder: library(folder, CRASH), "ended its process with signal SIGABRT: giving up"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), PLUGINS.values(), ids=PLUGINS)
+def test_a_plugin_that_is_none(
+    make: Callable[[Path], Path], message: str, spoilable: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path)
+    monkeypatch.setattr(compile, "build_plugin", lambda *_: made)
+    with pytest.raises(BackendError, match=message):
+        build(spoilable)
+    assert not (spoilable.path / "engines").exists()
+
+
+def edit(bundle: Bundle, change: Callable[[onnx.NodeProto], None]) -> Bundle:
+    """The bundle with its FopeRotary nodes changed behind its back."""
+    model = onnx.load(bundle.model, load_external_data=False)
+    for node in model.graph.node:
+        if node.domain == "fope":
+            change(node)
+    onnx.save(model, bundle.model)
+    return Bundle.open(bundle.path, verify=False)
+
+
+def other_version(node: onnx.NodeProto) -> None:
+    next(a for a in node.attribute if a.name == "plugin_version").s = b"7"
+
+
+def other_operator(node: onnx.NodeProto) -> None:
+    node.op_type = "Mystery"
+
+
+def test_nodes_that_do_not_match_the_plugin(spoilable: Bundle) -> None:
+    with pytest.raises(BackendError, match="0 of 2 FopeRotary nodes became plugin layers"):
+        build(edit(spoilable, other_version))
+
+
+def test_an_operator_that_is_not_supported(spoilable: Bundle) -> None:
+    with pytest.raises(BackendError, match=r"Mystery layers\.0\.attention\.rotary/FopeRotary"):
+        build(edit(spoilable, other_operator), BuildConfig(plugin=False))
