@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -14,6 +15,7 @@ from fope_export.config import BuildConfig
 from fope_export.engine import api, compile, profiles
 from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
 from fope_export.errors import BackendError, ConfigError
+from fope_export.fope import contract
 
 FOLDER = "engines"
 
@@ -135,14 +137,19 @@ def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
             if line.progress:
                 report(line.progress.phase, line.progress.done, line.progress.total)
             if line.failure:
-                raise BackendError(line.failure.message, hint=line.failure.hint)
+                told = [text for text in _lines(noise) if text.startswith(contract.NAME)]  # the plugin's own words
+                raise BackendError("; ".join((line.failure.message, *told)), hint=line.failure.hint)
             if line.built:
                 return line.built
-        code = process.wait()
-        noise.seek(0)
-        last = noise.read().decode(errors="replace").strip().splitlines()[-3:]
+        code, last = process.wait(), _lines(noise)[-3:]
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise BackendError(
             f"{request.config.library} ended its process with {how}: {' '.join(last) or 'it said nothing'}",
             hint="Is there memory left? Try --no-plugin and a smaller --max-length; if it stays, please report it.",
         )
+
+
+def _lines(noise: IO[bytes]) -> list[str]:
+    """What a worker and its libraries printed."""
+    noise.seek(0)
+    return noise.read().decode(errors="replace").strip().splitlines()

@@ -151,6 +151,15 @@ def other_version(node: onnx.NodeProto) -> None:
     next(a for a in node.attribute if a.name == "plugin_version").s = b"7"
 
 
+def odd_heads(node: onnx.NodeProto) -> None:
+    next(a for a in node.attribute if a.name == "head_dim").i = 15
+
+
+def test_the_plugins_own_words_are_passed_on(spoilable: Bundle) -> None:
+    with pytest.raises(BackendError, match="head_dim is 15, and channel pairs need an even one"):
+        build(edit(spoilable, odd_heads))
+
+
 def other_operator(node: onnx.NodeProto) -> None:
     node.op_type = "Mystery"
 
