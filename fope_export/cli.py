@@ -206,7 +206,7 @@ def build(args: argparse.Namespace) -> int:
     from fope_export.bundle import Bundle
     from fope_export.config import BuildConfig, convert
     from fope_export.engine.build import build as build_engine
-    from fope_export.engine.build import plan_name
+    from fope_export.engine.record import plan_name
     from fope_export.terminal import RESULTS, progress
 
     options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__}
@@ -216,13 +216,12 @@ def build(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(record)
     else:
-        rotations = f"{record.plugin_layers} plugin layers" if record.plugin_layers else "no plugin"
         place, seconds = bundle.path / plan_name(record.target), sum(record.seconds.values())
         RESULTS.print(
             f"{place}: {record.plan_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {record.library} {record.library_version}",
             markup=False,
         )
-        RESULTS.print(f"{record.decoder_layers} decoder layers, {rotations}, for {record.gpus}", markup=False)
+        RESULTS.print(record.described, markup=False)
     return PASSED
 
 

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from fope_export.bundle import MANIFEST, Bundle
 from fope_export.config import ModelConfig
+from fope_export.engine.record import records
 from fope_export.errors import FopeError
 
 Description = dict[str, dict[str, Any]]
@@ -61,6 +62,7 @@ def _bundle(bundle: Bundle) -> Description:
         "spectrum": _spectrum(manifest.model, manifest.spectra[0]),
         "inputs": {port.name: _port(port.dtype, port.shape) for port in manifest.inputs},
         "outputs": {port.name: _port(port.dtype, port.shape) for port in manifest.outputs},
+        "engines": {record.target: record.described for record in records(bundle)},
         "files": {
             name: f"{_size(bundle.path / name)}  {digest}" + (f"  {damaged[name].upper()}" if name in damaged else "")
             for name, digest in manifest.files.items()

@@ -3,40 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from fope_export.backends.base import Feeds, Limits, Logits, empty_past
-from fope_export.bundle import MODEL, Bundle, sha256
+from fope_export.bundle import Bundle
 from fope_export.engine import api
-from fope_export.engine.build import FOLDER, EngineRecord, plan_name
 from fope_export.engine.profiles import fitting
+from fope_export.engine.record import EngineRecord, newest_engine, plan_name
 from fope_export.errors import BackendError
 from fope_export.model.decoder import DTYPES
-
-BUILD_IT = "Build one with `fope-export build`."
-
-
-def newest_engine(bundle: Bundle) -> EngineRecord:
-    """The record of the bundle's engine, of the one built last where there are several.
-
-    Raises BackendError where there is none, or where it was built from another model.
-    """
-    records = [bundle.path / name for name in bundle.manifest.files if name.startswith(FOLDER) and name[-5:] == ".json"]
-    if not records:
-        raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
-    path = max(records, key=lambda path: path.stat().st_mtime)
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except msgspec.MsgspecError as cause:
-        raise BackendError(f"{path}: not an engine's record: {cause}", hint=BUILD_IT) from cause
-    if record.model_sha256 != bundle.manifest.files[MODEL]:
-        raise BackendError(f"{path}: the engine was built from another {MODEL}", hint=BUILD_IT)
-    if sha256(plan := bundle.path / plan_name(record.target)) != record.plan_sha256:
-        raise BackendError(f"{plan}: not the plan that its record describes", hint=BUILD_IT)
-    return record
 
 
 def limits_of(bundle: Bundle) -> Limits:

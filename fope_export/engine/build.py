@@ -13,55 +13,10 @@ import msgspec
 from fope_export.bundle import MODEL, Bundle, sha256
 from fope_export.config import BuildConfig
 from fope_export.engine import api, compile, profiles
+from fope_export.engine.record import EngineRecord, plan_name, record_name
 from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
 from fope_export.errors import BackendError, ConfigError
 from fope_export.fope import contract
-
-FOLDER = "engines"
-
-
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `engines/<target>.json` says about the plan beside it."""
-
-    target: str
-    library: str
-    library_version: str
-    architectures: tuple[str, ...]  # none: the GPU it was built on
-    dtype: str
-    cache: str
-    capacity: int | None
-    decoder_layers: int
-    plugin_layers: int
-    layers: dict[str, int]  # of the parsed network, by type
-    profiles: dict[str, profiles.Profile]  # in the engine's order
-    model_sha256: str
-    plan_sha256: str
-    plan_bytes: int
-    plugin_sha256: str | None
-    plugin_embedded: bool
-    compiler: str | None
-    headers: str | None
-    seconds: dict[str, float]
-    options: BuildConfig
-
-    def most(self, size: str) -> int:
-        """The largest value of a symbolic size that a profile holds."""
-        return max(profile[size].most for profile in self.profiles.values())
-
-    @property
-    def gpus(self) -> str:
-        """What it runs on, in words."""
-        return ", ".join(self.architectures) or "the GPU it was built on"
-
-
-def plan_name(target: str) -> str:
-    """Where a target's plan lies in a bundle."""
-    return f"{FOLDER}/{target}.plan"
-
-
-def record_name(target: str) -> str:
-    """Where its record lies."""
-    return f"{FOLDER}/{target}.json"
 
 
 def build(

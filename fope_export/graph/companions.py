@@ -3,22 +3,23 @@
 from typing import Any
 
 from fope_export.bundle import MODEL
-from fope_export.config import ModelConfig
+from fope_export.config import ExportConfig, ModelConfig
 
 CONTEXT_LENGTH = 131_072
-"""What runtimes that insist on a maximum are told. The graph itself has none."""
+"""What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
 
 
-def companions(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def companions(config: ModelConfig, export: ExportConfig) -> dict[str, dict[str, Any]]:
     """File name -> contents."""
+    length = export.capacity or CONTEXT_LENGTH
     return {
-        "config.json": hugging_face(config),
+        "config.json": hugging_face(config, length),
         "generation_config.json": _tokens(config),
-        "genai_config.json": genai(config),
+        "genai_config.json": genai(config, length),
     }
 
 
-def hugging_face(config: ModelConfig) -> dict[str, Any]:
+def hugging_face(config: ModelConfig, length: int) -> dict[str, Any]:
     """For Optimum, which reads sizes from it and needs a model type it knows; the graph decides what is computed."""
     return {
         "model_type": "llama",
@@ -31,20 +32,20 @@ def hugging_face(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.spectrum.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": CONTEXT_LENGTH,
+        "max_position_embeddings": length,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
         **_tokens(config),
     }
 
 
-def genai(config: ModelConfig) -> dict[str, Any]:
+def genai(config: ModelConfig, length: int) -> dict[str, Any]:
     """For ONNX Runtime GenAI: a plain decoder with separate past and present caches."""
     return {
         "model": {
             "type": "decoder",
             "vocab_size": config.vocab_size,
-            "context_length": CONTEXT_LENGTH,
+            "context_length": length,
             **_tokens(config),
             "decoder": {
                 "filename": MODEL,
@@ -68,7 +69,7 @@ def genai(config: ModelConfig) -> dict[str, Any]:
                 "session_options": {"provider_options": []},
             },
         },
-        "search": {"max_length": CONTEXT_LENGTH, "past_present_share_buffer": False},
+        "search": {"max_length": length, "past_present_share_buffer": False},
     }
 
 

@@ -55,7 +55,7 @@ def export(
     with creating(out) as folder:
         report(f"writing {sum(p.nbytes for p in source.model.parameters()) / 1e6:,.0f} MB")
         _save(model, folder / MODEL)
-        for name, content in companions(source.config).items():
+        for name, content in companions(source.config, config).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         for path in source.tokenizer_files:
             shutil.copyfile(path, folder / path.name)

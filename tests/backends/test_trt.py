@@ -10,11 +10,12 @@ import torch
 from fope_export import validate
 from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import read_machine
-from fope_export.backends.trt import TrtBackend, limits_of, newest_engine, sizes_of
+from fope_export.backends.trt import TrtBackend, limits_of, sizes_of
 from fope_export.bundle import Bundle
 from fope_export.config import BuildConfig, ExportConfig
 from fope_export.demo import shipped
 from fope_export.engine.build import build
+from fope_export.engine.record import newest_engine
 from fope_export.errors import BackendError
 from fope_export.generation import Sampling, generate
 from fope_export.graph.export import export

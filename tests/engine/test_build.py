@@ -60,7 +60,9 @@ def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
 
 def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(spoilable.path), "--no-plugin", "--max-length", "64", "--version-compatible"]) == 0
-    assert "2 decoder layers, no plugin, for sm86, sm89, sm120" in capsys.readouterr().out
+    assert "2 decoder layers, no plugin, up to 4 rows and 64 tokens, for sm86, sm89, sm120" in capsys.readouterr().out
+    assert main(["inspect", str(spoilable.path)]) == 0
+    assert "tensorrt-rtx  2 decoder layers, no plugin" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

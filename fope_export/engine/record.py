@@ -1,0 +1,92 @@
+"""What lies in a bundle's folder `engines`: plans, and a record beside each."""
+
+import msgspec
+
+from fope_export.bundle import MODEL, Bundle, sha256
+from fope_export.config import BuildConfig
+from fope_export.engine.profiles import Profile
+from fope_export.errors import BackendError
+
+FOLDER = "engines"
+BUILD_IT = "Build one with `fope-export build`."
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `engines/<target>.json` says about the plan beside it."""
+
+    target: str
+    library: str
+    library_version: str
+    architectures: tuple[str, ...]  # none: the GPU it was built on
+    dtype: str
+    cache: str
+    capacity: int | None
+    decoder_layers: int
+    plugin_layers: int
+    layers: dict[str, int]  # of the parsed network, by type
+    profiles: dict[str, Profile]  # in the engine's order
+    model_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+    plugin_sha256: str | None
+    plugin_embedded: bool
+    compiler: str | None
+    headers: str | None
+    seconds: dict[str, float]
+    options: BuildConfig
+
+    def most(self, size: str) -> int:
+        """The largest value of a symbolic size that a profile holds."""
+        return max(profile[size].most for profile in self.profiles.values())
+
+    @property
+    def gpus(self) -> str:
+        """What it runs on, in words."""
+        return ", ".join(self.architectures) or "the GPU it was built on"
+
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        rotations = f"{self.plugin_layers} plugin layers" if self.plugin_layers else "no plugin"
+        room = f"up to {self.most('batch')} rows and {self.most('total_sequence'):,} tokens"
+        return f"{self.decoder_layers} decoder layers, {rotations}, {room}, for {self.gpus}"
+
+
+def plan_name(target: str) -> str:
+    """Where a target's plan lies in a bundle."""
+    return f"{FOLDER}/{target}.plan"
+
+
+def record_name(target: str) -> str:
+    """Where its record lies."""
+    return f"{FOLDER}/{target}.json"
+
+
+def records(bundle: Bundle) -> list[EngineRecord]:
+    """Of every engine in the bundle, the one built last at the end.
+
+    Raises BackendError for a record that is none.
+    """
+    names = [name for name in bundle.manifest.files if name.startswith(f"{FOLDER}/") and name.endswith(".json")]
+    found = []
+    for path in sorted((bundle.path / name for name in names), key=lambda path: path.stat().st_mtime):
+        try:
+            found.append(msgspec.json.decode(path.read_bytes(), type=EngineRecord))
+        except msgspec.MsgspecError as cause:
+            raise BackendError(f"{path}: not an engine's record: {cause}", hint=BUILD_IT) from cause
+    return found
+
+
+def newest_engine(bundle: Bundle) -> EngineRecord:
+    """The record of the bundle's engine, of the one built last where there are several.
+
+    Raises BackendError where there is none, or where plan and record belong to another model or to each other not.
+    """
+    if not (found := records(bundle)):
+        raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
+    record, plan = found[-1], bundle.path / plan_name(found[-1].target)
+    if record.model_sha256 != bundle.manifest.files[MODEL]:
+        raise BackendError(f"{plan}: the engine was built from another {MODEL}", hint=BUILD_IT)
+    if not plan.is_file() or sha256(plan) != record.plan_sha256:
+        raise BackendError(f"{plan}: not the plan that its record describes", hint=BUILD_IT)
+    return record
