@@ -1,4 +1,4 @@
-"""Export language models trained with FoPE to ONNX, run them, and prove that they compute what PyTorch computes.
+"""Language models with FoPE, from PyTorch to ONNX and TensorRT, with proof that they compute what PyTorch computes.
 
 Names load on first use, so that importing the package costs nothing.
 """
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 _HOMES = {
+    "BuildConfig": "config",
     "Bundle": "bundle",
     "ExportConfig": "config",
     "FopeError": "errors",
@@ -15,6 +16,7 @@ _HOMES = {
     "Sampling": "generation",
     "Spectrum": "fope.spectrum",
     "Text": "tokens",
+    "build": "engine.build",
     "complete": "generation",
     "export": "graph.export",
     "load_backend": "backends.choose",

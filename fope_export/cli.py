@@ -21,6 +21,7 @@ examples:
   fope-export export checkpoint/ out/          checkpoint -> portable ONNX bundle
   fope-export validate out/                    prove that it computes what PyTorch computes
   fope-export run out/ --prompt 'def main('    generate text
+  fope-export build out/                       TensorRT-RTX engine with the fused rotation, no GPU needed
   fope-export demo                             all of it, on a model that comes along
 
 exit codes: 0 good, 1 a check failed, 2 bad input or misuse
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
         prog="fope-export",
-        description="Export language models with FoPE (Fourier Position Embedding) to ONNX, run and validate them.",
+        description="Language models with FoPE (Fourier Position Embedding): to ONNX and TensorRT, validated, and run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -43,8 +43,8 @@ class TrtBackend:
     """One engine, an execution context for each of its profiles. Caches stay on the device; a static one is written in
     place.
 
-    `cuda_graph` replays single-token steps of a static cache from a recording: the mask is then always as wide as the
-    cache.
+    `cuda_graph` replays single-token steps of a static cache from a recording: its mask is as wide as the
+    engine allows.
     """
 
     def __init__(self, bundle: Bundle, *, cuda_graph: bool = False) -> None:
@@ -88,7 +88,8 @@ class TrtBackend:
 
     def empty_cache(self, batch: int) -> TrtCache:
         shapes = empty_past(self._manifest, batch).values()
-        return TrtCache([torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes])
+        with torch.cuda.stream(self._stream):
+            return TrtCache([torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes])
 
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: TrtCache) -> tuple[Logits, TrtCache]:
@@ -145,8 +146,8 @@ class _Recorded:
     """A single-token step as a CUDA graph: the same shapes and addresses every time."""
 
     def __init__(self, backend: TrtBackend, profile: str, cache: TrtCache) -> None:
-        batch, _, capacity, _ = cache.tensors[0].shape
-        widths = {"input_ids": 1, "attention_mask": capacity, "position_ids": 1}
+        batch, widest = len(cache.tensors[0]), backend.record.most("total_sequence")
+        widths = {"input_ids": 1, "attention_mask": widest, "position_ids": 1}
         self._inputs = {
             name: torch.zeros(batch, width, dtype=torch.int64, device=cache.tensors[0].device)
             for name, width in widths.items()

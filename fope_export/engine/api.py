@@ -116,8 +116,9 @@ def make_log(trt: ModuleType) -> Any:
 
         def errors(self) -> str:
             severe = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-            told = (message for severity, message in self.messages if severity in severe)
-            return "; ".join(dict.fromkeys(message for message in told if "CUDA driver" not in message))
+            told = dict.fromkeys(message for severity, message in self.messages if severity in severe)
+            # Where there is no driver, each complaint is followed by one about that.
+            return "; ".join([message for message in told if "CUDA driver" not in message] or told)
 
     return Log()
 
