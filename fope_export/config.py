@@ -62,8 +62,27 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True):
             raise ConfigError(f"{self.pairs} pairs have no frequency to turn with", hint=CONTRADICTION)
 
 
+class ExpertsConfig(Checked, frozen=True, kw_only=True):
+    """A mixture of experts in the place of some layers' feed-forward part. `layers` says of which."""
+
+    count: Count
+    per_token: Count
+    intermediate_size: Count
+    groups: Count  # the router takes per_token / groups experts from each of these; 1: from all
+    normalize: bool  # the chosen experts' weights sum to 1
+    layers: tuple[Size, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count % self.groups or self.per_token % self.groups or self.per_token > self.count:
+            raise ConfigError(
+                f"{self.per_token} of {self.count} experts cannot be taken evenly from {self.groups} groups",
+                hint=CONTRADICTION,
+            )
+
+
 class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", tag="fope"):
-    """A pre-norm decoder: RMSNorm, fused attention projection, FoPE, SwiGLU; no biases."""
+    """A pre-norm decoder: RMSNorm, fused attention projection, FoPE, SwiGLU."""
 
     vocab_size: Count  # rows of the embedding, padding rows included
     hidden_size: Count
@@ -79,9 +98,17 @@ class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", ta
     eos_token_id: Size | None
     pad_token_id: Size | None
     spectrum: SpectrumConfig
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output projection
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.experts and max(self.experts.layers, default=0) >= self.num_layers:
+            raise ConfigError(
+                f"layer {max(self.experts.layers)} has experts, and there are {self.num_layers}", hint=CONTRADICTION
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads", hint=CONTRADICTION
@@ -112,12 +139,22 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     cache: Literal["dynamic", "static"] = "dynamic"
     dtype: Dtype = "fp32"  # of weights, activations and cache; angles, series and statistics stay float32
     capacity: Count | None = None
+    extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training
+    extend_to: Count | None = None  # tokens
+    quantize: Literal["int4", "int8"] | None = None  # the linear layers' weights, in blocks of 32; for ONNX Runtime
 
     def __post_init__(self) -> None:
         super().__post_init__()
         static = self.cache == "static"
+        if self.quantize and self.dtype == "bf16":
+            raise ConfigError(
+                f"quantize is {self.quantize} and dtype is bf16, but ONNX Runtime has no such product in bf16",
+                hint="Choose dtype fp32 or fp16.",
+            )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
+        if self.extend_to and not self.extend:
+            raise ConfigError("extend_to says how far, and not how", hint="Choose pi or yarn for extend.")
         if self.capacity and not static:
             raise ConfigError("a dynamic cache has no capacity", hint="Ask for a static cache, or leave it out.")
 
@@ -125,14 +162,17 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     def described(self) -> str:
         """In a few words."""
         room = f" of {self.capacity} tokens" if self.capacity else ""
-        return f"opset {self.opset}, {self.dtype}, {self.cache} cache{room}"
+        weights = f", {self.quantize} weights" if self.quantize else ""
+        longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
+        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
         """With nothing left open: the lowest opset, and room for the usual length."""
         static = self.cache == "static"
         room = usual_length(training_length) if static else None
         opset = self.opset or (24 if static else 23)
-        return msgspec.structs.replace(self, opset=opset, capacity=self.capacity or room)
+        extend_to = (self.extend_to or usual_length(training_length)) if self.extend else None
+        return msgspec.structs.replace(self, opset=opset, capacity=self.capacity or room, extend_to=extend_to)
 
 
 class BuildConfig(Checked, frozen=True, kw_only=True):
@@ -142,6 +182,7 @@ class BuildConfig(Checked, frozen=True, kw_only=True):
     plugin: bool = True  # the rotation as one fused kernel, instead of the function's body
     max_batch: Count = 4
     max_length: Count | None = None  # tokens, prompt and answer; None: a static cache's capacity, or the usual length
+    sizes: dict[str, tuple[Count, Count, Count]] = {}  # of a module's bundle, by name: least, best and largest
     timing_cache: bool = True  # keep what was measured for the next build
     tf32: bool = False  # round float32 matrix products to 10 bits
     refit: bool = False
@@ -156,6 +197,9 @@ class BuildConfig(Checked, frozen=True, kw_only=True):
                 f"target is {self.target!r}, expected tensorrt, tensorrt-rtx or tensorrt-rtx:sm86,sm89",
                 hint="tensorrt builds for the GPU at hand; tensorrt-rtx for any, without one.",
             )
+        for name, size in self.sizes.items():
+            if [*size] != sorted(size):
+                raise ConfigError(f"{name} is {size}, expected least, best and largest", hint="As rows=1,16,64.")
 
     @property
     def library(self) -> str:

@@ -130,18 +130,23 @@ def variant_tensors(name: str) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         state = Decoder(plan.config).state_dict()
     shapes = {}
-    for ours, theirs in plan.sources.items():
+    for ours, (theirs,) in plan.sources.items():
         shape = tuple(state[ours].shape)
         shapes[theirs] = shape[1:] if ours.endswith("_coef") and not flags.fourier_separate_head else shape
-    rng = np.random.default_rng(VARIANTS["cases"][name]["seed"])
-    return {key: torch.from_numpy(_draw(rng, key, shapes[key]).astype(np.float32)) for key in sorted(shapes)}
+    return draw(VARIANTS["cases"][name]["seed"], shapes)
 
 
 def _draw(rng: np.random.Generator, key: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = rng.standard_normal(shape)
     if key.endswith("_coef"):
         return np.eye(*shape[-2:]) + 0.3 * noise / np.sqrt(shape[-2])
-    return 1 + 0.1 * noise if len(shape) == 1 else noise / np.sqrt(shape[-1])
+    return ("bias" not in key) + 0.1 * noise if len(shape) == 1 else noise / np.sqrt(shape[-1])
+
+
+def draw(seed: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Weights as the expected logits were computed with: one generator, tensors in the order of their names."""
+    rng = np.random.default_rng(seed)
+    return {key: torch.from_numpy(_draw(rng, key, shapes[key]).astype(np.float32)) for key in sorted(shapes)}
 
 
 @pytest.fixture
@@ -158,10 +163,9 @@ def write_variant(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests of one file share a worker and its session fixtures; what needs a GPU is skipped where there is none."""
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
-        if not any(item.iter_markers("xdist_group")):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+    if not any(item.iter_markers("xdist_group")):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

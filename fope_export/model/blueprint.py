@@ -1,11 +1,12 @@
 """What a checkpoint layout has to say about a folder before its tensors are read."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fope_export.config import ModelConfig
@@ -16,21 +17,28 @@ from fope_export.errors import CheckpointError
 class Blueprint:
     """The decoder that a folder's configuration describes, and where each of its tensors comes from.
 
-    `sources` maps decoder tensors to their names in the file, `constants` holds those that no file stores, and
-    `adapt` brings a stored tensor (by its decoder name) into the decoder's shape.
+    `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
+    and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are tensors that a file may also store,
+    with the values that they must then have.
     """
 
     config: ModelConfig
-    sources: dict[str, str]
+    sources: Mapping[str, tuple[str, ...]]
     constants: dict[str, Tensor] = field(default_factory=dict)
-    adapt: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    adapt: Callable[[str, list[Tensor]], Tensor] = lambda name, tensors: join(tensors)
+    checksums: dict[str, Tensor] = field(default_factory=dict)
+
+
+def join(tensors: list[Tensor]) -> Tensor:
+    """Stored tensors on top of each other, as the rows of one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 @dataclass(frozen=True)
 class Format:
     """A checkpoint layout: how it is recognised, which weight files it may have (preferred first), how it is read.
 
-    `tensor_name` undoes a layout's encoding of names inside the weight file.
+    `tensor_name` undoes a layout's encoding of names in the weight file; `foreign` names are of another model there.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Format:
     recognise: Callable[[Path], bool]
     plan: Callable[[Path], Blueprint]
     tensor_name: Callable[[str], str] = lambda key: key
+    foreign: Callable[[str], bool] = lambda name: False
 
 
 def read_json(path: Path) -> dict[str, Any]:

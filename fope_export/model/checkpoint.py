@@ -14,7 +14,7 @@ from torch import Tensor
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig
 from fope_export.errors import BundleError, CheckpointError, ConfigError
-from fope_export.model.blueprint import Blueprint, Format
+from fope_export.model.blueprint import Blueprint, Format, read_json
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
 
@@ -53,14 +53,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     layout = recognise(folder)
     plan = layout.plan(folder)
     weights = _weights_file(folder, layout)
-    tensors = {layout.tensor_name(key): tensor for key, tensor in read_tensors(weights).items()}
+    stored, shards = read_tensors(weights)
+    named = {layout.tensor_name(key): tensor for key, tensor in stored.items()}
+    tensors = {name: tensor for name, tensor in named.items() if not layout.foreign(name)}
     with torch.device("meta"):
         model = Decoder(plan.config)
     model.load_state_dict(_assemble(plan, tensors, model, weights), assign=True, strict=False)
     if plan.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
-    names = ("config.yaml", "config.json", weights.name, *TOKENIZER_FILES)
+    names = ("config.yaml", "config.json", weights.name, *shards, *TOKENIZER_FILES)
     files = tuple(folder / name for name in names if (folder / name).is_file())
     return Checkpoint(folder, layout.name, plan.config, model.eval().requires_grad_(False), files)
 
@@ -68,8 +70,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
     """The checkpoint that `bundle` was made from, at `path` or where it then was.
 
-    Raises BundleError when it is not there, or when its files are not the ones that were exported.
+    Raises BundleError when it is not there, when its files are not the ones that were exported, or when it is a module.
     """
+    bundle.manifest.decoder()
     source = bundle.manifest.source
     folder = Path(path or source.path)
     if not folder.is_dir():
@@ -97,11 +100,33 @@ def _weights_file(folder: Path, layout: Format) -> Path:
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt or .bin file, memory-mapped where the file allows it.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of a .safetensors, .pt or .bin file, or of all files of a .safetensors.index.json, and the names of
+    these files; memory-mapped where the file allows it.
 
-    Raises CheckpointError when it is truncated, is not such a file, or holds anything but tensors.
+    Raises CheckpointError when one is missing or truncated, is not such a file, or holds anything but tensors.
     """
+    if path.suffix != ".json":
+        return _read_file(path), ()
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in index.values()
+    ):
+        raise CheckpointError(f"{path}: no weight_map from tensors to files", hint="Is it the weights' index?")
+    shards = tuple(sorted(set(index.values())))
+    for name in shards:
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path}: {name} is not there", hint="Copy all files that the index names.")
+    found = {key: (name, tensor) for name in shards for key, tensor in _read_file(path.parent / name).items()}
+    if misplaced := [key for key in found.keys() | index.keys() if found.get(key, ("",))[0] != index.get(key)]:
+        raise CheckpointError(
+            f"{path}: {min(misplaced)} is not in the file that the index says",
+            hint="Index and files are of different checkpoints.",
+        )
+    return {key: tensor for key, (_, tensor) in found.items()}, shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -128,26 +153,61 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
     """The decoder's state dict in float32, every stored tensor accounted for."""
-    wanted = set(plan.sources.values())
+    wanted = {name for names in plan.sources.values() for name in names}
+    known = wanted | {name + SCALE for name in wanted} | plan.checksums.keys()
     for what, names, hint in (
         ("missing", wanted - set(tensors), "The configuration describes a larger model or another dialect."),
-        ("left over", set(tensors) - wanted, "The configuration describes a smaller model or another dialect."),
+        ("left over", set(tensors) - known, "The configuration describes a smaller model or another dialect."),
     ):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
             raise CheckpointError(f"{path}: {len(names)} tensors {what}: {listed}", hint=hint)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = dict(plan.constants)
-    for name, source in plan.sources.items():
-        tensor = tensors[source]
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+    for name, sources in plan.sources.items():
+        state[name] = plan.adapt(name, [_in_float32(tensors, source, path) for source in sources])
+        _check(state[name], shapes[name], f"{path}: {sources[0]}")
+    for name, value in plan.checksums.items():
+        if name in tensors and not torch.allclose(tensors[name].float(), value, rtol=1e-6, atol=0):
             raise CheckpointError(
-                f"{path}: {source} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
-                hint="Quantised and sparse checkpoints are not read.",
+                f"{path}: {name} is not what the configuration gives", hint="Were the frequencies changed by hand?"
             )
-        state[name] = plan.adapt(name, tensor.to(torch.float32).contiguous())
-        _check(state[name], shapes[name], f"{path}: {source}")
     return state
+
+
+SCALE = "_scale_inv"
+"""The ending of the tensor that holds the scales of an 8-bit weight, one for each square block."""
+
+
+def _in_float32(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    tensor, scale = tensors[name], tensors.get(name + SCALE)
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
+            hint="Quantised (but for blockwise FP8) and sparse checkpoints are not read.",
+        )
+    if (tensor.itemsize == 1) != (scale is not None):
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} {'without' if scale is None else 'and has'} {name}{SCALE}",
+            hint="8-bit weights, and only they, come with a scale for each block.",
+        )
+    return tensor.to(torch.float32).contiguous() if scale is None else _dequantized(tensor, scale, f"{path}: {name}")
+
+
+def _dequantized(tensor: Tensor, scale: Tensor, where: str) -> Tensor:
+    """An 8-bit weight times the scales [rows / BLOCK, columns / BLOCK] of its blocks, the last ones cut off."""
+    wanted = tuple(-(-size // BLOCK) for size in tensor.shape)
+    if tensor.ndim != 2 or tuple(scale.shape) != wanted:
+        raise CheckpointError(
+            f"{where} has scales {tuple(scale.shape)}, expected {wanted} for blocks of {BLOCK} x {BLOCK}",
+            hint="Other block sizes are not read.",
+        )
+    rows, columns = tensor.shape
+    spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return tensor.float() * spread
+
+
+BLOCK = 128
 
 
 def _check_spectra(model: Decoder, path: Path) -> None:

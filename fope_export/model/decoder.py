@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fope_export.config import ExportConfig, ModelConfig
+from fope_export.errors import ConfigError
+from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
+from fope_export.model.experts import Experts
 
 Cache = list[tuple[Tensor, Tensor]]
 """Rotated keys and values of every layer, each [B, K, P, E]; a static cache has its capacity in place of P."""
@@ -53,14 +56,17 @@ class Attention(nn.Module):
         self.head_dim = config.spectrum.head_dim
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.att_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.att_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.rotary = FopeRotary(config.spectrum)
-        self.attn_out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.attn_out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.out_bias)
 
     def forward(self, x: Tensor, step: Step, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         projected = self.att_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = projected.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        q, k = self.rotary(q, k, step.position_ids)
+        q, k = self.rotary(self.q_norm(q), self.k_norm(k), step.position_ids)
         keys, values = (
             step.grow(old, new.transpose(1, 2), step.written) for old, new in zip(past, (k, v), strict=True)
         )
@@ -85,14 +91,17 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), which may be a mixture of experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ff_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        experts = config.experts
+        self.feed_forward = (
+            Experts(config.hidden_size, experts) if experts and layer in experts.layers else FeedForward(config)
+        )
 
     def forward(self, x: Tensor, step: Step, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         attended, present = self.attention(self.attn_norm(x), step, past)
@@ -110,7 +119,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.capacity = config, 0
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -140,7 +149,22 @@ class Decoder(nn.Module):
         return [(empty, empty)] * config.num_layers
 
     def as_exported(self, config: ExportConfig) -> Self:
-        """This decoder, now with the dtype of `config`. The numbers of the rotation stay float32."""
+        """This decoder, now with the dtype and the frequencies that `config` asks for; the rotation's numbers stay
+        float32.
+
+        Raises ConfigError where its frequencies cannot be extended, or not that far.
+        """
+        trained = self.config.training_length
+        if config.extend and config.extend_to:
+            if config.extend_to <= trained:
+                raise ConfigError(
+                    f"extend_to is {config.extend_to}, and training was at {trained} tokens", hint="Ask for more."
+                )
+            for attention in self.attentions():
+                rotary = attention.rotary
+                rotary.freq = frequencies.extended(
+                    rotary.freq, attention.head_dim, config.extend, original_length=trained, length=config.extend_to
+                )
         return self.to(DTYPES[config.dtype])
 
     def attentions(self) -> list[Attention]:

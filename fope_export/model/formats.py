@@ -4,10 +4,11 @@ from pathlib import Path
 
 from fope_export.errors import CheckpointError
 from fope_export.model.blueprint import Format
+from fope_export.model.hugging_face import HUGGING_FACE
 from fope_export.model.native import NATIVE
 from fope_export.model.olmo import HF_OLMO, OLMO
 
-FORMATS: tuple[Format, ...] = (NATIVE, OLMO, HF_OLMO)
+FORMATS: tuple[Format, ...] = (NATIVE, OLMO, HF_OLMO, HUGGING_FACE)
 
 
 def recognise(folder: Path) -> Format:

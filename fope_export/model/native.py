@@ -19,7 +19,7 @@ def _plan(folder: Path) -> Blueprint:
     path = folder / CONFIG
     config = convert(read_json(path), ModelConfig, where=str(path))
     _check_training_length(config, path)
-    return Blueprint(config, {name: name for name in stored_names(config)})
+    return Blueprint(config, {name: (name,) for name in stored_names(config)})
 
 
 def _check_training_length(config: ModelConfig, path: Path) -> None:

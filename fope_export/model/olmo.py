@@ -21,7 +21,7 @@ from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import normalized
 from fope_export.fope.spectrum import Spectrum
-from fope_export.model.blueprint import Blueprint, Format, model_type, read_json
+from fope_export.model.blueprint import Blueprint, Format, join, model_type, read_json
 
 
 class OlmoFlags(Checked, frozen=True, kw_only=True):
@@ -280,8 +280,8 @@ def blueprint(flags: OlmoFlags, prefix: str = "") -> Blueprint:
             else:
                 stored = name if flags.fourier_separate_basis else "fourier_coef"
                 sources[f"{rotary}.{name}"] = f"{theirs}.pos_emb.{stored}"
-    sources = {ours: prefix + theirs for ours, theirs in sources.items()}
-    return Blueprint(config, sources, constants, partial(_adapt, flags))
+    stored_as = {ours: (prefix + theirs,) for ours, theirs in sources.items()}
+    return Blueprint(config, stored_as, constants, partial(_adapt, flags))
 
 
 LAYER_TENSORS = {
@@ -292,7 +292,8 @@ LAYER_TENSORS = {
 """Our module of a block -> the tensors it holds, which the fork keeps in the block itself."""
 
 
-def _adapt(flags: OlmoFlags, name: str, tensor: Tensor) -> Tensor:
+def _adapt(flags: OlmoFlags, name: str, tensors: list[Tensor]) -> Tensor:
+    tensor = join(tensors)
     if not name.endswith("_coef"):
         return tensor
     tensor = normalized(tensor) if flags.fourier_norm and tensor.ndim > 1 else tensor
