@@ -12,13 +12,15 @@ from typing import Any, Self
 
 import msgspec
 
-from fope_export.config import ExportConfig, ModelConfig
+from fope_export.config import ExportConfig, ModelConfig, SpectrumConfig
 from fope_export.errors import BundleError, ConfigError
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
 REPORTS = "reports/"
 FORMAT_VERSION = 1
+TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
+"""Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,13 +30,46 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: str
     shape: list[int | str]
 
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the symbolic sizes have these values."""
+        return tuple(size if isinstance(size, int) else _value(size, sizes) for size in self.shape)
+
+
+def _value(size: str, sizes: Mapping[str, int]) -> int:
+    terms = (match.groups() for match in TERM.finditer(size))
+    return sum(int(f"{sign}{factor or 1}") * (int(x) if x.isdigit() else sizes[x]) for sign, factor, x in terms)
+
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The checkpoint that a bundle was made from: `files` are SHA-256 by name."""
+    """The checkpoint that a bundle was made from: `files` are SHA-256 by name. Of a module: its class, and the SHA-256
+    of its `state_dict`.
+    """
 
     path: str
     dialect: str
     files: dict[str, str]
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """The values of a symbolic size that the graph was traced for, from `least` to `most` (None: no end), and the
+    example's.
+    """
+
+    least: int
+    example: int
+    most: int | None
+
+
+class ModuleRecord(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="model_type", tag="module"
+):
+    """What a bundle holds where it was made from a module and not from a decoder's checkpoint."""
+
+    arguments: list[str]  # of the module's forward, in the order of the graph's inputs
+    sizes: dict[str, Extent]  # by symbolic name
+    values: dict[str, tuple[float, float]]  # smallest and largest of each input's example
+    rotations: dict[str, SpectrumConfig]  # constants of each FopeRotary, by the module's path
+    calls: int  # of FopeRotary in the graph; one that is used twice makes two
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,13 +79,33 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tool_version: str
     libraries: dict[str, str]
     source: Source
-    model: ModelConfig
+    model: ModelConfig | ModuleRecord
     spectra: list[dict[str, Any]]
-    """One a layer: `freq`, and the SHA-256 of the coefficients; `model.spectrum` has the constants."""
+    """One a layer: `freq`, and the SHA-256 of the coefficients; `model.spectrum` (a module's `rotations`) has the
+    constants.
+    """
     export: ExportConfig
     inputs: list[Port]
     outputs: list[Port]
     files: dict[str, str] = {}
+
+    def decoder(self) -> ModelConfig:
+        """The decoder that the bundle holds. Raises BundleError where it holds another module."""
+        if isinstance(self.model, ModelConfig):
+            return self.model
+        raise BundleError(
+            f"the bundle holds a module, {self.source.path}, and this needs a decoder exported from a checkpoint",
+            hint="validate_module(bundle, module) compares it; any ONNX runtime runs its model.onnx.",
+        )
+
+    def module(self) -> ModuleRecord:
+        """The module that the bundle holds. Raises BundleError where it holds a decoder."""
+        if isinstance(self.model, ModuleRecord):
+            return self.model
+        raise BundleError(
+            f"the bundle holds the decoder of {self.source.path}, and this needs a module's",
+            hint="Compare it with `fope-export validate`.",
+        )
 
 
 @dataclass(frozen=True)

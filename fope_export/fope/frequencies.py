@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from fope_export.errors import ConfigError
+
 
 def exponential(theta: float, dim: int, *, upper: float = 1.0, floor: float = 0.0) -> Tensor:
     """theta ** (-2i / dim) for i < dim / 2 as float32 [dim / 2], mapped affinely from [0, 1] to [floor, upper]."""
@@ -32,7 +34,8 @@ def yarn(
 ) -> Tensor:  # fmt: skip
     """YARN (arXiv 2309.00071, section 3.2): divide slow frequencies by `scale`, keep fast ones, blend between.
 
-    freq [dim / 2]. `factor` weighs the kept part (`len_extra_yarn_factor` of the authors' code; 1 in Hugging Face's).
+    freq [dim / 2], or the first of them. `factor` weighs the kept part (`len_extra_yarn_factor` of the authors' code; 1
+    in Hugging Face's).
     """
 
     def pair_of(rotations: float) -> float:
@@ -41,7 +44,7 @@ def yarn(
     low = max(math.floor(pair_of(beta_fast)), 0)
     high: float = min(math.ceil(pair_of(beta_slow)), dim - 1)
     high += 0.001 if low == high else 0.0
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(len(freq), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = (1 - ramp) * factor
     return freq / scale * (1 - keep) + freq * keep
 
@@ -49,3 +52,22 @@ def yarn(
 def yarn_attention_factor(scale: float) -> float:
     """The factor on sine and cosine in Hugging Face's YARN; the authors' YARN has none."""
     return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+
+def extended(freq: Tensor, dim: int, kind: str, *, original_length: int, length: int) -> Tensor:
+    """The kept frequencies [D] of a model trained at `original_length`, for contexts of `length`: "pi" or "yarn".
+
+    As the authors' code does after the floor (`len_extra`), with their defaults. The base is read off the frequencies.
+
+    Raises ConfigError where these do not fall exponentially, as those that were already extended.
+    """
+    if kind == "pi":
+        return interpolate(freq, original_length, length)
+    fall = freq.double().log().diff().neg()
+    if len(freq) < 2 or not torch.allclose(fall, fall[:1].expand_as(fall), rtol=1e-4, atol=0):
+        raise ConfigError(
+            "YARN needs frequencies that fall exponentially, and these do not",
+            hint="Was the model extended before? Use pi, or the original checkpoint.",
+        )
+    theta = float((fall.mean() * dim / 2).exp())
+    return yarn(freq, dim, theta, scale=length / original_length, original_length=original_length)

@@ -1,10 +1,14 @@
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
+from fope_export.model import olmo
+from tests.conftest import variant_flags
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,28 @@ def test_yarn_keeps_fast_divides_slow_and_blends_between() -> None:
 def test_yarn_attention_factor_is_hugging_faces() -> None:
     assert frequencies.yarn_attention_factor(16) == pytest.approx(1.2772588722239781)
     assert frequencies.yarn_attention_factor(1) == 1.0
+
+
+@pytest.mark.parametrize("name", ["yarn_after", "pi_after"])
+def test_extending_a_floored_spectrum_is_what_the_papers_flags_do(name: str) -> None:
+    flags = msgspec.convert(variant_flags(name), olmo.OlmoFlags, strict=False)
+    kept = olmo.base_frequencies(msgspec.structs.replace(flags, len_extra=False))
+    wanted = olmo.base_frequencies(flags)
+    original = flags.len_extra_orig_length
+    length = flags.max_sequence_length if name == "pi_after" else int(original * flags.len_extra_yarn_scale)
+    got = frequencies.extended(
+        kept[kept != 0],
+        flags.d_model // flags.n_heads,
+        flags.len_extra_type.lower(),
+        original_length=original,
+        length=length,
+    )
+    torch.testing.assert_close(got, wanted[wanted != 0], rtol=1e-7, atol=0)
+
+
+def test_frequencies_are_not_extended_twice_by_yarn() -> None:
+    kept = frequencies.exponential(1e4, 64)[:16]
+    once = frequencies.extended(kept, 64, "yarn", original_length=256, length=4096)
+    assert once[0] == kept[0] and once[-1] < kept[-1]
+    with pytest.raises(ConfigError, match="fall exponentially"):
+        frequencies.extended(once, 64, "yarn", original_length=256, length=4096)
