@@ -16,8 +16,8 @@ from fope_export.config import ModelConfig
 from fope_export.errors import ParityError
 from fope_export.generation import pad_left
 
-FAR = 100_000
-"""The position that the far case ends at."""
+FAR = (100_000, 1_000_000)
+"""The positions that the far cases end at."""
 FACTORS = (1, 2, 4, 8, 16)
 """Multiples of the training length that are compared."""
 KEPT = 1024
@@ -81,8 +81,8 @@ def standard_cases(
     config: ModelConfig, seed: int = 0, lengths: Sequence[int] = (), limits: Limits = UNLIMITED
 ) -> list[Case]:
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
-    length, uneven chunks, a padded batch that goes on decoding, and a decode that ends at position 100,000. Of these,
-    the ones that a backend with `limits` has room for.
+    length, uneven chunks, a padded batch that goes on decoding, and decodes that end at the FAR positions. Of
+    these, the ones that a backend with `limits` has room for.
 
     Raises ParityError for a length below 1, or where no case fits.
     """
@@ -97,8 +97,8 @@ def standard_cases(
     decoded, first, uneven = trained + 16, max(trained - 16, 1), (trained, 7, 1, 33, trained)
     padded = feeds_for(*pad_left([list(tokens(1, n)[0]) for n in (trained // 2 + 9, trained // 4 + 1, 11)]))
     longest = padded.input_ids.shape[1]
-    far = feeds_for(tokens(1, 64))
-    far = far._replace(position_ids=far.position_ids + FAR - 63)
+    near = feeds_for(tokens(1, 64))
+    far = {last: near._replace(position_ids=near.position_ids + last - 63) for last in FAR}
     cases = [
         *(prefill(config, length, seed) for length in sorted(set(wanted))),
         Case(
@@ -109,7 +109,7 @@ def standard_cases(
         ),
         Case("uneven chunks", feeds_for(tokens(1, sum(uneven))), uneven, min(sum(uneven), KEPT)),
         Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
-        Case(f"decode to {FAR:,}", far, (48, *[1] * 16), 64),
+        *(Case(f"decode to {last:,}", feeds, (48, *[1] * 16), 64) for last, feeds in far.items()),
     ]
     if fitting := [case for case in cases if case.fits(limits)]:
         return fitting

@@ -1,5 +1,6 @@
 """Negative controls: models that are wrong in ways a FoPE export can be wrong. The rule must refuse each of them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,48 +8,42 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fope_export.backends.base import Backend, Feeds, Logits
+from fope_export.backends.base import Backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.fope.replace import places, rotaries
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
-from fope_export.model.decoder import Cache, Decoder
+from fope_export.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Control:
-    """One deliberate mistake. `reason` says why a model cannot show it, or nothing."""
+    """One deliberate mistake. `reason` says why a model cannot show it, or nothing; `rotary` makes it in a rotation."""
 
     name: str
-    reason: Callable[[Decoder], str]
+    reason: Callable[[nn.Module], str]
     rotary: Callable[[FopeRotary], FopeRotary] = lambda rotary: rotary
-    backend: Callable[[Decoder], Backend] = EagerBackend
+
+    @contextmanager
+    def made(self, model: nn.Module) -> Iterator[None]:
+        """Every rotation inside `model` makes the mistake; the model is whole again afterwards."""
+        found = places(model, lambda part: isinstance(part, FopeRotary))
+        try:
+            for parent, name, right in found:
+                assert isinstance(right, FopeRotary)
+                parent.register_module(name, self.rotary(right))
+            yield
+        finally:
+            for parent, name, right in found:
+                parent.register_module(name, right)
 
     @contextmanager
     def applied(self, model: Decoder) -> Iterator[Backend]:
-        """A backend that makes the mistake; `model` is whole again afterwards."""
-        attentions = model.attentions()
-        right = [attention.rotary for attention in attentions]
-        try:
-            for attention in attentions:
-                attention.rotary = self.rotary(attention.rotary)
-            yield self.backend(model)
-        finally:
-            for attention, rotary in zip(attentions, right, strict=True):
-                attention.rotary = rotary
-
-
-def _other_pad(rotary: FopeRotary) -> FopeRotary:
-    spectrum = rotary.spectrum
-    config = msgspec.structs.replace(spectrum.config, sin_pad=spectrum.config.sin_pad + 1.0)
-    return FopeRotary.from_spectrum(Spectrum(config, spectrum.freq, spectrum.sin_coef, spectrum.cos_coef))
-
-
-def _swapped_heads(rotary: FopeRotary) -> FopeRotary:
-    s = rotary.spectrum
-    order = [1, 0, *range(2, s.config.groups)]
-    return FopeRotary.from_spectrum(Spectrum(s.config, s.freq, s.sin_coef[order], s.cos_coef[order]))
+        """A backend that makes the mistake."""
+        with self.made(model):
+            yield EagerBackend(model)
 
 
 class _HalfRotary(FopeRotary):
@@ -59,47 +54,73 @@ class _HalfRotary(FopeRotary):
         return q_rotated.to(q.dtype), k_rotated.to(k.dtype)
 
 
-def _half_precision(rotary: FopeRotary) -> FopeRotary:
-    s = rotary.spectrum
-    config = msgspec.structs.replace(s.config, full_precision=False)
-    return _HalfRotary.from_spectrum(Spectrum(config, s.freq, s.sin_coef, s.cos_coef))
-
-
-class _ShiftedBackend(EagerBackend):
+class _ShiftedRotary(FopeRotary):
     """Every token after a sequence's first stands one position too far."""
 
-    def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
-        shifted = feeds.position_ids + (np.cumsum(feeds.attention_mask, 1) > 1)[:, -feeds.position_ids.shape[1] :]
-        return super().step(feeds._replace(position_ids=shifted), cache)
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        later = position_ids > position_ids.amin(dim=1, keepdim=True)
+        return super().forward(q, k, position_ids + later)
 
 
-def _spectrum(model: Decoder) -> Spectrum:
-    return model.attentions()[0].rotary.spectrum
+def _changed(rotary: FopeRotary, kind: type[FopeRotary] = FopeRotary, **fields: object) -> FopeRotary:
+    """A copy with other constants and behaviour; where a user's subclass wraps the rotation, what it wraps changes."""
+    wrong = copy.deepcopy(rotary)
+    wrong.config = msgspec.structs.replace(rotary.config, **fields)
+    if kind is not FopeRotary:
+        own = type(rotary)
+        wrong.__class__ = kind if own is FopeRotary else type(kind.__name__, (own, kind), {})
+    return wrong
 
 
-def _unpadded(model: Decoder) -> str:
-    spectrum = _spectrum(model)
-    return "" if spectrum.config.pairs < spectrum.config.head_dim // 2 else "no pair is padded"
+def _other_pad(rotary: FopeRotary) -> FopeRotary:
+    return _changed(rotary, sin_pad=rotary.config.sin_pad + 1.0)
 
 
-def _shared(model: Decoder) -> str:
-    spectrum = _spectrum(model)
-    same = all(np.array_equal(coef[:1], coef[1:2]) for coef in (spectrum.sin_coef, spectrum.cos_coef))
-    return "heads have the same coefficients" if spectrum.config.groups == 1 or same else ""
+def _swapped_heads(rotary: FopeRotary) -> FopeRotary:
+    wrong = _changed(rotary)
+    order = [*range(rotary.config.groups)]
+    order[:2] = reversed(order[:2])
+    wrong.sin_coef, wrong.cos_coef = (
+        nn.Parameter(coef[order], requires_grad=False) for coef in (rotary.sin_coef, rotary.cos_coef)
+    )
+    return wrong
 
 
-def _without_position(model: Decoder) -> str:
-    return "" if _spectrum(model).config.pairs else "the model has no position embedding"
+def _shifted(rotary: FopeRotary) -> FopeRotary:
+    return _changed(rotary, _ShiftedRotary)
 
 
-def _in_half_already(model: Decoder) -> str:
-    half = model.embed.weight.dtype.itemsize < torch.float32.itemsize
+def _half_precision(rotary: FopeRotary) -> FopeRotary:
+    return _changed(rotary, _HalfRotary, full_precision=False)
+
+
+def _spectra(model: nn.Module) -> list[Spectrum]:
+    return [rotary.spectrum for rotary in rotaries(model).values()]
+
+
+def _unpadded(model: nn.Module) -> str:
+    padded = any(spectrum.config.pairs < spectrum.config.head_dim // 2 for spectrum in _spectra(model))
+    return "" if padded else "no pair is padded"
+
+
+def _shared(model: nn.Module) -> str:
+    coefs = [coef for spectrum in _spectra(model) for coef in (spectrum.sin_coef, spectrum.cos_coef)]
+    differ = any(len(coef) > 1 and not np.array_equal(coef[0], coef[1]) for coef in coefs)
+    return "" if differ else "heads have the same coefficients"
+
+
+def _without_position(model: nn.Module) -> str:
+    return "" if any(spectrum.config.pairs for spectrum in _spectra(model)) else "the model has no position embedding"
+
+
+def _in_half_already(model: nn.Module) -> str:
+    half = any(p.is_floating_point() and p.dtype.itemsize < torch.float32.itemsize for p in model.parameters())
     return "the model itself is in half precision" if half else _without_position(model)
 
 
 CONTROLS = (
-    Control("sine of the padding changed", _unpadded, rotary=_other_pad),
-    Control("coefficients of two heads swapped", _shared, rotary=_swapped_heads),
-    Control("positions shifted by one", _without_position, backend=_ShiftedBackend),
-    Control("rotation in half precision", _in_half_already, rotary=_half_precision),
+    Control("sine of the padding changed", _unpadded, _other_pad),
+    Control("coefficients of two heads swapped", _shared, _swapped_heads),
+    Control("positions shifted by one", _without_position, _shifted),
+    Control("rotation in half precision", _in_half_already, _half_precision),
 )

@@ -58,24 +58,25 @@ def measure(truth: Floats, got: Floats, allowed: Floats | float) -> Measure:
         relative=float(np.linalg.norm(error) / norm),
         # By the chord between unit vectors: 1 - a.b/(|a||b|) cancels, this does not.
         cosine=float(np.square(truth / norm - got / other).sum() / 2),
-        kl=float(_kl(truth, got).max()),
+        kl=float(divergence(truth, got).max()),
         flips=int(((got.argmax(axis=1) != best) & (lead > 2 * allowed)).sum()),
         non_finite=0,
     )
 
 
-def _kl(truth: Floats, got: Floats) -> Floats:
+def divergence(truth: Floats, got: Floats) -> Floats:
     """KL(softmax(truth) || softmax(got)) of each position as sum p (e^d - 1 - d), d = log q - log p: never negative."""
-    p, q = _log_softmax(truth), _log_softmax(got)
+    p, q = log_softmax(truth), log_softmax(got)
     delta = q - p
-    divergence: Floats = (np.exp(p) * (np.expm1(delta) - delta)).sum(axis=1)
-    return divergence
+    kl: Floats = (np.exp(p) * (np.expm1(delta) - delta)).sum(axis=1)
+    return kl
 
 
-def _log_softmax(logits: Floats) -> Floats:
+def log_softmax(logits: Floats) -> Floats:
+    """Logits [N, V] to logarithms of probabilities."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    log_softmax: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return log_softmax
+    logarithms: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return logarithms
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class Verdict:
     @property
     def ratio(self) -> float:
         """The backend's root mean square error as a multiple of PyTorch's."""
-        return self.got.relative / self.noise.relative if self.noise.relative else float("inf") * self.got.relative
+        got, noise = self.got.relative, self.noise.relative
+        return got / noise if noise else float("inf") if got else 0.0
 
 
 def limit(truth: Floats, noisy: Floats) -> float:

@@ -1,7 +1,7 @@
 """Where a bundle first differs from its checkpoint: which tensor, and which module's output is too far off."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,21 @@ from polygraphy.backend.onnx import modify_outputs
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
+from torch import Tensor, nn
 
 from fope_export.backends.base import Feeds
 from fope_export.backends.eager import EagerBackend, in_numpy
 from fope_export.backends.ort import runnable
 from fope_export.bundle import Bundle
 from fope_export.fope.contract import DOMAIN
-from fope_export.model.decoder import Block, Decoder
+from fope_export.fope.replace import rotaries
+from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
 from fope_export.parity.judge import limit
 
 Outputs = dict[str, NDArray[np.floating[Any]]]
+Running = tuple[nn.Module, Callable[[], object]]
+"""A model, and what has it compute."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,24 @@ class Divergence:
 
 def first_divergence(bundle: Bundle, single: EagerBackend, double: EagerBackend, feeds: Feeds) -> Divergence | None:
     """Compare every module's output on whole sequences `feeds` (no past): ONNX Runtime against PyTorch in float64."""
-    ending = _modules_that_end_themselves(single.model)
+    single_run, double_run = (
+        lambda backend=backend: backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
+        for backend in (single, double)
+    )
+    inputs = graph_feeds(bundle.manifest, feeds)
+    return divergence_of(bundle, (single.model, single_run), (double.model, double_run), inputs)
+
+
+def divergence_of(
+    bundle: Bundle, single: Running, double: Running, inputs: Mapping[str, NDArray[Any]]
+) -> Divergence | None:
+    """The same for any module and a way to run it on what the graph is given as `inputs`."""
+    ending = _modules_that_end_themselves(single[0])
     values = {name: outputs for name, outputs in module_outputs(bundle.model).items() if name in ending}
-    truth, noisy = (_eager_outputs(backend, feeds, values) for backend in (double, single))
+    truth, noisy = (_eager_outputs(*running, values) for running in (double, single))
+    got = _bundle_outputs(bundle, list(truth), inputs) if truth else {}
+    truth = {name: array for name, array in truth.items() if array.shape == got[name].shape}
     allowed = {name: limit(truth[name], noisy[name]) for name in truth}
-    got = _bundle_outputs(bundle, list(truth), feeds)
     compare = SimpleCompareFunc(rtol=0.0, atol=allowed, check_error_stat="max")
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = compare(IterationResult(got), IterationResult(truth))
@@ -57,7 +74,7 @@ def first_divergence(bundle: Bundle, single: EagerBackend, double: EagerBackend,
     return None
 
 
-def different_tensors(bundle: Bundle, model: Decoder) -> list[str]:
+def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the checkpoint's tensors that the graph holds with other values, or not at all, in the graph's order."""
     state = model.state_dict()
     found = []
@@ -74,17 +91,19 @@ def different_tensors(bundle: Bundle, model: Decoder) -> list[str]:
     return found
 
 
-def different_rotations(bundle: Bundle, model: Decoder) -> list[str]:
+def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum."""
     calls = [node for node in onnx.load(bundle.model, load_external_data=False).graph.node if node.domain == DOMAIN]
     found = []
-    for i, attention in enumerate(model.attentions()):
-        c, module = attention.rotary.config, f"layers.{i}.attention.rotary"
-        wanted = {
+    for module, rotary in rotaries(model).items():
+        c, owner = rotary.config, model.get_submodule(module.rpartition(".")[0])
+        wanted: dict[str, float] = {
             "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign), "head_dim": c.head_dim,
-            "interleaved": int(c.pairing == "interleaved"), "heads_per_group": attention.heads // c.groups,
-            "kv_heads_per_group": attention.kv_heads // c.groups,
+            "interleaved": int(c.pairing == "interleaved"),
         }  # fmt: skip
+        if isinstance(owner, Attention):
+            wanted["heads_per_group"] = owner.heads // c.groups
+            wanted["kv_heads_per_group"] = owner.kv_heads // c.groups
         call = next((node for node in calls if node.name.startswith(f"{module}/")), onnx.NodeProto())
         carried = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
         if any(name not in carried or not np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items()):
@@ -102,36 +121,37 @@ def module_outputs(path: Path) -> dict[str, list[str]]:
     return {module: names for module, names in last.items() if module}
 
 
-def _modules_that_end_themselves(model: Decoder) -> set[str]:
+def _modules_that_end_themselves(model: nn.Module) -> set[str]:
     """Modules whose last node is their own and not a part's: leaves, and blocks, which end in a sum."""
     return {name for name, module in model.named_modules() if isinstance(module, Block) or not any(module.children())}
 
 
-def _eager_outputs(backend: EagerBackend, feeds: Feeds, values: dict[str, list[str]]) -> Outputs:
-    """What the modules of a PyTorch decoder put out for `feeds`, under the graph's names."""
+def _eager_outputs(model: nn.Module, run: Callable[[], object], values: dict[str, list[str]]) -> Outputs:
+    """What the modules inside a PyTorch model put out when it runs, under the graph's names."""
     caught: Outputs = {}
     handles = []
     for module, names in values.items():
 
         def catch(_module: Any, _inputs: Any, output: Any, names: list[str] = names) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
-            caught.update((name, in_numpy(tensor)) for name, tensor in zip(names, tensors, strict=False))
+            pairs = zip(names, tensors, strict=False)
+            caught.update((name, in_numpy(tensor)) for name, tensor in pairs if isinstance(tensor, Tensor))
 
-        handles.append(backend.model.get_submodule(module).register_forward_hook(catch))
+        handles.append(model.get_submodule(module).register_forward_hook(catch))
     try:
-        backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
+        run()
     finally:
         for handle in handles:
             handle.remove()
     return caught
 
 
-def _bundle_outputs(bundle: Bundle, names: list[str], feeds: Feeds) -> Outputs:
+def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArray[Any]]) -> Outputs:
     """The same values from the bundle's graph, through Polygraphy's runner."""
     with runnable(bundle) as model, _with_outputs(model, names) as path, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         session = SessionFromOnnx(str(path), providers=["CPUExecutionProvider"])
         with OnnxrtRunner(session) as runner:
-            return dict(runner.infer(graph_feeds(bundle.manifest, feeds), check_inputs=False))
+            return dict(runner.infer(dict(inputs), check_inputs=False))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_in
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import Verdict, judge
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
+from fope_export.parity.quantised import Cost, cost_of, place_weights
 
 LOCALISED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
@@ -34,7 +36,8 @@ class CaseResult:
 
     name: str
     length: int
-    positions: tuple[int, int]
+    positions: tuple[int, int] | None
+    """First and last; a module has its own."""
     steps: int
     compared: int
     verdict: Verdict
@@ -77,11 +80,14 @@ class ParityResult:
     """Why the backend could not load or run the graph, or nothing; the cases end there."""
     place: Place | None
     """Looked for after a failure only."""
+    cost: Cost | None = None
+    """What quantisation costs. The cases are then compared with PyTorch on the weights that the file holds."""
 
     @property
     def passed(self) -> bool:
         verdicts = [case.verdict.passed for case in self.cases] + [control.passed for control in self.controls]
-        return bool(self.cases) and all(verdicts) and not self.damaged and not self.broken
+        affordable = self.cost is None or not self.cost.failed
+        return bool(self.cases) and all(verdicts) and affordable and not self.damaged and not self.broken
 
 
 def validate(
@@ -113,9 +119,10 @@ def validate(
         save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
     total = len(cases) + len(CONTROLS)
-    results, broken = [], ""
+    results, cost, broken = [], None, ""
     try:
         tested = load_backend(bundle, chosen)
+        cost = _quantise(yardstick, bundle, tested) if exported.quantize else None
         for done, case in enumerate(cases):
             report(case.name, done, total)
             results.append(yardstick.compare(case, tested))
@@ -126,14 +133,14 @@ def validate(
     controls = []
     for done, control in enumerate(CONTROLS, start=len(cases)):
         report(control.name, done, total)
-        controls.append(_refuse(control, reference, source.model, truth, noisy))
+        controls.append(_refuse(control, reference, yardstick.single.model, truth, noisy))
     damaged = bundle.damaged() | contradictions(bundle, source)
-    found = ParityResult(chosen, tuple(results), tuple(controls), damaged, broken, None)
+    found = ParityResult(chosen, tuple(results), tuple(controls), damaged, broken, None, cost)
     if found.passed:
         return found
     failing = [case for case, result in zip(cases, results, strict=False) if not result.verdict.passed]
     searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
-    return replace(found, place=_place(bundle, source.model, yardstick, searched))
+    return replace(found, place=_place(bundle, source.model, yardstick, searched, cost))
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,18 @@ class Yardstick:
         return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
 
 
+def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
+    """What quantisation costs, taken against the yardstick; which has the weights that the file holds from then on.
+
+    The checkpoint's own model keeps its weights: it is what the file's other tensors are compared with.
+    """
+    cost = cost_of(bundle, yardstick.single.model, tested)
+    yardstick.single.model = copy.deepcopy(yardstick.single.model)
+    for backend in (yardstick.single, yardstick.double):
+        place_weights(bundle, backend.model)
+    return cost
+
+
 def _refuse(control: Control, case: Case, model: Decoder, truth: Floats, noisy: Floats) -> ControlResult:
     """Hold a deliberate mistake against the truth, where `model` can make it."""
     if reason := control.reason(model):
@@ -161,15 +180,16 @@ def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
     """What the manifest says about the model and the checkpoint does not, as a reason against the manifest."""
     manifest = bundle.manifest
     spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
-    said = msgspec.to_builtins(manifest.model) | {"spectra": manifest.spectra}
+    said = msgspec.to_builtins(manifest.decoder()) | {"spectra": manifest.spectra}
     known = msgspec.to_builtins(source.config) | {"spectra": spectra}
     wrong = [name for name, value in known.items() if said.get(name) != value]
     return {MANIFEST: f"contradicts the checkpoint in {', '.join(wrong)}"} if wrong else {}
 
 
-def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence[Case]) -> Place:
+def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence[Case], cost: Cost | None) -> Place:
     try:
         tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
+        tensors += cost.strays if cost else ()
         found = (first_divergence(bundle, yardstick.single, yardstick.double, _excerpt(case)) for case in cases)
         return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
     except DecodeError:  # no ONNX file any more

@@ -1,6 +1,7 @@
 """The exported file: the contract's names, any sizes, the reference's logits, the same bytes every time."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.ort import OrtBackend
 from fope_export.bundle import MANIFEST, Bundle
 from fope_export.config import ExportConfig
-from fope_export.errors import BackendError
+from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.graph import passes
 from fope_export.graph.export import export, to_onnx
@@ -255,3 +256,35 @@ def test_onnx_runtime_is_quiet_about_a_static_cache(static_bundle: Bundle, capfd
     backend = OrtBackend(static_bundle)
     backend.step(feeds_for(np.ones((2, 5), np.int64)), backend.empty_cache(2))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["pi", "yarn"])
+def test_extended_models_validate_and_say_so(kind: str, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", ExportConfig(extend=kind))
+    before, after = (bundle_freq(path) for path in (export(native, tmp_path / "plain"), made))
+    assert made.manifest.export.extend_to == 1024 and made.manifest.export.described.endswith(f"{kind} to 1024 tokens")
+    assert after[-1] < before[-1] and (after[0] == before[0]) == (kind == "yarn")
+    assert validate(made, lengths=(64, 256)).passed
+
+
+def bundle_freq(bundle: Bundle) -> list[float]:
+    return bundle.manifest.spectra[0]["freq"]
+
+
+def test_a_model_is_not_extended_to_less_than_it_knows(native: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="extend_to is 64, and training was at 64"):
+        export(native, tmp_path / "out", ExportConfig(extend="pi", extend_to=64))
+
+
+def test_progress_is_told_in_bytes(native: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    made = export(native, tmp_path / "out", progress=lambda *step: told.append(step))
+    assert told == sorted(told) and len(told) > 5 and len({total for _, total in told}) == 1
+    assert told[-1][0] >= 0.9 * (made.path / "model.onnx.data").stat().st_size
+
+
+def test_a_full_disk_is_noticed_before_the_work(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(ExportError, match=r"needs 0.0 GB, and 0.0 GB are free") as caught:
+        export(native, tmp_path / "deep" / "out")
+    assert "--dtype fp16" in caught.value.hint and not (tmp_path / "deep").exists()

@@ -1,0 +1,137 @@
+"""Linear layers with their weights as 4 or 8 bit integers in blocks: MatMul becomes com.microsoft's MatMulNBits.
+
+The quantiser is ONNX Runtime's own. Embedding, norms, routers and everything about the rotation stay what they are.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+
+from fope_export.errors import require
+
+OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
+BITS = {"int4": 4, "int8": 8}
+BLOCK = 32
+"""Inputs of a linear layer that share a scale."""
+EXACT = 1
+"""The operator's accuracy_level that leaves activations in float32."""
+
+
+class QuantiseWeights(InPlacePass):
+    """Have linear layers read `<weight>.int4` (or .int8), `.scales` and `.zero_points` in place of `<weight>.T`.
+
+    Weights are read and quantised one at a time.
+    """
+
+    def __init__(self, kind: str) -> None:
+        """Raises BackendError where ONNX Runtime, which brings the quantiser, is not installed."""
+        super().__init__()
+        with _no_root_logger():
+            tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "cpu")
+        config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=BITS[kind])
+        self._kind, self._quantiser = kind, tools.DefaultWeightOnlyQuantizer(config)
+
+    def call(self, model: ir.Model) -> PassResult:
+        for node in list(model.graph):
+            if (weight := _weight(node)) is not None:
+                self._replace(node, weight, model.graph)
+        model.opset_imports[DOMAIN] = 1
+        library = require("onnxruntime", "cpu")
+        model.metadata_props["fope.quantiser"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
+        return PassResult(model, modified=True)
+
+    def _replace(self, node: ir.Node, weight: ir.Value, graph: ir.Graph) -> None:
+        """Turn the call into one of the operator. A weight that nothing else reads leaves the graph."""
+        assert weight.name and weight.const_value is not None and node.name
+        inputs, outputs = weight.const_value.shape.numpy()
+        arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
+        node.op_type, node.domain = OPERATOR, DOMAIN
+        node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
+        node.resize_inputs(1 + len(arrays))
+        for port, (array, part) in enumerate(zip(arrays, (self._kind, "scales", "zero_points"), strict=True), start=1):
+            value = _initializer(f"{weight.name.removesuffix('.T')}.{part}", array)
+            graph.register_initializer(value)
+            node.replace_input_with(port, value)
+        numbers = {"K": inputs, "N": outputs, "bits": BITS[self._kind], "block_size": BLOCK, "accuracy_level": EXACT}
+        node.attributes.update((name, ir.AttrInt64(name, number)) for name, number in numbers.items())
+        if node.outputs[0] not in graph.outputs:
+            node.outputs[0].name = node.name
+        if not weight.uses():
+            graph.initializers.pop(weight.name)
+
+    def ensures(self, model: ir.Model) -> None:
+        if not any(node.op_type == OPERATOR for node in model.graph):
+            raise PostconditionError("the model has no linear layer to quantise")
+
+
+def _weight(node: ir.Node) -> ir.Value | None:
+    """A linear layer's weight; None for other nodes, and for a router, where rounding would choose other experts."""
+    value = node.inputs[1] if node.op_type == "MatMul" else None
+    if value is None or not value.is_initializer() or not (value.name or "").endswith(".T"):
+        return None
+    return None if (value.name or "").endswith(".router.weight.T") else value
+
+
+def _initializer(name: str, array: NDArray[Any]) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+@contextmanager
+def _no_root_logger() -> Iterator[None]:
+    """The quantiser's module calls logging.basicConfig, which does nothing where the root logger has a handler."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+class Quantised(NamedTuple):
+    """A linear layer's weight as a file holds it."""
+
+    module: str
+    weight: NDArray[np.float64]  # [outputs, inputs]
+    allowed: NDArray[np.float64]  # [outputs, inputs], how far from it the original may have been
+
+
+def quantised_weights(path: Path) -> Iterator[Quantised]:
+    """Every quantised weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
+    for node in ir.load(path).graph:
+        if node.op_type == OPERATOR:
+            assert node.name
+            yield Quantised(node.name.rpartition("/")[0], *_dequantised(node))
+
+
+def _dequantised(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """From packed uint8 [N, blocks, bytes], scales [N, blocks] and packed zero points [N, bytes]."""
+    inputs, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
+    packed, scales, zero_points = (_array(value) for value in node.inputs[1:])
+    rows, blocks, _ = packed.shape
+    offsets = _unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks]
+    steps = scales.reshape(rows, blocks).astype(np.float64)
+    weight = (_unpacked(packed, bits) - offsets[..., None]) * steps[..., None]
+    # Half a step to the nearest integer, and the rounding of the scale itself, which a float16 one may show.
+    allowed = 0.51 * np.abs(steps) + 2**bits * np.spacing(np.abs(scales)).reshape(rows, blocks).astype(np.float64)
+    each = np.broadcast_to(allowed[..., None], weight.shape)
+    return weight.reshape(rows, -1)[:, :inputs], each.reshape(rows, -1)[:, :inputs]
+
+
+def _array(value: ir.Value | None) -> NDArray[Any]:
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:
+    """The integers along the last axis; of two in a byte the low half comes first."""
+    if bits == 4:
+        packed = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    return packed.astype(np.int16)

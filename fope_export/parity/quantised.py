@@ -1,0 +1,138 @@
+"""What quantised weights cost, beside the checkpoint; and the checkpoint with the weights that the file holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fope_export.backends.base import Backend, Ids, feeds_for
+from fope_export.backends.eager import EagerBackend
+from fope_export.bundle import Bundle
+from fope_export.corpus import as_tokens, python_source
+from fope_export.errors import BackendError, BundleError
+from fope_export.graph.quantise import quantised_weights
+from fope_export.model.decoder import Decoder
+from fope_export.parity.judge import Floats, divergence, log_softmax
+from fope_export.tokens import Text
+
+LIMITS = {"int4": 0.03, "int8": 0.005}
+"""How much of itself a text's perplexity may grow by."""
+SCORED = 1 << 14
+"""Bytes of held-out text that the cost is taken on, where the vocabulary is bytes."""
+DRAWN = 1 << 11
+"""Random tokens that it is taken on elsewhere."""
+LONGEST = 1024
+"""Tokens of a window at most."""
+AT_ONCE = 1 << 22
+"""Logits of one batch of windows, unless one window has more."""
+SAMPLE = 'def naïve():\n\treturn "…"\n'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The bundle beside its checkpoint in PyTorch, in the same dtype and with the weights it was trained to."""
+
+    kind: str
+    tokens: int
+    kl: float
+    """Mean over the tokens of the divergence from the checkpoint's prediction, in nats."""
+    perplexity: float | None
+    """Of held-out Python with the checkpoint; None where the vocabulary is not bytes."""
+    quantised: float | None
+    """The same with the bundle."""
+    strays: tuple[str, ...]
+    """Weights further from the checkpoint's than rounding to the nearest step explains."""
+
+    @property
+    def growth(self) -> float | None:
+        """Of the perplexity, as a share of it."""
+        return self.quantised / self.perplexity - 1 if self.quantised and self.perplexity else None
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.kind]
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What is too much, in words."""
+        reasons = [f"{name} is no rounding of the checkpoint's" for name in self.strays]
+        if self.growth is not None and not self.growth <= self.limit:
+            reasons.append(f"perplexity grows by {self.growth:.2%} > {self.limit:.1%}")
+        return tuple(reasons)
+
+
+def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
+    """Hold a quantised bundle against its checkpoint's own weights, which `model` has.
+
+    Raises BackendError when the bundle does not run.
+    """
+    export, config = bundle.manifest.export, model.config
+    assert export.quantize
+    length = max(min(config.training_length, LONGEST, export.capacity or LONGEST), 2)
+    known = _takes_bytes(bundle)
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size, DRAWN)
+    tokens = as_tokens(python_source(held_out=True))[:SCORED] if known else drawn
+    kl, losses = [], []
+    for ids in _windows(tokens, length, rows=max(AT_ONCE // (length * config.vocab_size), 1)):
+        before, after = (_logits(backend, ids) for backend in (EagerBackend(model), tested))
+        kl.append(divergence(before, after))
+        losses.append([_losses(before, ids), _losses(after, ids)])
+    kls = np.concatenate(kl)
+    perplexities = [float(each) for each in np.exp(np.concatenate(losses, axis=1).mean(axis=1))]
+    perplexity, quantised = perplexities if known else (None, None)
+    return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantised, tuple(_strays(bundle, model)))
+
+
+def place_weights(bundle: Bundle, model: Decoder) -> None:
+    """Give the linear layers of `model` the weights that the bundle's integers stand for.
+
+    Raises BackendError when the bundle names a layer that `model` lacks.
+    """
+    for found in quantised_weights(bundle.model):
+        layer = _layer(model, found.module)
+        # A new parameter, because an embedding may share the old one.
+        weight = torch.from_numpy(found.weight).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
+    for found in quantised_weights(bundle.model):
+        original = _layer(model, found.module).weight.double().numpy()
+        if original.shape != found.weight.shape or not (np.abs(found.weight - original) <= found.allowed).all():
+            yield f"{found.module}.weight"
+
+
+def _layer(model: Decoder, name: str) -> nn.Linear:
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, nn.Linear):
+        raise BackendError(f"the graph quantises {name}, which is no linear layer", hint="Export the checkpoint again.")
+    return layer
+
+
+def _takes_bytes(bundle: Bundle) -> bool:
+    try:
+        return Text(bundle.path).encode(SAMPLE) == list(SAMPLE.encode())
+    except BundleError:  # no tokenizer
+        return False
+
+
+def _windows(tokens: Ids, length: int, rows: int) -> Iterator[Ids]:
+    """Whole windows [rows, length], one after the other; what is left at the end is dropped."""
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+    yield from (windows[i : i + rows] for i in range(0, len(windows), rows))
+
+
+def _logits(backend: Backend, ids: Ids) -> Floats:
+    """[tokens, V], row after row."""
+    step, _ = backend.step(feeds_for(ids), backend.empty_cache(len(ids)))
+    logits: Floats = step.reshape(ids.size, -1).astype(np.float64)
+    return logits
+
+
+def _losses(logits: Floats, ids: Ids) -> Floats:
+    """Negative log-likelihood of each next token in windows [rows, length]."""
+    predicted = log_softmax(logits).reshape(*ids.shape, -1)[:, :-1]
+    losses: Floats = -np.take_along_axis(predicted, ids[:, 1:, None], axis=2).ravel()
+    return losses

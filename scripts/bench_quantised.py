@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Measure what quantised weights cost in perplexity and save in time and space, in ONNX Runtime.
+
+    scripts/bench_quantised.py               writes scripts/results/quantised.json
+
+Perplexity, per byte of held-out Python at the training length, is the shipped FoPE model's. Speed and size are those of
+the paper's 60M shape with random weights; all bundles run in turn within each round, and ratios are medians over the
+rounds. Beside them run copies with accuracy_level 4, which rounds activations to 8 bits and is not offered.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import bench_export
+import msgspec
+import onnx
+from bench_export import CASES, RESULTS, SHAPES, processor, write_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from fope_export.backends.choose import load_backend, read_machine
+from fope_export.backends.eager import EagerBackend
+from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.corpus import as_tokens, python_source
+from fope_export.demo import shipped
+from fope_export.evaluation import loss_by_length
+from fope_export.graph.export import export
+from fope_export.graph.quantise import BLOCK, OPERATOR
+from fope_export.model.checkpoint import source_of
+from fope_export.parity.quantised import cost_of
+
+KINDS = {
+    "fp32": ExportConfig(),
+    "fp16": ExportConfig(dtype="fp16"),
+    "int8": ExportConfig(quantize="int8"),
+    "int4": ExportConfig(quantize="int4"),
+}
+TIMED = ("fp32", "int8", "int4")
+ROUNDED = " with rounded activations"
+SCORED = 1 << 16
+TASKS = ("decode, past 128", "decode, past 1024", "prefill 512")
+
+
+def size(bundle: Bundle) -> float:
+    """Of the model in MB."""
+    return round(sum(path.stat().st_size for path in bundle.path.glob("model.onnx*")) / 1e6, 2)
+
+
+def quality(folder: Path) -> dict[str, Any]:
+    """Perplexity, its growth over fp32's, divergence and size of the shipped model, by kind."""
+    text, found, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], {}, 0.0
+    for kind, config in KINDS.items():
+        bundle = export(shipped("fope"), folder / f"shipped {kind}", config)
+        trained, backend = source_of(bundle).config.training_length, load_backend(bundle)
+        perplexity = math.exp(loss_by_length(backend, text, [trained])[trained])
+        plain = plain or perplexity
+        growth = round(100 * (perplexity / plain - 1), 3)
+        found[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
+        if config.quantize:
+            model = source_of(bundle).model.as_exported(config)
+            found[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
+    loss = loss_by_length(EagerBackend(source_of(bundle).model), text, [trained])[trained]
+    return {"scored_bytes": SCORED, "context": trained, "pytorch_perplexity": round(math.exp(loss), 5), "kinds": found}
+
+
+def rounded(bundle: Bundle, out: Path) -> Bundle:
+    """A copy whose products round activations to 8 bits."""
+    shutil.copytree(bundle.path, out)
+    model = onnx.load(bundle.model, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == OPERATOR:
+            next(a for a in node.attribute if a.name == "accuracy_level").i = 4
+    onnx.save(model, out / bundle.model.name)
+    return Bundle.open(out, verify=False)
+
+
+def speed(folder: Path, shape: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each task by kind, and the medians of the ratios to fp32's within a round."""
+    parameters = write_checkpoint(shape, "fope", folder / "checkpoint") // 4
+    bundles = {kind: export(folder / "checkpoint", folder / kind, KINDS[kind]) for kind in TIMED}
+    sizes = {kind: size(bundle) for kind, bundle in bundles.items()}
+    bundles |= {kind + ROUNDED: rounded(bundles[kind], folder / f"{kind}{ROUNDED}") for kind in TIMED[1:]}
+    backends = {kind: load_backend(bundle) for kind, bundle in bundles.items()}
+    tasks = {}
+    for task in TASKS:
+        for backend in backends.values():
+            CASES[task](backend)
+        timed = [{kind: CASES[task](backend) for kind, backend in backends.items()} for _ in range(rounds)]
+        tasks[task] = {
+            "milliseconds": {kind: round(1e3 * statistics.median(r[kind] for r in timed), 2) for kind in backends},
+            "speed_over_fp32": {
+                kind: round(statistics.median(r["fp32"] / r[kind] for r in timed), 2) for kind in backends
+            },
+        }
+    return {"shape": shape, "parameters": parameters, "rounds": rounds, "model_MB": sizes, "tasks": tasks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="60M")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decoded", type=int, default=6, help="tokens of each decode")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantised.json")
+    args = parser.parse_args()
+    bench_export.DECODED = args.decoded
+    with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("perplexity") as status:
+        found = quality(Path(name))
+        status.update("speed")
+        timed = speed(Path(name), args.shape, args.rounds)
+    machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
+    machine["load"] = [round(load, 1) for load in os.getloadavg()]  # of 1, 5 and 15 minutes
+    record = {"machine": machine, "block_size": BLOCK, "shipped": found, "speed": timed}
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
+    quality_table = Table("shipped model", "perplexity", "growth, %", "mean KL", "MB", box=None)
+    for kind, each in found["kinds"].items():
+        names = ("perplexity", "growth_percent", "mean_kl_nats", "model_MB")
+        quality_table.add_row(kind, *(str(each.get(column, "")) for column in names))
+    speed_table = Table(args.shape, *timed["tasks"][TASKS[0]]["milliseconds"], box=None)
+    for task, each in timed["tasks"].items():
+        cells = (f"{ms} ms, x {each['speed_over_fp32'][kind]}" for kind, ms in each["milliseconds"].items())
+        speed_table.add_row(task, *cells)
+    Console(width=160).print(quality_table, speed_table, timed["model_MB"], args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The yardstick for quantised bundles: a graph that is wrong still fails and is told where, and the cost is bounded."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+from rich.console import Console
+
+from fope_export.backends.choose import load_backend
+from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.demo import shipped
+from fope_export.graph.export import export
+from fope_export.model.checkpoint import source_of
+from fope_export.parity import quantised
+from fope_export.parity.quantised import LIMITS, SCORED, cost_of
+from fope_export.parity.run import validate
+from fope_export.report import parity_page, place, print_parity, write_parity
+from tests.conftest import small_decoder, write_native
+from tests.parity.test_run import attributes, weights
+
+
+@pytest.fixture(scope="module")
+def made(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(native, tmp_path_factory.mktemp("int4") / "out", ExportConfig(quantize="int4"))
+
+
+@pytest.fixture
+def spoilable(made: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(made.path, tmp_path / "bundle"))
+
+
+SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {
+    "padding": (attributes("sin_pad", 0.0, 1), "layers.1.attention.rotary", ""),
+    "integers": (
+        weights("layers.1.feed_forward.ff_out.weight.int4", lambda a: a[::-1].copy()), "",
+        "layers.1.feed_forward.ff_out.weight",
+    ),
+    "one integer": (weights("layers.0.attention.att_proj.weight.int4", lambda a: a ^ (np.indices(a.shape).sum(0) == 0)),
+        "", "layers.0.attention.att_proj.weight"),
+    "scales": (weights("lm_head.weight.scales", lambda a: a * 1.5), "", "lm_head.weight"),
+    "norm": (weights("norm.weight", lambda a: a + 0.1), "norm", "norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_bundle_fails_and_the_layer_is_named_without_the_hash(name: str, spoilable: Bundle) -> None:
+    spoil, module, tensor = SPOILED[name]
+    spoil(spoilable)
+    found = validate(spoilable, lengths=(7, 64))
+    assert found.place is not None and found.cost is not None
+    assert (found.place.divergence.module if found.place.divergence else "") == module
+    assert found.place.tensors == ((tensor,) if tensor else ())
+    others = all(case.verdict.passed for case in found.cases) and not found.cost.failed
+    assert not found.passed and not others and (module or tensor) in place(found)
+
+
+def test_the_cost_is_in_every_report(made: Bundle, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, verdict in ((LIMITS["int4"], "pass"), (-1.0, "FAIL")):
+        monkeypatch.setitem(LIMITS, "int4", limit)
+        found = validate(made, lengths=(64,))
+        assert found.passed == (verdict == "pass") and found.cost is not None
+        assert found.cost.tokens == SCORED and found.cost.perplexity and found.cost.quantised and found.cost.kl > 0
+        write_parity(spoilable, found)
+        record = json.loads((spoilable.path / "reports/parity.json").read_text())["quantisation"]
+        assert record["limit"] == limit and record["passed"] == found.passed
+        assert record["growth"] == pytest.approx(found.cost.quantised / found.cost.perplexity - 1)
+        suite = ElementTree.parse(spoilable.path / "reports/parity.xml").getroot()
+        case = next(case for case in suite if case.get("name") == "quantisation: int4")
+        assert (case.find("failure") is None) == found.passed
+        assert ("perplexity grows by" in parity_page(made, found)) != found.passed
+        written = io.StringIO()
+        print_parity(found, Console(width=250, file=written))
+        line = next(line for line in written.getvalue().splitlines() if line.startswith("int4 weights: perplexity"))
+        assert verdict in line and "16,384 bytes of held-out Python" in line
+
+
+def test_without_bytes_only_the_divergence_is_known(tmp_path: Path) -> None:
+    checkpoint = write_native(small_decoder(vocab_size=300), tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.json").unlink()
+    made = export(checkpoint, tmp_path / "out", ExportConfig(quantize="int8"))
+    found = validate(made, lengths=(64,))
+    assert found.passed and found.cost is not None and found.cost.growth is None and 0 < found.cost.kl < 1e-2
+    assert "2,048 random tokens" in parity_page(made, found)
+
+
+def test_a_layer_that_the_checkpoint_lacks_is_named(spoilable: Bundle) -> None:
+    model = onnx.load(spoilable.model, load_external_data=False)
+    node = next(node for node in model.graph.node if node.name == "lm_head/MatMulNBits")
+    node.name = "head/MatMulNBits"
+    onnx.save(model, spoilable.model)
+    found = validate(spoilable, lengths=(7,))
+    assert not found.passed and "quantises head, which is no linear layer" in found.broken
+
+
+@pytest.mark.parametrize(("kind", "scored"), [("int4", SCORED), ("int8", 1 << 12)])
+def test_the_shipped_model_hardly_suffers(
+    kind: str, scored: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "SCORED", scored)
+    made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize=kind))
+    cost = cost_of(made, source_of(made).model, load_backend(made))
+    assert cost.growth is not None and not cost.failed
+    assert -0.001 < cost.growth <= LIMITS[kind] and cost.kl < {"int4": 0.03, "int8": 3e-4}[kind]
+    sizes = [path.stat().st_size for path in (made.path / "model.onnx.data", shipped("fope") / "model.safetensors")]
+    assert 0 < sizes[0] < sizes[1] * {"int4": 0.4, "int8": 0.65}[kind]
