@@ -19,9 +19,12 @@ _HOMES = {
     "build": "engine.build",
     "complete": "generation",
     "export": "graph.export",
+    "export_module": "graph.module",
     "load_backend": "backends.choose",
     "load_checkpoint": "model.checkpoint",
+    "replace_rotary": "fope.replace",
     "validate": "parity.run",
+    "validate_module": "parity.module",
 }
 __all__ = [*_HOMES]
 __version__ = version("fope-export")

@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "--capacity", type=int, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
     )
     sub.add_argument("--opset", type=int, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
+    sub.add_argument("--extend", choices=("pi", "yarn"), help="change the frequencies for longer contexts")
+    sub.add_argument("--extend-to", type=int, metavar="TOKENS", help="how far (default: 16 x trained, at most 8192)")
+    sub.add_argument(
+        "--quantize", choices=("int4", "int8"), help="the linear layers' weights, for ONNX Runtime (default: not)"
+    )
     _json(sub)
 
     sub = command("build", build, "Build a TensorRT engine from a bundle, and add it.")
@@ -77,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
     )
+    sub.add_argument(
+        "--size", type=_size, action="append", default=[], dest="sizes", metavar="NAME=LEAST,BEST,LARGEST",
+        help="of a module's bundle; may be repeated (default: up to 4 x its example's)",
+    )  # fmt: skip
     sub.add_argument(
         "--timing-cache", action=argparse.BooleanOptionalAction, default=True, help="reuse what earlier builds measured"
     )
@@ -131,6 +140,11 @@ def _json(sub: argparse.ArgumentParser) -> None:
 
 def _backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", help="onnxruntime, tensorrt or torch (default: onnxruntime)")
+
+
+def _size(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, numbers = text.partition("=")
+    return name, _numbers(numbers)
 
 
 def _natural(text: str) -> int:
@@ -192,7 +206,7 @@ def export(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ExportConfig.__struct_fields__}
     config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
     with stages("export") as report:
-        bundle = export_bundle(args.checkpoint, args.out, config, report=report)
+        bundle = export_bundle(args.checkpoint, args.out, config, report=report, progress=report.progress)
     if args.json:
         _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     else:
@@ -210,7 +224,7 @@ def build(args: argparse.Namespace) -> int:
     from fope_export.engine.record import plan_name
     from fope_export.terminal import RESULTS, progress
 
-    options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__}
+    options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}
     config = convert(options, BuildConfig, where="build", hint="See fope-export build --help.")
     with progress("build") as report:
         bundle, record = build_engine(Bundle.open(args.bundle), config, report=report)
@@ -263,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
         backend = load_backend(bundle, args.backend)
-    eos = bundle.manifest.model.eos_token_id
+    eos = bundle.manifest.decoder().eos_token_id
     if args.prompt_ids:
         if args.stop:
             raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
@@ -301,7 +315,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:
-    vocabulary = bundle.manifest.model.vocab_size
+    vocabulary = bundle.manifest.decoder().vocab_size
     if max(ids) >= vocabulary:
         raise ConfigError(f"token {max(ids)} is outside the vocabulary of {vocabulary}", hint="Ids start at 0.")
     return ids

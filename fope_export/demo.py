@@ -65,7 +65,7 @@ def run_demo(out: Path, stage: Callable[[str], None]) -> DemoResult:
     stage("writing Python with the exported model")
     bundle = models[0].bundle
     pieces = complete(
-        load_backend(bundle), Text(bundle.path), [PROMPT], SAMPLING, eos=bundle.manifest.model.eos_token_id
+        load_backend(bundle), Text(bundle.path), [PROMPT], SAMPLING, eos=bundle.manifest.decoder().eos_token_id
     )
     result = DemoResult(models, "".join(piece for _, piece in pieces), out / "report.html")
     result.page.write_text(_page(result))
@@ -79,7 +79,7 @@ def _show(name: str, out: Path, text: Ids, stage: Callable[[str], None]) -> Show
     stage(f"{label}: comparing with PyTorch")
     parity = validate(bundle)
     bundle = report.write_parity(bundle, parity)
-    lengths = [bundle.manifest.model.training_length * factor for factor in FACTORS]
+    lengths = [bundle.manifest.decoder().training_length * factor for factor in FACTORS]
     losses = {}
     for backend in (EagerBackend(load_checkpoint(shipped(name)).model), load_backend(bundle)):
         stage(f"{label}: loss by length of context, {backend.name}")
@@ -114,7 +114,7 @@ def demo_record(result: DemoResult) -> dict[str, Any]:
 
 def _page(result: DemoResult) -> str:
     first = result.models[0]
-    trained = first.bundle.manifest.model.training_length
+    trained = first.bundle.manifest.decoder().training_length
     curves = {model.name: model.losses["onnxruntime"] for model in result.models}
     return report.render(
         "demo.html",

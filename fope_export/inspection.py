@@ -9,8 +9,8 @@ import msgspec
 import onnx
 from rich.filesize import decimal
 
-from fope_export.bundle import MANIFEST, Bundle
-from fope_export.config import ModelConfig
+from fope_export.bundle import MANIFEST, Bundle, Manifest
+from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
 from fope_export.errors import FopeError
 
@@ -40,7 +40,7 @@ def _checkpoint(path: Path) -> Description:
     return {
         "checkpoint": {"path": str(path), "layout": checkpoint.dialect, "parameters": f"{parameters:,}"},
         "model": _model(checkpoint.config),
-        "spectrum": _spectrum(checkpoint.config, spectrum.describe()),
+        "spectrum": _spectrum(checkpoint.config.spectrum, spectrum.describe()),
         f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
         "files": {
             p.name: f"{_size(p)}  {digest}"
@@ -56,10 +56,9 @@ def _bundle(bundle: Bundle) -> Description:
             "path": str(bundle.path),
             "made by": f"fope-export {manifest.tool_version}",
             "from": f"{manifest.source.path} ({manifest.source.dialect})",
-            "written as": manifest.export.described,
+            "written as": _written(manifest),
         },
-        "model": _model(manifest.model),
-        "spectrum": _spectrum(manifest.model, manifest.spectra[0]),
+        **_what(manifest),
         "inputs": {port.name: _port(port.dtype, port.shape) for port in manifest.inputs},
         "outputs": {port.name: _port(port.dtype, port.shape) for port in manifest.outputs},
         "engines": {record.target: record.described for record in records(bundle)},
@@ -68,6 +67,22 @@ def _bundle(bundle: Bundle) -> Description:
             for name, digest in manifest.files.items()
         },
     }
+
+
+def _written(manifest: Manifest) -> str:
+    export = manifest.export
+    return export.described if isinstance(manifest.model, ModelConfig) else f"opset {export.opset}, {export.dtype}"
+
+
+def _what(manifest: Manifest) -> Description:
+    """The decoder or the module, and its first rotation."""
+    numbers, model = manifest.spectra[0], manifest.model
+    if isinstance(model, ModelConfig):
+        return {"model": _model(model), "spectrum": _spectrum(model.spectrum, numbers)}
+    sizes = {name: f"from {e.least}" + (f" to {e.most}" if e.most else "") for name, e in model.sizes.items()}
+    rotations = {"FopeRotary": f"{len(model.rotations)}, called {model.calls} times"}
+    first, config = next(iter(model.rotations.items()))
+    return {"module": rotations, "sizes": sizes, f"spectrum of {first}": _spectrum(config, numbers)}
 
 
 def _onnx(path: Path) -> Description:
@@ -100,12 +115,12 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("spectrum", "model_type")}
 
 
-def _spectrum(config: ModelConfig, numbers: dict[str, Any]) -> dict[str, Any]:
+def _spectrum(config: SpectrumConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     freq = numbers["freq"]
     described = {
         "frequencies": f"{len(freq)}" + (f", from {freq[0]:.4g} to {freq[-1]:.4g} rad per token" if freq else ""),
     }
-    fields: dict[str, Any] = msgspec.to_builtins(config.spectrum)
+    fields: dict[str, Any] = msgspec.to_builtins(config)
     return fields | described | {name: value for name, value in numbers.items() if name != "freq"}
 
 

@@ -46,7 +46,7 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=160, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
 
 
-def error_figure(result: ParityResult, training_length: int) -> Figure:
+def error_figure(result: ParityResult, training_length: int | None) -> Figure:
     """Error against float64 by length: the backend beside PyTorch, the limit, and the deliberately wrong models."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
@@ -54,7 +54,7 @@ def error_figure(result: ParityResult, training_length: int) -> Figure:
     return figure
 
 
-def draw_error(axes: Axes, result: ParityResult, training_length: int) -> None:
+def draw_error(axes: Axes, result: ParityResult, training_length: int | None) -> None:
     """`error_figure` on given axes."""
     rows = sorted(result.cases, key=lambda case: case.length)
     lengths = [case.length for case in rows]
@@ -74,7 +74,8 @@ def draw_error(axes: Axes, result: ParityResult, training_length: int) -> None:
             textcoords="offset points", color=RED, fontsize=8.5, ha="right", va=("bottom", "top")[number % 2],
         )  # fmt: skip
         values.append(error)
-    axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
+    if training_length:
+        axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = [2**n for n in range(0, 32, 2) if 2**n <= 2 * max(lengths)]
@@ -82,7 +83,8 @@ def draw_error(axes: Axes, result: ParityResult, training_length: int) -> None:
     axes.minorticks_off()
     finite = [value for value in values if 0 < value < float("inf")]
     axes.set_ylim(min(finite, default=1e-7) / 3, max(finite, default=1) * 6)
-    axes.set_xlabel(f"tokens (dotted: training length, {training_length})")
+    trained = f"tokens (dotted: training length, {training_length})"
+    axes.set_xlabel(trained if training_length else "largest symbolic size")
     axes.set_ylabel("error against float64, relative")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
 from fope_export.bundle import MODEL, Bundle
+from fope_export.config import ModelConfig
 from fope_export.parity.judge import FACTOR, FLOOR, METRICS
 from fope_export.parity.run import CaseResult, ParityResult
 
@@ -19,7 +20,7 @@ LABELS = {
     "relative": "relative error",
     "cosine": "1 - cosine",
     "kl": "KL divergence",
-    "flips": "other tokens",
+    "flips": "other argmax",
     "non_finite": "not finite",
 }
 
@@ -70,10 +71,11 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "model_sha256": manifest.files.get(MODEL),
         "source": manifest.source,
         "dtype": manifest.export.dtype,
-        "training_length": manifest.model.training_length,
+        "training_length": trained_at(bundle),
         "rule": {"factor": FACTOR, "floor": FLOOR, "truth": "PyTorch float64", "noise": "PyTorch float32"},
         "cases": cases,
         "controls": controls,
+        "quantisation": _cost_record(result),
         "damaged_files": result.damaged,
         "broken": result.broken or None,
         "place": msgspec.to_builtins(result.place),
@@ -84,17 +86,28 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
 
 def parity_page(bundle: Bundle, result: ParityResult) -> str:
     """One HTML file that opens offline."""
-    trained = bundle.manifest.model.training_length
     return render(
         "parity.html",
         bundle=bundle,
         result=result,
-        figure=plots.as_svg(plots.error_figure(result, trained)) if result.cases else "",
+        figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
         factor=FACTOR,
         machine=read_machine(),
         place=place(result),
+        cost=cost_line(result),
     )
+
+
+def trained_at(bundle: Bundle) -> int | None:
+    """The training length; nothing for a module, which says nothing about it."""
+    model = bundle.manifest.model
+    return model.training_length if isinstance(model, ModelConfig) else None
+
+
+def of_module(result: ParityResult) -> bool:
+    """Whether it is about a module: its cases have no positions."""
+    return any(case.positions is None for case in result.cases)
 
 
 def render(template: str, **context: Any) -> str:
@@ -120,6 +133,8 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
     checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
+    if result.cost:
+        checks += [(f"quantisation: {result.cost.kind}", "; ".join(result.cost.failed))]
     checks += [("backend", result.broken)]
     checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
     failures = sum(bool(reason) for _, reason in checks)
@@ -136,6 +151,26 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
 def _why(case: CaseResult) -> str:
     got, limits = case.verdict.got, case.verdict.limits
     return "; ".join(f"{LABELS[n]} {short(getattr(got, n))} > {short(limits[n])}" for n in case.verdict.failed)
+
+
+def _cost_record(result: ParityResult) -> dict[str, Any] | None:
+    if (cost := result.cost) is None:
+        return None
+    known: dict[str, Any] = msgspec.to_builtins(cost)
+    return known | {"growth": cost.growth, "limit": cost.limit, "passed": not cost.failed, "failed": cost.failed}
+
+
+def cost_line(result: ParityResult) -> str:
+    """What quantisation costs, in words; empty where there is none."""
+    if (cost := result.cost) is None:
+        return ""
+    kl = f"mean KL divergence {short(cost.kl)} nats"
+    if cost.growth is None:
+        return f"{cost.kind} weights: {kl} on {cost.tokens:,} random tokens"
+    return (
+        f"{cost.kind} weights: perplexity {cost.perplexity:.4f} becomes {cost.quantised:.4f} ({cost.growth:+.2%}, "
+        f"allowed {cost.limit:+.1%}), {kl}, on {cost.tokens:,} bytes of held-out Python"
+    )
 
 
 def place(result: ParityResult) -> str:
@@ -155,14 +190,16 @@ def place(result: ParityResult) -> str:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what}: {names[0]}{others}.")
     if not parts and not all(case.verdict.passed for case in result.cases):
-        parts.append("On whole sequences every module agrees: the fault lies in how the graph uses its cache.")
+        where = "between them" if of_module(result) else "in how the graph uses its cache"
+        parts.append(f"On whole sequences every module agrees: the fault lies {where}.")
     return " ".join(parts)
 
 
 def parity_table(result: ParityResult) -> Table:
     """The comparisons for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = ("case", "tokens", "largest error", "allowed", "x PyTorch's", "KL", "other tokens", "")
+    size = "size" if of_module(result) else "tokens"
+    columns = ("case", size, "largest error", "allowed", "x PyTorch's", "KL", LABELS["flips"], "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
@@ -187,6 +224,9 @@ def parity_table(result: ParityResult) -> Table:
 def print_parity(result: ParityResult, console: Console) -> None:
     """Table, place and verdict."""
     console.print(parity_table(result))
+    if result.cost:
+        failed = "; ".join(result.cost.failed)
+        console.print(f"{cost_line(result)}: " + (f"[red]FAIL[/] {failed}" if failed else "[green]pass[/]"))
     for name, reason in result.damaged.items():
         console.print(f"[red]FAIL[/] {name} {reason}")
     if found := place(result):

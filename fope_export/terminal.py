@@ -33,25 +33,33 @@ def waiting(text: str) -> Status:
     return ERRORS.status(text)
 
 
+class Stages:
+    """Reports the stages of a longer task: a spinner while one runs, a line with its seconds when the next begins."""
+
+    def __init__(self, title: str, status: Status) -> None:
+        self._title, self._status, self._text, self._started = title, status, "", 0.0
+
+    def __call__(self, text: str) -> None:
+        self.finish()
+        self._text, self._started = text, time.perf_counter()
+        self._status.update(f"{self._title}: {text}")
+
+    def progress(self, done: int, total: int) -> None:
+        """Bytes of the running stage that are done, and of all."""
+        self._status.update(f"{self._title}: {self._text}, {done / 1e6:,.0f} MB done ({done / max(total, 1):.0%})")
+
+    def finish(self) -> None:
+        if self._text:
+            ERRORS.print(f"[green]✓[/] {self._text} [dim]{time.perf_counter() - self._started:.1f} s[/]")
+
+
 @contextmanager
-def stages(title: str) -> Iterator[Callable[[str], None]]:
-    """Report the stages of a longer task: a spinner while one runs, a line with its seconds when the next begins."""
-    running: list[tuple[str, float]] = []
-
-    def finish() -> None:
-        if running:
-            text, started = running.pop()
-            ERRORS.print(f"[green]✓[/] {text} [dim]{time.perf_counter() - started:.1f} s[/]")
-
+def stages(title: str) -> Iterator[Stages]:
+    """The stages of a task, the last of them over when the block ends well."""
     with ERRORS.status(title) as status:
-
-        def begin(text: str) -> None:
-            finish()
-            running.append((text, time.perf_counter()))
-            status.update(f"{title}: {text}")
-
-        yield begin
-        finish()
+        running = Stages(title, status)
+        yield running
+        running.finish()
 
 
 def print_sections(sections: Mapping[str, Mapping[str, Any]]) -> None:

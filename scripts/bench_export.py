@@ -42,7 +42,7 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.native import save
 
-SHAPES = {"60M": (512, 8, 8), "180M": (1024, 8, 8)}
+SHAPES = {"60M": (512, 8, 8), "180M": (1024, 8, 8), "1.2B": (2048, 16, 16)}
 """Hidden size, heads, layers of the paper's models; trained at 512."""
 LENGTH, VOCABULARY, THETA = 512, 50304, 10_000.0
 DECODED = 24
@@ -72,13 +72,13 @@ def write_checkpoint(shape: str, kind: str, folder: Path) -> int:
     return sum(p.numel() * 4 for p in model.parameters())
 
 
-def timed_export(checkpoint: Path, out: Path) -> tuple[float, float]:
+def timed_export(checkpoint: Path, out: Path, *options: str) -> tuple[float, float]:
     """Seconds and peak MiB of `fope-export export` in a process of its own.
 
     The peak is the process's VmHWM: ru_maxrss would also count what this process held when it started the other.
     """
     code = "import sys; from fope_export.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
-    command = [sys.executable, "-c", code, "export", str(checkpoint), str(out)]
+    command = [sys.executable, "-c", code, "export", str(checkpoint), str(out), *options]
     started = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - started

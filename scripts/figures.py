@@ -37,7 +37,7 @@ def main() -> None:
     for name, label in NAMES.items():
         with tempfile.TemporaryDirectory() as folder, console.status(label):
             bundle = export(shipped(name), Path(folder) / name)
-            trained = bundle.manifest.model.training_length
+            trained = bundle.manifest.decoder().training_length
             lengths = [trained * factor for factor in FACTORS]
             losses[label] = {b: loss_by_length(load_backend(bundle, b), text, lengths) for b in BACKENDS}
             parity = parity or validate(bundle)

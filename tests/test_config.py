@@ -37,6 +37,7 @@ def test_a_model_is_checked_at_birth(fields: dict[str, object]) -> None:
     ("fields", "message"),
     [
         ({"cache": "static", "opset": 23}, "needs opset 24"),
+        ({"extend_to": 100}, "says how far, and not how"),
         ({"capacity": 100}, "a dynamic cache has no capacity"),
         ({"dtype": "fp8"}, "dtype: Invalid enum value"),
     ],

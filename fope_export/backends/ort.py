@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,16 +25,12 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
+        self.vocab_size = bundle.manifest.decoder().vocab_size
         self._ort = require("onnxruntime", "cpu")
         self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
-        try:
-            with runnable(bundle) as path:
-                self._session = self._ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-            raise self._error("load", cause) from cause
+        self._session = _session(bundle)
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
-        self.vocab_size = bundle.manifest.model.vocab_size
 
     def empty_cache(self, batch: int) -> list[Any]:
         shapes = empty_past(self._manifest, batch)
@@ -56,17 +52,44 @@ class OrtBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as cause:
-            raise self._error("run", cause) from cause
+            raise _error("run", self._path, cause) from cause
         logits, *present = binding.get_outputs()
         # The static cache's own values, and not their aliases among the outputs: those do not keep its memory alive.
         return logits.numpy().astype(np.float32, copy=False), cache if static else present
 
-    def _error(self, what: str, cause: Exception) -> BackendError:
-        reason = " ".join(str(cause).split())
-        return BackendError(f"ONNX Runtime does not {what} {self._path}: {reason}", hint="Export the checkpoint again.")
-
     def _value(self, array: np.ndarray[Any, Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+class OrtGraph:
+    """Any bundle's model.onnx in ONNX Runtime, as the graph is: named arrays in, its outputs in their order out."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
+        self._path, self._session = bundle.model, _session(bundle)
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Raises BackendError with what ONNX Runtime says."""
+        try:
+            return list(self._session.run(None, dict(inputs)))
+        except Exception as cause:
+            raise _error("run", self._path, cause) from cause
+
+
+def _session(bundle: Bundle) -> Any:
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
+    try:
+        with runnable(bundle) as path:
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as cause:  # ONNX Runtime's errors share no base class of their own
+        raise _error("load", bundle.model, cause) from cause
+
+
+def _error(what: str, path: Path, cause: Exception) -> BackendError:
+    reason = " ".join(str(cause).split())
+    return BackendError(f"ONNX Runtime does not {what} {path}: {reason}", hint="Export the checkpoint again.")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class TrtBackend:
     def __init__(self, bundle: Bundle, *, cuda_graph: bool = False) -> None:
         """Raises BackendError when there is no engine, no GPU, or when TensorRT does not take the plan."""
         self.record, self._manifest = newest_engine(bundle), bundle.manifest
-        self.name, self.vocab_size = self.record.library, bundle.manifest.model.vocab_size
+        self.name, self.vocab_size = self.record.library, bundle.manifest.decoder().vocab_size
         if not torch.cuda.is_available():
             raise BackendError(
                 f"torch {torch.__version__} sees no CUDA device",

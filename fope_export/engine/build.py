@@ -10,7 +10,7 @@ from typing import IO
 
 import msgspec
 
-from fope_export.bundle import MODEL, Bundle, sha256
+from fope_export.bundle import MODEL, Bundle, ModuleRecord, sha256
 from fope_export.config import BuildConfig
 from fope_export.engine import api, compile, profiles
 from fope_export.engine.record import EngineRecord, plan_name, record_name
@@ -33,18 +33,24 @@ def build(
     """
     config, manifest = config or BuildConfig(), bundle.manifest
     ranges = profiles.make_profiles(config, manifest)
+    if manifest.export.quantize:
+        raise ConfigError(
+            f"{bundle.path} has {manifest.export.quantize} weights for an operator that only ONNX Runtime has",
+            hint="Export without --quantize, with --dtype fp16, and build from that.",
+        )
     if manifest.export.dtype == "bf16" and "sm75" in config.architectures:
         raise ConfigError("sm75 has no bfloat16", hint="Export with --dtype fp16 for it, or leave it out.")
     api.check_installed(config.library)
     tools, plugin = _plugin(config, report) if config.plugin else (None, None)
-    layers = manifest.model.num_layers
+    layers = 0 if isinstance(manifest.model, ModuleRecord) else manifest.model.num_layers
+    rotations = manifest.model.calls if isinstance(manifest.model, ModuleRecord) else layers
     with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".engine-") as scratch:
         plan = Path(scratch) / "plan"
         request = Request(
             model=str(bundle.model.resolve()), plan=str(plan.resolve()), config=config,
             full_precision=manifest.export.dtype == "fp32",
             profiles=[{p.name: profiles.shapes(ranges[name], p) for p in manifest.inputs} for name in ranges],
-            plugin=str(plugin) if plugin else None, plugin_layers=layers if plugin else 0,
+            plugin=str(plugin) if plugin else None, plugin_layers=rotations if plugin else 0,
             timing_cache=str(_timing_cache(config)) if config.timing_cache else None,
         )  # fmt: skip
         built = _work(request, report)

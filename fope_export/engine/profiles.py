@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from fope_export.bundle import Manifest, Port
+from fope_export.bundle import Manifest, ModuleRecord, Port
 from fope_export.config import BuildConfig, usual_length
 from fope_export.errors import BackendError, ConfigError
 
@@ -20,15 +20,23 @@ class Range(msgspec.Struct, frozen=True, array_like=True):
     most: int
 
 
+DECODER = "Its sizes follow from --max-batch and --max-length."
 Profile = dict[str, Range]
-"""By symbolic size: batch, sequence, past_sequence, total_sequence."""
+"""By symbolic size: batch, sequence, past_sequence, total_sequence; of a module, by the names of its own."""
+GROWTH = 4
+"""How many times larger than in its example a module's size may be, where nobody says."""
 
 
 def make_profiles(config: BuildConfig, manifest: Manifest) -> dict[str, Profile]:
-    """A profile for prompts (or parts of them) and one for single tokens, both to `max_length` tokens in total.
+    """A profile for prompts (or parts of them) and one for single tokens, both to `max_length` tokens in total; for a
+    module, one with the sizes of `config` and of its example.
 
-    Raises ConfigError where a static cache has less room.
+    Raises ConfigError where a static cache has less room, and for sizes that the graph does not have.
     """
+    if isinstance(manifest.model, ModuleRecord):
+        return {"module": _module_profile(config, manifest.model)}
+    if config.sizes:
+        raise ConfigError(f"a decoder has no size {next(iter(config.sizes))} to set", hint=DECODER)
     capacity = manifest.export.capacity
     length = config.max_length or capacity or usual_length(manifest.model.training_length)
     if capacity and length > capacity:
@@ -53,10 +61,33 @@ def make_profiles(config: BuildConfig, manifest: Manifest) -> dict[str, Profile]
     }
 
 
+def _module_profile(config: BuildConfig, record: ModuleRecord) -> Profile:
+    if config.max_length or config.max_batch != BuildConfig().max_batch:
+        raise ConfigError("a module has sizes of its own, and neither max_batch nor max_length", hint=_known(record))
+    if unknown := sorted(config.sizes.keys() - record.sizes.keys()):
+        raise ConfigError(f"the graph has no size {unknown[0]}", hint=_known(record))
+    profile = {}
+    for name, extent in record.sizes.items():
+        most = min(GROWTH * extent.example, extent.most or GROWTH * extent.example)
+        profile[name] = size = Range(*config.sizes.get(name, (extent.least, extent.example, most)))
+        if size.least < extent.least or (extent.most is not None and size.most > extent.most):
+            raise ConfigError(
+                f"{name} was traced from {extent.least} to {extent.most or 'any size'}, and the engine wants "
+                f"{size.least} to {size.most}",
+                hint="Export again with another Dim(name, min=…, max=…), or ask for less.",
+            )
+    return profile
+
+
+def _known(record: ModuleRecord) -> str:
+    example = "; ".join(f"--size {name}={e.least},{e.example},{2 * e.example}" for name, e in record.sizes.items())
+    return f"For example {example}." if example else "All its sizes are fixed."
+
+
 def shapes(profile: Profile, port: Port) -> list[tuple[int, ...]]:
     """Least, best and largest shape of an input."""
-    ranges = [Range(size, size, size) if isinstance(size, int) else profile[size] for size in port.shape]
-    return [tuple(getattr(size, end) for size in ranges) for end in ("least", "best", "most")]
+    ends = ("least", "best", "most")
+    return [port.at({name: getattr(size, end) for name, size in profile.items()}) for end in ends]
 
 
 def fitting(profiles: Mapping[str, Profile], sizes: Mapping[str, int]) -> str:

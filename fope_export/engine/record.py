@@ -21,7 +21,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str
     cache: str
     capacity: int | None
-    decoder_layers: int
+    decoder_layers: int  # none: a module's
     plugin_layers: int
     layers: dict[str, int]  # of the parsed network, by type
     profiles: dict[str, Profile]  # in the engine's order
@@ -48,6 +48,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def described(self) -> str:
         """In a few words."""
         rotations = f"{self.plugin_layers} plugin layers" if self.plugin_layers else "no plugin"
+        if not self.decoder_layers:
+            sizes = [f"{name} {size.least} to {size.most:,}" for name, size in self.profiles["module"].items()]
+            return ", ".join((rotations, *sizes, f"for {self.gpus}"))
         room = f"up to {self.most('batch')} rows and {self.most('total_sequence'):,} tokens"
         return f"{self.decoder_layers} decoder layers, {rotations}, {room}, for {self.gpus}"
 

@@ -4,24 +4,38 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.external_data import CallbackInfo
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, ShapeInferencePass
 from torch.export import Dim, ExportedProgram
 
-from fope_export.bundle import FORMAT_VERSION, MODEL, Bundle, Manifest, Port, Source, check_target, complete, creating
+from fope_export.bundle import (
+    FORMAT_VERSION,
+    MODEL,
+    Bundle,
+    Manifest,
+    ModuleRecord,
+    Port,
+    Source,
+    check_target,
+    complete,
+    creating,
+)
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.errors import ExportError
 from fope_export.graph import passes
 from fope_export.graph.companions import companions
+from fope_export.graph.quantise import QuantiseWeights
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
 from fope_export.model.decoder import Decoder
@@ -38,10 +52,12 @@ def export(
     config: ExportConfig | None = None,
     *,
     report: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
-    A bundle that stands there is replaced; the same checkpoint gives the same bytes. `report` is told each stage.
+    A bundle that stands there is replaced; the same checkpoint gives the same bytes. `report` is told each stage, and
+    `progress` the bytes of weights that are written, and of all.
 
     Raises CheckpointError, ConfigError, BundleError or ExportError; then `out` is as it was.
     """
@@ -50,29 +66,56 @@ def export(
     report("reading the checkpoint")
     source = load_checkpoint(checkpoint)
     config = (config or ExportConfig()).resolved(source.config.training_length)
+    decoder = source.model.as_exported(config)
+    require_space(out, sum(parameter.nbytes for parameter in decoder.parameters()))
     report("tracing and translating")
-    model = to_onnx(source.model.as_exported(config), config)
+    model = to_onnx(decoder, config)
     with creating(out) as folder:
-        report(f"writing {sum(p.nbytes for p in source.model.parameters()) / 1e6:,.0f} MB")
-        _save(model, folder / MODEL)
+        report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
+        save(model, folder / MODEL, progress)
         for name, content in companions(source.config, config).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         for path in source.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
         report("checking and hashing")
-        _check(folder / MODEL)
+        check(folder / MODEL)
         manifest = complete(folder, _manifest(source, config, model))
     return Bundle(out, manifest)
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def require_space(out: Path, needed: int) -> None:
+    """Raises ExportError where the disk of `out` has less room than the weights take."""
+    folder = next(parent for parent in out.resolve().parents if parent.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ExportError(
+            f"{out} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on the disk",
+            hint="Make room or choose another disk; --dtype fp16 halves what float32 takes.",
+        )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Of all tensors in the graph."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write a model and the file with its tensors; `progress` is told the bytes written, and of all.
+
+    Raises ExportError where that fails.
+    """
+    total = weight_bytes(model)
+
+    def written(tensor: ir.TensorProtocol, place: CallbackInfo) -> None:
+        progress(min(place.offset + tensor.nbytes, total), total)
+
     try:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES, callback=written)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {cause}", hint="Is there space on the disk?") from cause
 
 
-def _check(path: Path) -> None:
+def check(path: Path) -> None:
+    """ONNX's own checker, on the file. Raises ExportError with what it says."""
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
@@ -80,13 +123,26 @@ def _check(path: Path) -> None:
 
 
 def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:
+    origin = Source(path=str(source.path.resolve()), dialect=source.dialect, files=source.hashes())
+    spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
+    return manifest_of(model, config, origin, source.config, spectra)
+
+
+def manifest_of(
+    model: ir.Model,
+    config: ExportConfig,
+    source: Source,
+    what: ModelConfig | ModuleRecord,
+    spectra: list[dict[str, Any]],
+) -> Manifest:
+    """The manifest of a bundle with `model` in it; `complete` adds the files."""
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("fope-export"),
         libraries={name: version(name) for name in LIBRARIES},
-        source=Source(path=str(source.path.resolve()), dialect=source.dialect, files=source.hashes()),
-        model=source.config,
-        spectra=[attention.rotary.spectrum.describe() for attention in source.model.attentions()],
+        source=source,
+        model=what,
+        spectra=spectra,
         export=config,
         inputs=[_port(value) for value in model.graph.inputs],
         outputs=[_port(value) for value in model.graph.outputs],
@@ -102,38 +158,61 @@ def _port(value: ir.Value) -> Port:
 def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
     """The decoder as an ONNX model with the contract's names, symbolic in batch, sequence and past.
 
-    Weights stay where `model` has them; they are read when the result is saved.
+    Weights stay where `model` has them; they are read when the result is saved, or here if they are to be quantised.
     """
-    with _quiet():
+    inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
+    outputs = ["logits", *cache_names("present", model.config)]
+    with quiet():
         program = trace(model, config.capacity or 0)
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=config.opset,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=TRANSLATIONS,
-            input_names=["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)],
-            output_names=["logits", *cache_names("present", model.config)],
-        )
-        assert onnx_program is not None
-        passes.TransposeWeights()(onnx_program.model)
-        onnx_program.optimize()
-    finish = Sequential(
-        passes.ShareSpectra(),
-        passes.AttachRotary(),
-        passes.NameNodes(),
-        passes.NameDimensions(_dimensions(onnx_program.model)),
-        ClearMetadataAndDocStringPass(),
-        ShapeInferencePass(),
-    )
-    finished = finish(onnx_program.model).model
+        finished = lower(program, config, inputs, outputs, _dimensions)
+    if config.quantize:
+        QuantiseWeights(config.quantize)(finished)
     finished.graph.name = "fope_decoder"
-    finished.producer_name, finished.producer_version = "fope-export", version("fope-export")
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(
         {"fope.spectrum": spectrum, "fope.training_length": str(model.config.training_length)}
     )
+    return finished
+
+
+def lower(
+    program: ExportedProgram,
+    config: ExportConfig,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dimensions: Callable[[ir.Model], Mapping[str, str]],
+) -> ir.Model:
+    """What torch traced, as an ONNX model: translated, optimized, its rotations calls of one function, with these names
+    for inputs and outputs, and for the sizes that `dimensions` finds in the translated model.
+    """
+    onnx_program = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=config.opset,
+        optimize=False,
+        verbose=False,
+        custom_translation_table=TRANSLATIONS,
+        input_names=inputs,
+        output_names=outputs,
+    )
+    assert onnx_program is not None and onnx_program.exported_program is not None
+    if written := onnx_program.exported_program.graph_signature.buffers_to_mutate:
+        raise ExportError(
+            f"the model writes to its buffer {next(iter(written.values()))}",
+            hint="A graph has no memory: make it an input and an output.",
+        )
+    passes.TransposeWeights()(onnx_program.model)
+    onnx_program.optimize()
+    finish = Sequential(
+        passes.ShareSpectra(),
+        passes.AttachRotary(),
+        passes.NameNodes(),
+        passes.NameDimensions(dimensions(onnx_program.model)),
+        ClearMetadataAndDocStringPass(),
+        ShapeInferencePass(),
+    )
+    finished = finish(onnx_program.model).model
+    finished.producer_name, finished.producer_version = "fope-export", version("fope-export")
     return finished
 
 
@@ -186,7 +265,7 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

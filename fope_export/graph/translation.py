@@ -11,6 +11,7 @@ from onnxscript.values import Op, Opset
 
 import fope_export.fope.rotary
 import fope_export.model.decoder  # noqa: F401 (both register torch operators)
+from fope_export.errors import ExportError
 from fope_export.fope import contract
 
 _FOPE = Opset(contract.DOMAIN, contract.VERSION)
@@ -57,7 +58,11 @@ def _size(value: ir.Value, axis: int) -> int:
     """A size that is part of the architecture, and so known."""
     assert value.shape is not None
     dim = value.shape[axis]
-    assert isinstance(dim, int)
+    if not isinstance(dim, int):
+        raise ExportError(
+            f"a rotation's heads and channels must be fixed, and axis {axis} has the size {dim}",
+            hint="Leave them out of dynamic_shapes.",
+        )
     return dim
 
 

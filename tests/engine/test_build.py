@@ -65,6 +65,16 @@ def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.
     assert "tensorrt-rtx  2 decoder layers, no plugin" in capsys.readouterr().out
 
 
+def test_a_quantised_bundle_is_refused_before_anything_starts(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = export(native, tmp_path / "bundle", ExportConfig(quantize="int4"))
+    monkeypatch.setattr(api, "check_installed", lambda library: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match="int4 weights for an operator that only ONNX Runtime has") as caught:
+        build(made)
+    assert "--dtype fp16" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Measure the memory of a very long prompt fed in chunks, on the shipped model in ONNX Runtime.
+
+    scripts/bench_long.py                    131,072 tokens; writes scripts/results/bench_long.json (half an hour)
+    scripts/bench_long.py --length 16384 --chunk 512
+
+Each cache runs in a process of its own; what is counted is its peak above what it held before the prompt. The bound is
+what must be there: the cache (a growing one twice, before and after a step) and what attention over one chunk needs, a
+score for each head, new token and token, and as much for its softmax, its mask and what makes it. Where both fit, a
+prompt fed whole gives the same logits.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from fope_export.backends.base import feeds_for
+from fope_export.backends.choose import read_machine
+from fope_export.backends.ort import OrtBackend
+from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.corpus import as_tokens, python_source
+from fope_export.demo import shipped
+from fope_export.generation import prefill
+from fope_export.graph.export import export
+
+RESULTS = Path(__file__).parent / "results"
+BOTH_FIT = 8192
+"""Tokens at which the prompt is also fed whole."""
+
+
+def status(name: str) -> int:
+    """A field of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def bound(bundle: Bundle, length: int, chunk: int) -> int:
+    """Bytes that a chunk at the prompt's end may take above the loaded model."""
+    config = bundle.manifest.decoder()
+    cache = 2 * config.num_layers * config.num_kv_heads * config.spectrum.head_dim * length * 4
+    scores = config.num_heads * chunk * length * 4
+    mask = chunk * length * (4 + 4 + 1)
+    return (1 if bundle.manifest.export.capacity else 2) * cache + 2 * scores + mask
+
+
+def measure(path: Path, length: int, chunk: int) -> dict[str, float]:
+    """One prompt, in this process."""
+    bundle = Bundle.open(path)
+    backend = OrtBackend(bundle)
+    text = as_tokens(python_source(held_out=True))
+    tokens = np.resize(text, length)[None].astype(np.int64)
+    prefill(backend, feeds_for(tokens[:, :chunk]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, started = status("VmRSS"), time.perf_counter()
+    logits, _ = prefill(backend, feeds_for(tokens), chunk)
+    seconds = time.perf_counter() - started
+    peak = status("VmHWM") - before
+    short = feeds_for(tokens[:, :BOTH_FIT])
+    whole, parts = (prefill(backend, short, size)[0][:, -1] for size in (0, chunk))
+    return {
+        "peak_MiB": round(peak / 2**20), "bound_MiB": round(bound(bundle, length, chunk) / 2**20),
+        "seconds": round(seconds, 1), "finite": bool(np.isfinite(logits).all()),
+        "largest_difference_from_whole": float(np.abs(whole - parts).max()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=131_072)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_long.json")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.length, args.chunk)))
+        return
+    caches = {}
+    with tempfile.TemporaryDirectory() as name:
+        for cache in ("dynamic", "static"):
+            capacity = args.length if cache == "static" else None
+            export(shipped("fope"), Path(name) / cache, ExportConfig(cache=cache, capacity=capacity))
+            command = [sys.executable, __file__, "--measure", f"{name}/{cache}"]
+            sizes = ["--length", str(args.length), "--chunk", str(args.chunk)]
+            done = subprocess.run(command + sizes, check=True, stdout=subprocess.PIPE, text=True)
+            caches[cache] = json.loads(done.stdout)
+            print(cache, caches[cache], flush=True)
+            if caches[cache]["peak_MiB"] > caches[cache]["bound_MiB"]:
+                raise SystemExit("more memory than the bound")
+    record = {
+        "machine": msgspec.to_builtins(read_machine()), "tokens": args.length, "chunk": args.chunk, "caches": caches
+    }  # fmt: skip
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
