@@ -164,8 +164,6 @@ def write_variant(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of one file share a worker and its session fixtures; what needs a GPU is skipped where there is none."""
+    """What needs a GPU is skipped where there is none."""
     if "gpu" in item.keywords and not torch.cuda.is_available():
         item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
-    if not any(item.iter_markers("xdist_group")):
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
