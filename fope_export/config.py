@@ -159,6 +159,11 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
             raise ConfigError("a dynamic cache has no capacity", hint="Ask for a static cache, or leave it out.")
 
     @property
+    def precision(self) -> str:
+        """The dtype by its whole name."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.dtype]
+
+    @property
     def described(self) -> str:
         """In a few words."""
         room = f" of {self.capacity} tokens" if self.capacity else ""

@@ -62,7 +62,13 @@ def draw_error(axes: Axes, result: ParityResult, training_length: int | None) ->
     axes.fill_between(lengths, limit, 1e-12, color=GREEN, alpha=0.08, lw=0)
     axes.plot(lengths, limit, color=GREEN, lw=1.2, label="allowed")
     axes.plot(
-        lengths, [c.verdict.noise.relative for c in rows], "s", ms=7, mfc="none", color=GREY, label="PyTorch float32"
+        lengths,
+        [c.verdict.noise.relative for c in rows],
+        "s",
+        ms=7,
+        mfc="none",
+        color=GREY,
+        label=f"PyTorch {result.dtype}",
     )
     axes.plot(lengths, [c.verdict.got.relative for c in rows], "o", ms=4.5, color=BLUE, label=result.backend)
     values = [*limit, *(c.verdict.noise.relative for c in rows), *(c.verdict.got.relative for c in rows)]

@@ -72,10 +72,11 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "source": manifest.source,
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),
-        "rule": {"factor": FACTOR, "floor": FLOOR, "truth": "PyTorch float64", "noise": "PyTorch float32"},
+        "rule": {"factor": FACTOR, "floor": FLOOR, "truth": "PyTorch float64", "noise": f"PyTorch {result.dtype}"},
         "cases": cases,
         "controls": controls,
         "quantisation": _cost_record(result),
+        "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
         "broken": result.broken or None,
         "place": msgspec.to_builtins(result.place),
@@ -96,7 +97,28 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         machine=read_machine(),
         place=place(result),
         cost=cost_line(result),
+        reach=_reach_figure(bundle, result),
     )
+
+
+def _reach_figure(bundle: Bundle, result: ParityResult) -> str:
+    if result.reach is None:
+        return ""
+    losses = {
+        "as trained": result.reach.before,
+        bundle.manifest.export.described.rpartition(", ")[2]: result.reach.after,
+    }
+    return plots.as_svg(plots.loss_figure(losses, bundle.manifest.decoder().training_length))
+
+
+def reach_line(result: ParityResult) -> str:
+    """What extending did, in words; empty where nothing was extended or there is no text to measure it on."""
+    if result.reach is None:
+        return ""
+    pairs = (
+        f"{length}: {before:.3f} → {result.reach.after[length]:.3f}" for length, before in result.reach.before.items()
+    )
+    return f"loss by length of context, before and after extending, nats per byte: {', '.join(pairs)}"
 
 
 def trained_at(bundle: Bundle) -> int | None:
@@ -227,6 +249,8 @@ def print_parity(result: ParityResult, console: Console) -> None:
     if result.cost:
         failed = "; ".join(result.cost.failed)
         console.print(f"{cost_line(result)}: " + (f"[red]FAIL[/] {failed}" if failed else "[green]pass[/]"))
+    if line := reach_line(result):
+        console.print(line)
     for name, reason in result.damaged.items():
         console.print(f"[red]FAIL[/] {name} {reason}")
     if found := place(result):

@@ -103,7 +103,9 @@ def validate_module(
     report("controls", len(cases), total)
     controls = _controls(largest, yardstick)
     damaged = bundle.damaged() | _contradictions(bundle, record, single)
-    result = ParityResult("onnxruntime", tuple(results), controls, damaged, broken, None)
+    result = ParityResult(
+        "onnxruntime", tuple(results), controls, damaged, broken, None, dtype=bundle.manifest.export.precision
+    )
     if result.passed:
         return result
     return replace(result, place=_place(bundle, yardstick, None if broken else (failing or [largest])[0]))

@@ -71,7 +71,7 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
     export, config = bundle.manifest.export, model.config
     assert export.quantize
     length = max(min(config.training_length, LONGEST, export.capacity or LONGEST), 2)
-    known = _takes_bytes(bundle)
+    known = takes_bytes(bundle)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, DRAWN)
     tokens = as_tokens(python_source(held_out=True))[:SCORED] if known else drawn
     kl, losses = [], []
@@ -111,7 +111,8 @@ def _layer(model: Decoder, name: str) -> nn.Linear:
     return layer
 
 
-def _takes_bytes(bundle: Bundle) -> bool:
+def takes_bytes(bundle: Bundle) -> bool:
+    """Whether the bundle's tokens are bytes, so that any text can be scored."""
     try:
         return Text(bundle.path).encode(SAMPLE) == list(SAMPLE.encode())
     except BundleError:  # no tokenizer

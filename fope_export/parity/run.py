@@ -18,6 +18,7 @@ from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, Control
+from fope_export.parity.extended import Reach, reach_of
 from fope_export.parity.judge import Verdict, judge
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantised import Cost, cost_of, place_weights
@@ -82,6 +83,10 @@ class ParityResult:
     """Looked for after a failure only."""
     cost: Cost | None = None
     """What quantisation costs. The cases are then compared with PyTorch on the weights that the file holds."""
+    reach: Reach | None = None
+    """What extending did to the loss by length; stated, and not judged."""
+    dtype: str = "float32"
+    """Of PyTorch, whose error is the yardstick."""
 
     @property
     def passed(self) -> bool:
@@ -119,10 +124,11 @@ def validate(
         save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
     total = len(cases) + len(CONTROLS)
-    results, cost, broken = [], None, ""
+    results, cost, reach, broken = [], None, None, ""
     try:
         tested = load_backend(bundle, chosen)
         cost = _quantise(yardstick, bundle, tested) if exported.quantize else None
+        reach = reach_of(bundle, source_of(bundle, checkpoint).model, tested) if exported.extend else None
         for done, case in enumerate(cases):
             report(case.name, done, total)
             results.append(yardstick.compare(case, tested))
@@ -135,7 +141,9 @@ def validate(
         report(control.name, done, total)
         controls.append(_refuse(control, reference, yardstick.single.model, truth, noisy))
     damaged = bundle.damaged() | contradictions(bundle, source)
-    found = ParityResult(chosen, tuple(results), tuple(controls), damaged, broken, None, cost)
+    found = ParityResult(
+        chosen, tuple(results), tuple(controls), damaged, broken, None, cost, reach, exported.precision
+    )
     if found.passed:
         return found
     failing = [case for case, result in zip(cases, results, strict=False) if not result.verdict.passed]

@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from fope_export.backends.base import Feeds, Logits, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import ExportConfig
+from fope_export.demo import shipped
 from fope_export.errors import BundleError, ParityError
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -28,7 +30,7 @@ from fope_export.parity.cases import FAR, Case, load_inputs, save_inputs, standa
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import judge
 from fope_export.parity.run import ParityResult, validate
-from fope_export.report import place, write_parity
+from fope_export.report import parity_page, parity_record, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
 
 
@@ -322,3 +324,18 @@ def test_a_case_keeps_its_last_positions() -> None:
     for steps in ((10,), (3, 4, 3), (1,) * 10, (9, 1)):
         got = Case("case", feeds_for(ids), steps, 4).run(Counting())
         assert got.ravel().tolist() == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("kind", ["pi", "yarn"])
+def test_what_extending_did_is_in_the_reports(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = export(shipped("fope"), tmp_path / "out", ExportConfig(extend=kind, extend_to=1024))
+    found = validate(made, lengths=(64,))
+    assert found.passed and found.reach
+    assert list(found.reach.before) == list(found.reach.after) == [256, 512, 1024]
+    plain = validate(export(shipped("fope"), tmp_path / "plain"), lengths=(64,))
+    assert plain.reach is None
+    assert found.reach.after[256] > found.reach.before[256] + 0.01  # other frequencies, at what it was trained for
+    assert found.reach.before[256] < 1.1  # the model as it was trained
+    print_parity(found, Console(width=200))
+    assert "before and after extending" in capsys.readouterr().out
+    assert "What extending did" in parity_page(made, found) and parity_record(made, found)["extension"]
