@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,22 +38,35 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="store_true", help="print the version")
     commands = top.add_subparsers(metavar="command", title="commands")
-
-    def command(name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
+    for function, summary, options in (
+        (demo, "Export, validate, run and measure the model that comes along, in a minute or two.", _demo_options),
+        (doctor, "Say what this machine can do, and why not.", _doctor_options),
+        (export, "Write a checkpoint as a portable ONNX bundle.", _export_options),
+        (build, "Build a TensorRT engine from a bundle, and add it.", _build_options),
+        (validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.", _validate_options),
+        (run, "Generate text (or token ids) with a bundle.", _run_options),
+        (inspect, "Describe a checkpoint, a bundle or an ONNX file.", _inspect_options),
+    ):
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
         sub.set_defaults(function=function)
+        options(sub)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
-        return sub
+    return top
 
-    sub = command("demo", demo, "Export, validate, run and measure the model that comes along, in a minute or two.")
+
+def _demo_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for bundles and report (default: demo)")
-    _json(sub)
 
-    sub = command("doctor", doctor, "Say what this machine can do, and why not.")
-    _json(sub)
 
-    sub = command("export", export, "Write a checkpoint as a portable ONNX bundle.")
-    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo)")
+def _doctor_options(_: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def _export_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo, hugging_face)"
+    )
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
     sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
@@ -66,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--quantize", choices=("int4", "int8"), help="the linear layers' weights, for ONNX Runtime (default: not)"
     )
-    _json(sub)
 
-    sub = command("build", build, "Build a TensorRT engine from a bundle, and add it.")
+
+def _build_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument(
         "--target",
@@ -94,9 +107,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--strip", action="store_true", help="leave the weights out, to be refitted (needs a GPU)")
     sub.add_argument("--version-compatible", action="store_true", help="runs in later versions of TensorRT too")
     sub.add_argument("--hardware-compatible", action="store_true", help="runs on all GPUs from Ampere on")
-    _json(sub)
 
-    sub = command("validate", validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.")
+
+def _validate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
     sub.add_argument(
@@ -106,9 +119,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
     sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
     _backend(sub)
-    _json(sub)
 
-    sub = command("run", run, "Generate text (or token ids) with a bundle.")
+
+def _run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
@@ -126,16 +139,10 @@ def parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     _backend(sub)
-    _json(sub)
 
-    sub = command("inspect", inspect, "Describe a checkpoint, a bundle or an ONNX file.")
+
+def _inspect_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", type=Path, metavar="PATH")
-    _json(sub)
-    return top
-
-
-def _json(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
