@@ -77,6 +77,9 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--extend", choices=("pi", "yarn"), help="change the frequencies for longer contexts")
     sub.add_argument("--extend-to", type=int, metavar="TOKENS", help="how far (default: 16 x trained, at most 8192)")
     sub.add_argument(
+        "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
+    )
+    sub.add_argument(
         "--quantize", choices=("int4", "int8"), help="the linear layers' weights, for ONNX Runtime (default: not)"
     )
 

@@ -39,10 +39,12 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True):
     """What one layer's position embedding is, apart from its numbers. No field has a default: a guess is a wrong model.
 
     D kept frequencies are mixed into F rotated channel pairs, separately for each of G coefficient groups; the other
-    head_dim / 2 - F pairs are "rotated" by the constants `sin_pad` and `cos_pad`.
+    rotary_dim / 2 - F pairs are "rotated" by the constants `sin_pad` and `cos_pad`. What a head has beyond its first
+    rotary_dim channels is left as it is.
     """
 
     head_dim: Count
+    rotary_dim: Count
     frequencies: Size  # D
     pairs: Size  # F
     groups: Count  # G
@@ -54,10 +56,13 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}, and channel pairs need an even one", hint=CONTRADICTION)
-        if self.pairs > self.head_dim // 2:
-            raise ConfigError(f"{self.pairs} pairs do not fit a head_dim of {self.head_dim}", hint=CONTRADICTION)
+        for name in ("head_dim", "rotary_dim"):
+            if (size := getattr(self, name)) % 2:
+                raise ConfigError(f"{name} is {size}, and channel pairs need an even one", hint=CONTRADICTION)
+        if self.rotary_dim > self.head_dim:
+            raise ConfigError(f"rotary_dim is {self.rotary_dim}, and head_dim is {self.head_dim}", hint=CONTRADICTION)
+        if self.pairs > self.rotary_dim // 2:
+            raise ConfigError(f"{self.pairs} pairs do not fit a rotary_dim of {self.rotary_dim}", hint=CONTRADICTION)
         if self.pairs and not self.frequencies:
             raise ConfigError(f"{self.pairs} pairs have no frequency to turn with", hint=CONTRADICTION)
 
@@ -142,6 +147,7 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training
     extend_to: Count | None = None  # tokens
     quantize: Literal["int4", "int8"] | None = None  # the linear layers' weights, in blocks of 32; for ONNX Runtime
+    fold_padding: bool = False  # leave padded channel pairs unrotated, their constant in the q and k projections
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +175,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         room = f" of {self.capacity} tokens" if self.capacity else ""
         weights = f", {self.quantize} weights" if self.quantize else ""
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
-        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}"
+        folded = ", padding folded" if self.fold_padding else ""
+        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
         """With nothing left open: the lowest opset, and room for the usual length."""

@@ -13,10 +13,10 @@ Float64 = NDArray[np.float64]
 
 
 def series(spectrum: Spectrum, position_ids: NDArray[np.int64]) -> tuple[Float64, Float64]:
-    """S and C for position_ids [B, S], each [B, S, G, head_dim / 2]: the Fourier series, then the pads."""
+    """S and C for position_ids [B, S], each [B, S, G, rotary_dim / 2]: the Fourier series, then the pads."""
     angles = (position_ids[..., None].astype(np.float32) * spectrum.freq).astype(np.float64)
     config = spectrum.config
-    missing = config.head_dim // 2 - config.pairs
+    missing = config.rotary_dim // 2 - config.pairs
     tables = []
     for basis, coef, pad in (
         (np.sin(angles), spectrum.sin_coef, config.sin_pad),
@@ -28,14 +28,15 @@ def series(spectrum: Spectrum, position_ids: NDArray[np.int64]) -> tuple[Float64
 
 
 def rotate(spectrum: Spectrum, x: NDArray[np.floating], position_ids: NDArray[np.int64]) -> Float64:
-    """x [B, S, H, head_dim] at position_ids [B, S], rotated: x * C + sign * rotate_half(x) * S, in float64."""
+    """x [B, S, H, head_dim] at position_ids [B, S], rotated: x * C + sign * rotate_half(x) * S, in float64.
+
+    Channels beyond rotary_dim are returned as they are.
+    """
     sin, cos = (np.repeat(t, x.shape[2] // spectrum.config.groups, axis=2) for t in series(spectrum, position_ids))
     sin = sin * spectrum.config.sign
-    x = x.astype(np.float64)
-    if spectrum.config.pairing == "half":
-        left, right = np.split(x, 2, axis=-1)
-        return np.concatenate((left * cos - right * sin, right * cos + left * sin), axis=-1)
-    out = np.empty_like(x)
-    out[..., 0::2] = x[..., 0::2] * cos - x[..., 1::2] * sin
-    out[..., 1::2] = x[..., 1::2] * cos + x[..., 0::2] * sin
+    out = x.astype(np.float64)
+    channels = np.arange(spectrum.config.rotary_dim)
+    left, right = channels.reshape(2, -1) if spectrum.config.pairing == "half" else channels.reshape(-1, 2).T
+    out[..., left] = x[..., left] * cos - x[..., right] * sin
+    out[..., right] = x[..., right] * cos + x[..., left] * sin
     return out

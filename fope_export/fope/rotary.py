@@ -1,6 +1,7 @@
 """The rotation in torch: one registered operator that computes, differentiates and traces, and its drop-in module.
 
-S sequence, H query heads, K key-value heads, E head_dim, D kept frequencies, F rotated pairs, G coefficient groups.
+S sequence, H query heads, K key-value heads, E head_dim, R rotary_dim, D kept frequencies, F rotated pairs, G
+coefficient groups.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from fope_export.fope.spectrum import Spectrum
 @torch.library.custom_op(contract.TORCH_NAME, mutates_args=())
 def rotary(
     q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
-    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, full_precision: bool,
+    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int, full_precision: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate q [B, S, H, E] and k [B, S, K, E] as `contract` says; the results have their shapes and dtypes.
 
@@ -27,10 +28,10 @@ def rotary(
     `full_precision`. Differentiable in q, k, sin_coef and cos_coef.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    sin, cos = _tables(position_ids, freq, sin_coef, cos_coef, q.shape[-1] // 2, sin_pad, cos_pad, sign, wide)
+    sin, cos = _tables(position_ids, freq, sin_coef, cos_coef, rotary_dim // 2, sin_pad, cos_pad, sign, wide)
     dtype = wide if full_precision else q.dtype
     sin, cos = sin.to(dtype), cos.to(dtype)
-    q_rotated, k_rotated = (_turn(x.to(dtype), sin, cos, interleaved).to(x.dtype) for x in (q, k))
+    q_rotated, k_rotated = (_turn(x, sin, cos, interleaved) for x in (q, k))
     return q_rotated, k_rotated
 
 
@@ -48,7 +49,7 @@ def _tables(
     position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
     half: int, sin_pad: float, cos_pad: float, sign: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sign * S and C of the definition, each [B, S, G, E / 2]."""
+    """sign * S and C of the definition, each [B, S, G, R / 2]."""
     groups, count, pairs = sin_coef.shape
     tables = []
     for wave, coef, pad in ((torch.sin, sin_coef, sin_pad), (torch.cos, cos_coef, cos_pad)):
@@ -59,7 +60,7 @@ def _tables(
 
 
 def _split(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The two channels of every pair of x [B, S, H, E], each [B, S, G, H / G, E / 2]."""
+    """The two channels of every pair of x [B, S, H, R], each [B, S, G, H / G, R / 2]."""
     grouped = x.unflatten(2, (groups, -1))
     if interleaved:
         return grouped[..., 0::2], grouped[..., 1::2]
@@ -68,39 +69,42 @@ def _split(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _turn(x: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
-    left, right = _split(x, sin.shape[2], interleaved)
+    rotary_dim = 2 * sin.shape[-1]
+    left, right = _split(x[..., :rotary_dim].to(sin.dtype), sin.shape[2], interleaved)
     sin, cos = sin.unsqueeze(3), cos.unsqueeze(3)
     pair = (left * cos - right * sin, right * cos + left * sin)
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return turned.flatten(2, 3)
+    return torch.cat((turned.flatten(2, 3).to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-    *tensors, ctx.sin_pad, ctx.cos_pad, ctx.sign, ctx.interleaved, ctx.full_precision = inputs
+    *tensors, ctx.sin_pad, ctx.cos_pad, ctx.sign, ctx.interleaved, ctx.rotary_dim, ctx.full_precision = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     """The rotation's transpose turns the other way; a coefficient collects its basis times the pairs it mixed into."""
     q, k, position_ids, freq, sin_coef, cos_coef = ctx.saved_tensors
-    fields = (ctx.sin_pad, ctx.cos_pad)
     back = rotary(
-        dq, dk, position_ids, freq, sin_coef, cos_coef, *fields, -ctx.sign, ctx.interleaved, ctx.full_precision
-    )
+        dq, dk, position_ids, freq, sin_coef, cos_coef,
+        ctx.sin_pad, ctx.cos_pad, -ctx.sign, ctx.interleaved, ctx.rotary_dim, ctx.full_precision,
+    )  # fmt: skip
     dsin, dcos = None, None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         wide = torch.promote_types(q.dtype, torch.float32)
         groups, _, pairs = sin_coef.shape
         by_sin = by_cos = sin_coef.new_zeros((), dtype=wide)
         for x, grad in ((q, dq), (k, dk)):
-            left, right = (half[..., :pairs].to(wide) for half in _split(x, groups, ctx.interleaved))
-            dleft, dright = (half[..., :pairs].to(wide) for half in _split(grad, groups, ctx.interleaved))
+            (left, right), (dleft, dright) = (
+                (half[..., :pairs].to(wide) for half in _split(t[..., : ctx.rotary_dim], groups, ctx.interleaved))
+                for t in (x, grad)
+            )
             by_sin = by_sin + (dright * left - dleft * right).sum(3) * ctx.sign
             by_cos = by_cos + (dleft * left + dright * right).sum(3)
         mixed = "bsd,bsgf->gdf"
         dsin = torch.einsum(mixed, _basis(position_ids, freq, torch.sin, wide), by_sin).to(sin_coef.dtype)
         dcos = torch.einsum(mixed, _basis(position_ids, freq, torch.cos, wide), by_cos).to(cos_coef.dtype)
-    return *back, None, None, dsin, dcos, None, None, None, None, None
+    return *back, None, None, dsin, dcos, None, None, None, None, None, None
 
 
 rotary.register_autograd(_backward, setup_context=_save)
@@ -172,7 +176,7 @@ class FopeRotary(nn.Module):
         c = self.config
         turned: tuple[Tensor, Tensor] = rotary(
             q, k, position_ids, self.freq, *self._coefficients(), c.sin_pad, c.cos_pad, float(c.sign),
-            c.pairing == "interleaved", c.full_precision,
+            c.pairing == "interleaved", c.rotary_dim, c.full_precision,
         )  # fmt: skip
         return turned
 

@@ -70,7 +70,13 @@ class Spectrum:
     @classmethod
     def _of(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
         groups, frequencies, pairs = sin_coef.shape
-        sizes = {"head_dim": head_dim, "frequencies": frequencies, "pairs": pairs, "groups": groups}
+        sizes = {
+            "head_dim": head_dim,
+            "rotary_dim": head_dim,
+            "frequencies": frequencies,
+            "pairs": pairs,
+            "groups": groups,
+        }
         fields = {"sign": 1, "pairing": "half", "full_precision": True} | sizes | fields
         return cls(convert(fields, SpectrumConfig, where="spectrum"), freq, sin_coef, cos_coef)
 

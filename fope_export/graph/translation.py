@@ -43,12 +43,13 @@ _CALL = Op(_FOPE, contract.NAME, schema())
 
 def _translate(
     q: ir.Value, k: ir.Value, position_ids: ir.Value, freq: ir.Value, sin_coef: ir.Value, cos_coef: ir.Value,
-    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, full_precision: bool,
+    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int,
+    full_precision: bool,
 ) -> Any:  # fmt: skip
     heads, kv_heads, head_dim, groups = _size(q, 2), _size(k, 2), _size(q, 3), _size(sin_coef, 0)
     return _CALL(
         q, k, position_ids, freq, sin_coef, cos_coef,
-        sin_pad=sin_pad, cos_pad=cos_pad, sign=sign, interleaved=int(interleaved),
+        sin_pad=sin_pad, cos_pad=cos_pad, sign=sign, interleaved=int(interleaved), rotary_dim=rotary_dim,
         compute_dtype=int(ir.DataType.FLOAT if full_precision or q.dtype is None else q.dtype),
         head_dim=head_dim, heads_per_group=heads // groups, kv_heads_per_group=kv_heads // groups, **contract.DISPATCH,
     )  # fmt: skip
@@ -83,7 +84,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 _BODY = """
 <domain: "fope", opset_import: ["" : {opset}]>
 FopeRotary
-<sin_pad, cos_pad, sign, interleaved, compute_dtype, head_dim, heads_per_group, kv_heads_per_group,
+<sin_pad, cos_pad, sign, interleaved, rotary_dim, compute_dtype, head_dim, heads_per_group, kv_heads_per_group,
  plugin_namespace, plugin_version>
 (q, k, position_ids, freq, sin_coef, cos_coef) => (q_rotated, k_rotated)
 {{
@@ -97,11 +98,13 @@ FopeRotary
   one_float = Constant <value_float: float = 1.0> ()
   head_dim_scalar = Constant <value_int: int = @head_dim> ()
   head_dim = Reshape (head_dim_scalar, one)
-  half = Div (head_dim, two)
+  rotary_dim_scalar = Constant <value_int: int = @rotary_dim> ()
+  rotary_dim = Reshape (rotary_dim_scalar, one)
+  half = Div (rotary_dim, two)
   groups = Shape <start: int = 0, end: int = 1> (sin_coef)
   pairs = Shape <start: int = 2, end: int = 3> (sin_coef)
 
-  # The coefficients [G, D, F] become [D + 1, G * E/2]; the added row holds the pads, for a basis that ends in 1.
+  # The coefficients [G, D, F] become [D + 1, G * R/2]; the added row holds the pads, for a basis that ends in 1.
   unturned = Sub (half, pairs)
   to_half = Concat <axis: int = 0> (zero, unturned)
   row_shape = Concat <axis: int = 0> (groups, one, pairs)
@@ -150,7 +153,9 @@ _TURN = """
   {x}_grouped_shape = Concat <axis: int = 0> (keep_rest, {x}_width)
   {x}_flat = Reshape ({x}, {x}_grouped_shape)
   {x}_grouped = Cast <to: int = @compute_dtype> ({x}_flat)
-  {x}_turned = RotaryEmbedding <num_heads: int = @{heads}, interleaved: int = @interleaved> ({x}_grouped, cos, sin)
+  {x}_turned = RotaryEmbedding
+    <num_heads: int = @{heads}, interleaved: int = @interleaved, rotary_embedding_dim: int = @rotary_dim>
+    ({x}_grouped, cos, sin)
   {x}_heads = Mul (groups, {x}_group)
   {x}_shape = Concat <axis: int = 0> (keep_rest, {x}_heads, head_dim)
   {x}_unflat = Reshape ({x}_turned, {x}_shape)

@@ -6,12 +6,14 @@ B batch, S sequence (new tokens), P past, T = P + S total, H query heads, K key-
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
+from fope_export.fope.folding import folding_of
 from fope_export.fope.rotary import FopeRotary
 from fope_export.model.experts import Experts
 
@@ -74,6 +76,26 @@ class Attention(nn.Module):
             q.transpose(1, 2), keys, values, attn_mask=step.mask, enable_gqa=self.heads != self.kv_heads
         )
         return self.attn_out(attended.transpose(1, 2).flatten(2)), (keys, values)
+
+    def fold_padding(self) -> None:
+        """Leave padded channels unrotated, their constant in what makes q and k (`fope.folding`)."""
+        folding = folding_of(self.rotary.config)
+        norms = [norm for norm in (self.q_norm, self.k_norm) if isinstance(norm, nn.RMSNorm)]
+        scale = torch.ones_like(folding.scale) if norms else folding.scale
+        rows = (self.heads + self.kv_heads) * self.head_dim
+        for name, parameter in list(self.att_proj.named_parameters()):
+            turned, kept = parameter.tensor_split((rows,))
+            folded = _folded(turned, folding.channels, scale)
+            setattr(self.att_proj, name, nn.Parameter(torch.cat((folded, kept)), requires_grad=False))
+        for norm in norms:
+            norm.weight = nn.Parameter(_folded(norm.weight, folding.channels, folding.scale), requires_grad=False)
+        self.rotary.config = folding.config
+
+
+def _folded(parameter: Tensor, channels: Tensor, scale: Tensor) -> Tensor:
+    """Whole heads of a parameter [heads * E, ...], their channels taken in another order and scaled."""
+    heads: Tensor = parameter.detach().unflatten(0, (-1, len(channels)))[:, channels]
+    return (heads * scale.view(-1, *[1] * (parameter.dim() - 1))).flatten(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -149,10 +171,10 @@ class Decoder(nn.Module):
         return [(empty, empty)] * config.num_layers
 
     def as_exported(self, config: ExportConfig) -> Self:
-        """This decoder, now with the dtype and the frequencies that `config` asks for; the rotation's numbers stay
+        """This decoder, now with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
         float32.
 
-        Raises ConfigError where its frequencies cannot be extended, or not that far.
+        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded.
         """
         trained = self.config.training_length
         if config.extend and config.extend_to:
@@ -165,7 +187,15 @@ class Decoder(nn.Module):
                 rotary.freq = frequencies.extended(
                     rotary.freq, attention.head_dim, config.extend, original_length=trained, length=config.extend_to
                 )
+        if config.fold_padding:
+            self.fold_padding()
         return self.to(DTYPES[config.dtype])
+
+    def fold_padding(self) -> None:
+        """Fold every layer's padded channels into its projections; logits stay, the cache becomes another one."""
+        for attention in self.attentions():
+            attention.fold_padding()
+        self.config = msgspec.structs.replace(self.config, spectrum=self.attentions()[0].rotary.config)
 
     def attentions(self) -> list[Attention]:
         """Every layer's attention, in order."""

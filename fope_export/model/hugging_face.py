@@ -177,6 +177,7 @@ def spectrum_of(flags: HfFlags, rope: Rope) -> tuple[SpectrumConfig, Tensor, Spe
     separate = flags.fourier_separate_head if flags.fourier else bool(rope.fope_sep_head)
     config = SpectrumConfig(
         head_dim=head_dim,
+        rotary_dim=head_dim,
         frequencies=len(freq),
         pairs=min(len(freq), head_dim // 4) if flags.fourier else len(freq),
         groups=flags.num_key_value_heads if separate else 1,

@@ -222,6 +222,7 @@ def spectrum_of(flags: OlmoFlags) -> tuple[SpectrumConfig, Tensor, Spectrum | No
         freq = freq[freq != 0]
     config = SpectrumConfig(
         head_dim=head_dim,
+        rotary_dim=head_dim,
         frequencies=len(freq),
         pairs=min(len(freq), head_dim // 4) if flags.fourier_ignore_zero else head_dim // 2,
         groups=flags.n_heads if flags.fourier_separate_head else 1,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fope_export.backends.base import Backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.fope.folding import scale_of
 from fope_export.fope.replace import places, rotaries
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -54,6 +55,16 @@ class _HalfRotary(FopeRotary):
         return q_rotated.to(q.dtype), k_rotated.to(k.dtype)
 
 
+class _UnscaledRotary(FopeRotary):
+    """The padding's scale is in no projection."""
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        rotary_dim, scale = self.config.rotary_dim, scale_of(self.config)
+        for x in (turned := super().forward(q, k, position_ids)):
+            x[..., rotary_dim:] /= scale
+        return turned
+
+
 class _ShiftedRotary(FopeRotary):
     """Every token after a sequence's first stands one position too far."""
 
@@ -94,13 +105,23 @@ def _half_precision(rotary: FopeRotary) -> FopeRotary:
     return _changed(rotary, _HalfRotary, full_precision=False)
 
 
+def _unscaled(rotary: FopeRotary) -> FopeRotary:
+    return _changed(rotary, _UnscaledRotary)
+
+
 def _spectra(model: nn.Module) -> list[Spectrum]:
     return [rotary.spectrum for rotary in rotaries(model).values()]
 
 
 def _unpadded(model: nn.Module) -> str:
-    padded = any(spectrum.config.pairs < spectrum.config.head_dim // 2 for spectrum in _spectra(model))
+    padded = any(spectrum.config.pairs < spectrum.config.rotary_dim // 2 for spectrum in _spectra(model))
     return "" if padded else "no pair is padded"
+
+
+def _unfolded(model: nn.Module) -> str:
+    configs = [spectrum.config for spectrum in _spectra(model)]
+    folded = any(c.rotary_dim < c.head_dim and scale_of(c) != 1.0 for c in configs)
+    return "" if folded else "no padding is folded"
 
 
 def _shared(model: nn.Module) -> str:
@@ -124,3 +145,5 @@ CONTROLS = (
     Control("positions shifted by one", _without_position, _shifted),
     Control("rotation in half precision", _in_half_already, _half_precision),
 )
+FOLDED = Control("scale of folded padding forgotten", _unfolded, _unscaled)
+"""For models whose padding was folded."""

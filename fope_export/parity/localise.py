@@ -99,7 +99,7 @@ def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
         c, owner = rotary.config, model.get_submodule(module.rpartition(".")[0])
         wanted: dict[str, float] = {
             "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign), "head_dim": c.head_dim,
-            "interleaved": int(c.pairing == "interleaved"),
+            "rotary_dim": c.rotary_dim, "interleaved": int(c.pairing == "interleaved"),
         }  # fmt: skip
         if isinstance(owner, Attention):
             wanted["heads_per_group"] = owner.heads // c.groups

@@ -13,11 +13,12 @@ from fope_export.backends.base import Backend, Feeds
 from fope_export.backends.choose import BACKENDS, choose, load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import MANIFEST, Bundle
+from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ParityError
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_inputs, standard_cases
-from fope_export.parity.controls import CONTROLS, Control
+from fope_export.parity.controls import CONTROLS, FOLDED, Control
 from fope_export.parity.extended import Reach, reach_of
 from fope_export.parity.judge import Verdict, judge
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
@@ -123,7 +124,8 @@ def validate(
     if save:
         save_inputs(save, bundle.manifest, cases)
     yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
-    total = len(cases) + len(CONTROLS)
+    mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
+    total = len(cases) + len(mistakes)
     results, cost, reach, broken = [], None, None, ""
     try:
         tested = load_backend(bundle, chosen)
@@ -134,15 +136,16 @@ def validate(
             results.append(yardstick.compare(case, tested))
     except BackendError as error:
         broken = str(error)
+    folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
     truth, noisy = reference.run_plainly(yardstick.double), reference.run(yardstick.single)
     controls = []
-    for done, control in enumerate(CONTROLS, start=len(cases)):
+    for done, control in enumerate(mistakes, start=len(cases)):
         report(control.name, done, total)
         controls.append(_refuse(control, reference, yardstick.single.model, truth, noisy))
     damaged = bundle.damaged() | contradictions(bundle, source)
     found = ParityResult(
-        chosen, tuple(results), tuple(controls), damaged, broken, None, cost, reach, exported.precision
+        chosen, (*folding, *results), tuple(controls), damaged, broken, None, cost, reach, exported.precision
     )
     if found.passed:
         return found
@@ -162,6 +165,15 @@ class Yardstick:
         """Hold a backend against the truth of one case."""
         verdict = judge(case.run_plainly(self.double), case.run(self.single), got := case.run(tested))
         return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
+
+
+def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
+    """Hold PyTorch after folding against PyTorch before it, in float32."""
+    model = trained.as_exported(msgspec.structs.replace(exported, dtype="fp32", fold_padding=False))
+    case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
+    yardstick = Yardstick(EagerBackend(copy.deepcopy(model)), EagerBackend.in_float64(model))
+    model.fold_padding()
+    return replace(yardstick.compare(case, EagerBackend(model)), name="folded against unfolded")
 
 
 def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
@@ -189,7 +201,7 @@ def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
     manifest = bundle.manifest
     spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
     said = msgspec.to_builtins(manifest.decoder()) | {"spectra": manifest.spectra}
-    known = msgspec.to_builtins(source.config) | {"spectra": spectra}
+    known = msgspec.to_builtins(source.model.config) | {"spectra": spectra}
     wrong = [name for name, value in known.items() if said.get(name) != value]
     return {MANIFEST: f"contradicts the checkpoint in {', '.join(wrong)}"} if wrong else {}
 

@@ -1,6 +1,6 @@
 // The C interface of the rotation, the same for the GPU and for the host.
 //
-// B batch, S sequence, H query heads, K key-value heads, E head_dim, D kept frequencies, F rotated pairs,
+// B batch, S sequence, H query heads, K key-value heads, E head_dim, R rotary_dim, D kept frequencies, F rotated pairs,
 // G coefficient groups; a token is one of the B * S positions.
 #pragma once
 
@@ -22,12 +22,13 @@ struct FopeRotaryArguments {
     int32_t heads;               // H
     int32_t kv_heads;            // K
     int32_t head_dim;            // E
+    int32_t rotary_dim;          // R: the other channels of a head are copied
     int32_t frequencies;         // D
     int32_t pairs;               // F
     int32_t groups;              // G
-    int32_t interleaved;         // pairs are (2i, 2i + 1) instead of (i, i + E/2)
+    int32_t interleaved;         // pairs are (2i, 2i + 1) instead of (i, i + R/2)
     int32_t dtype;               // ONNX element type: 1 float, 10 float16, 16 bfloat16
-    float sin_pad;               // sine and cosine of the E/2 - F pairs that no frequency turns
+    float sin_pad;               // sine and cosine of the R/2 - F pairs that no frequency turns
     float cos_pad;
     float sign;
 };

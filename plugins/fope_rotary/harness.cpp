@@ -68,7 +68,7 @@ struct Symbol final : IDimensionExpr {
 // Settings as TensorRT hands them to a creator.
 struct Fields {
     float sin_pad = 0.25F, cos_pad = 0.5F, sign = -1.0F;
-    int32_t interleaved = 1, compute_dtype = 1, head_dim = 8, heads_per_group = 3, kv_heads_per_group = 2;
+    int32_t interleaved = 1, rotary_dim = 8, compute_dtype = 1, head_dim = 8, heads_per_group = 3, kv_heads_per_group = 2;
     int64_t wide_head_dim = 8;
     std::vector<PluginField> all;
 
@@ -76,8 +76,8 @@ struct Fields {
         for (auto const& [name, value] : {std::pair{"sin_pad", &sin_pad}, {"cos_pad", &cos_pad}, {"sign", &sign}})
             all.emplace_back(name, value, PluginFieldType::kFLOAT32, 1);
         for (auto const& [name, value] :
-             {std::pair{"interleaved", &interleaved}, {"compute_dtype", &compute_dtype}, {"head_dim", &head_dim},
-              {"heads_per_group", &heads_per_group}, {"kv_heads_per_group", &kv_heads_per_group}})
+             {std::pair{"interleaved", &interleaved}, {"rotary_dim", &rotary_dim}, {"compute_dtype", &compute_dtype},
+              {"head_dim", &head_dim}, {"heads_per_group", &heads_per_group}, {"kv_heads_per_group", &kv_heads_per_group}})
             all.emplace_back(name, value, PluginFieldType::kINT32, 1);
     }
     Fields(Fields const&) = delete;
@@ -198,9 +198,9 @@ std::string spoilt_fields(IPluginCreatorV3One& creator) {
         delete made;
     };
     attempt("none", [](Fields&) {});
-    attempt("int64", [](Fields& f) { f.all[5] = {"head_dim", &f.wide_head_dim, PluginFieldType::kINT64, 1}; });
+    attempt("int64", [](Fields& f) { f.all[6] = {"head_dim", &f.wide_head_dim, PluginFieldType::kINT64, 1}; });
     attempt("reversed", [](Fields& f) { f.all = {f.all.rbegin(), f.all.rend()}; });
-    for (size_t i = 0; i < 8; ++i) {
+    for (size_t i = 0; i < 9; ++i) {
         std::string const name = Fields().all[i].name;
         attempt(name + " missing", [i](Fields& f) { f.all.erase(f.all.begin() + static_cast<int>(i)); });
         attempt(name + " of another type", [i](Fields& f) { f.all[i].type = PluginFieldType::kCHAR; });
@@ -214,6 +214,9 @@ std::string spoilt_fields(IPluginCreatorV3One& creator) {
     attempt("compute_dtype 11", [](Fields& f) { f.compute_dtype = 11; });
     attempt("head_dim 0", [](Fields& f) { f.head_dim = 0; });
     attempt("head_dim 7", [](Fields& f) { f.head_dim = 7; });
+    attempt("rotary_dim 0", [](Fields& f) { f.rotary_dim = 0; });
+    attempt("rotary_dim 5", [](Fields& f) { f.rotary_dim = 5; });
+    attempt("rotary_dim 10", [](Fields& f) { f.rotary_dim = 10; });
     attempt("heads_per_group 0", [](Fields& f) { f.heads_per_group = 0; });
     attempt("kv_heads_per_group -1", [](Fields& f) { f.kv_heads_per_group = -1; });
     return object(all);

@@ -48,7 +48,8 @@ inline int fault(FopeRotaryArguments const& a) {
     if (a.dtype != kFloat && a.dtype != kHalf && a.dtype != kBFloat16) return FOPE_ROTARY_DTYPE;
     if (a.tokens < 0 || a.frequencies < 0 || a.pairs < 0 || a.groups < 1 || a.heads < 1 || a.kv_heads < 1)
         return FOPE_ROTARY_SHAPE;
-    if (a.head_dim < 2 || a.head_dim % 2 || a.pairs > a.head_dim / 2) return FOPE_ROTARY_SHAPE;
+    if (a.head_dim < 2 || a.head_dim % 2 || a.rotary_dim < 2 || a.rotary_dim % 2) return FOPE_ROTARY_SHAPE;
+    if (a.rotary_dim > a.head_dim || a.pairs > a.rotary_dim / 2) return FOPE_ROTARY_SHAPE;
     if (a.heads % a.groups || a.kv_heads % a.groups) return FOPE_ROTARY_SHAPE;
     if (a.tokens && !(a.q && a.k && a.position_ids && a.q_rotated && a.k_rotated)) return FOPE_ROTARY_POINTER;
     if (a.frequencies && !a.freq) return FOPE_ROTARY_POINTER;
@@ -64,7 +65,7 @@ inline int widest(FopeRotaryArguments const& a) {
     uintptr_t together = 0;
     for (void const* tensor : {a.q, a.k, static_cast<void const*>(a.q_rotated), static_cast<void const*>(a.k_rotated)})
         together |= reinterpret_cast<uintptr_t>(tensor);
-    return a.head_dim / 2 % vector || together % 16 ? 1 : vector;
+    return a.head_dim / 2 % vector || a.rotary_dim / 2 % vector || together % 16 ? 1 : vector;
 }
 
 // Gives a block as many groups as its threads can fill a table for at once, or fewer where shared memory is short.

@@ -32,7 +32,7 @@ void report(std::string const& where, std::string const& what) {
 
 struct Settings {
     float sin_pad, cos_pad, sign;
-    int32_t interleaved, compute_dtype, head_dim, heads_per_group, kv_heads_per_group;
+    int32_t interleaved, rotary_dim, compute_dtype, head_dim, heads_per_group, kv_heads_per_group;
 };
 
 struct Field {
@@ -51,6 +51,7 @@ constexpr Field kFields[] = {
     {"cos_pad", &Settings::cos_pad, nullptr},
     {"sign", &Settings::sign, nullptr},
     {"interleaved", nullptr, &Settings::interleaved},
+    {"rotary_dim", nullptr, &Settings::rotary_dim},
     {"compute_dtype", nullptr, &Settings::compute_dtype},
     {"head_dim", nullptr, &Settings::head_dim},
     {"heads_per_group", nullptr, &Settings::heads_per_group},
@@ -94,6 +95,9 @@ std::string fault(Settings const& s) {
         return "compute_dtype is " + std::to_string(s.compute_dtype) + ", expected 1, 10 or 16 (float, half, bfloat16)";
     if (s.head_dim < 2 || s.head_dim % 2)
         return "head_dim is " + std::to_string(s.head_dim) + ", and channel pairs need an even one";
+    if (s.rotary_dim < 2 || s.rotary_dim % 2 || s.rotary_dim > s.head_dim)
+        return "rotary_dim is " + std::to_string(s.rotary_dim) + ", expected an even number up to head_dim, " +
+               std::to_string(s.head_dim);
     for (auto const& [name, count] : {std::pair{"heads_per_group", s.heads_per_group},
                                       std::pair{"kv_heads_per_group", s.kv_heads_per_group}})
         if (count < 1) return std::string(name) + " is " + std::to_string(count) + ", expected 1 or more";
@@ -118,7 +122,7 @@ std::string mismatch(Dims const* dims, Settings const& s) {
         if (dims[i].nbDims != kRanks[i])
             return std::string(kPorts[i]) + " has " + std::to_string(dims[i].nbDims) + " dimensions, expected " +
                    std::to_string(kRanks[i]);
-    int64_t const groups = dims[kSin].d[0], pairs = dims[kSin].d[2], half = s.head_dim / 2;
+    int64_t const groups = dims[kSin].d[0], pairs = dims[kSin].d[2], half = s.rotary_dim / 2;
     auto const heads = [&](int32_t per_group) { return groups < 0 ? -1 : groups * per_group; };
     Extent const extents[] = {
         {kQ, 3, s.head_dim, "head_dim"},
@@ -142,7 +146,7 @@ std::string mismatch(Dims const* dims, Settings const& s) {
                    extent.reason + ")";
     }
     if (pairs > half)
-        return "sin_coef turns " + std::to_string(pairs) + " pairs, and head_dim has " + std::to_string(half);
+        return "sin_coef turns " + std::to_string(pairs) + " pairs, and rotary_dim has " + std::to_string(half);
     return "";
 }
 
@@ -242,6 +246,7 @@ class FopeRotary final : public IPluginV3,
         arguments.heads = static_cast<int32_t>(q.d[2]);
         arguments.kv_heads = static_cast<int32_t>(in[kK].dims.d[2]);
         arguments.head_dim = static_cast<int32_t>(q.d[3]);
+        arguments.rotary_dim = settings_.rotary_dim;
         arguments.groups = static_cast<int32_t>(coef.d[0]);
         arguments.frequencies = static_cast<int32_t>(coef.d[1]);
         arguments.pairs = static_cast<int32_t>(coef.d[2]);

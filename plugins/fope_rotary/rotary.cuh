@@ -4,6 +4,7 @@
 // A block takes `Tile` tokens and `chunk` coefficient groups, with all query and key heads of these groups. A pair of
 // channels (left, right) turns by its group's series, in float32 whatever T is, rounded once at the end:
 //   left * C - right * sign * S,   right * C + left * sign * S
+// Channels that form no pair are copied.
 #pragma once
 
 #include <cmath>
@@ -148,17 +149,18 @@ struct Block {
         }
     }
 
-    // Turns `Vector` pairs of the head that is the `head`-th of all.
+    // Turns `Vector` pairs of the head that is the `head`-th of all, or copies as many channels that form none.
     template <typename T, bool Interleaved>
     FOPE_BOTH void turn(void const* from, void* to, int64_t head, int lane, Turn const* turns) const {
         using Access = Pack<T, Vector>;
         int const pair = lane * Vector;
-        int64_t const low = head * a.head_dim + (Interleaved ? 2 * pair : pair);
-        int64_t const high = low + (Interleaved ? Vector : a.head_dim / 2);
+        bool const copied = pair >= a.rotary_dim / 2, adjacent = Interleaved || copied;
+        int64_t const low = head * a.head_dim + (adjacent ? 2 * pair : pair);
+        int64_t const high = low + (adjacent ? Vector : a.rotary_dim / 2);
         Access const x[2] = {*reinterpret_cast<Access const*>(static_cast<T const*>(from) + low),
                              *reinterpret_cast<Access const*>(static_cast<T const*>(from) + high)};
-        Access y[2];
-        for (int v = 0; v < Vector; ++v) {
+        Access y[2] = {x[0], x[1]};
+        for (int v = 0; v < Vector && !copied; ++v) {
             int const i = Interleaved ? 2 * v : v, j = Interleaved ? i + 1 : i + Vector;
             float const left = static_cast<float>(x[i / Vector].at[i % Vector]);
             float const right = static_cast<float>(x[j / Vector].at[j % Vector]);

@@ -71,6 +71,11 @@ class Case:
     cos_pad: float = 1.0
     last: int | None = 1_000_000  # positions are drawn up to it; None counts from 0 in every row
     shift: int = 0  # elements between an aligned address and the outputs
+    rotary_dim: int | None = None  # channels of a head that form pairs; None is all
+
+    @property
+    def rotary(self) -> int:
+        return self.shape.E if self.rotary_dim is None else self.rotary_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +86,8 @@ class Case:
         pads = f"pads {self.sin_pad:g} {self.cos_pad:g}"
         last = "counted" if self.last is None else f"to {self.last}"
         kind = "fope" if self.mixing else "rope"
-        return f"{self.kind} {kind} {self.shape} {pairing} sign {self.sign:g} {pads} {last} shift {self.shift}"
+        turning = f"R{self.rotary} {pairing} sign {self.sign:g} {pads}"
+        return f"{self.kind} {kind} {self.shape} {turning} {last} shift {self.shift}"
 
 
 def rope(shape: Shape, **fields: object) -> Case:
@@ -134,7 +140,7 @@ def make(case: Case, device: torch.device) -> Call:
 
 
 def split(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Both channels of every pair of x [B, S, H, E], each [B, S, G, H / G, E / 2]."""
+    """Both channels of every pair of x [B, S, H, R], each [B, S, G, H / G, R / 2]."""
     grouped = x.unflatten(2, (groups, -1))
     if interleaved:
         return grouped[..., 0::2], grouped[..., 1::2]
@@ -148,7 +154,7 @@ def join(left: Tensor, right: Tensor, interleaved: bool) -> Tensor:
 
 
 def series(call: Call, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, C, and the sums of their terms' sizes, each [B, S, G, 1, E / 2] in float64.
+    """S, C, and the sums of their terms' sizes, each [B, S, G, 1, R / 2] in float64.
 
     The angle is by definition the rounded float32 product.
     """
@@ -160,7 +166,7 @@ def series(call: Call, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     ):
         for terms, factors, rest in ((basis, coef, pad), (basis.abs(), coef.abs(), abs(pad))):
             table = torch.einsum("bsd,gdf->bsgf", terms, factors)
-            missing = case.shape.E // 2 - case.shape.F
+            missing = case.rotary // 2 - case.shape.F
             sums.append(torch.nn.functional.pad(table, (0, missing), value=rest).unsqueeze(3))
     sin, sin_size, cos, cos_size = sums
     return sin, cos, sin_size, cos_size
@@ -170,12 +176,13 @@ def define(call: Call, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]
     """x [B, S, H, E] rotated in float64, and the size of what was added for each element."""
     case = call.case
     sin, cos, sin_size, cos_size = series(call, position_ids)
-    left, right = split(x.double(), case.shape.G, case.interleaved)
+    paired, rest = x.double().tensor_split((case.rotary,), dim=-1)
+    left, right = split(paired, case.shape.G, case.interleaved)
     sin = sin * case.sign
     rotated = join(left * cos - right * sin, right * cos + left * sin, case.interleaved)
     left, right = left.abs(), right.abs()
     size = join(left * cos_size + right * sin_size, right * cos_size + left * sin_size, case.interleaved)
-    return rotated, size
+    return torch.cat((rotated, rest), dim=-1), torch.cat((size, rest.abs()), dim=-1)
 
 
 def worst(call: Call, outputs: tuple[Tensor, Tensor]) -> float:
@@ -297,4 +304,10 @@ def cases(*, quick: bool) -> list[Case]:
                                                 KINDS, pairings)
     ]  # fmt: skip
     unaligned = [Case(shape, kind, shift=1) for shape, kind in product((ODD[1], REAL[0]), KINDS)]
-    return [*odd, *real, *plain, *unaligned]
+    partial = [
+        Case(shape, kind, rotary_dim=rotary_dim, interleaved=interleaved)
+        for (shape, rotary_dim), kind, interleaved in product(
+            ((REAL[0], 32), (REAL[1], 64), (REAL[3], 62), (ODD[1], 10)), kinds, pairings
+        )
+    ]
+    return [*odd, *real, *plain, *unaligned, *partial]

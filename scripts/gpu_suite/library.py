@@ -47,6 +47,7 @@ def arguments(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> Arguments:
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     values = {name: tensor.data_ptr() for name, tensor in tensors.items()} | {
         "tokens": call.position_ids.numel(), "heads": shape.H, "kv_heads": shape.K, "head_dim": shape.E,
+        "rotary_dim": case.rotary,
         "frequencies": shape.D, "pairs": shape.F, "groups": shape.G, "interleaved": case.interleaved,
         "dtype": KINDS[case.kind].onnx, "sin_pad": case.sin_pad, "cos_pad": case.cos_pad, "sign": case.sign,
     }  # fmt: skip

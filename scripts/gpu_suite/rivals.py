@@ -28,27 +28,29 @@ def compiled() -> Callable[[Call], Outputs]:
 def _plain(call: Call) -> tuple[Any, ...]:
     case = call.case
     tensors = (call.q, call.k, call.position_ids, call.freq, call.sin_coef, call.cos_coef)
-    return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved
+    return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
 
 
 def _rotate(
     q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
-    sin_pad: float, cos_pad: float, sign: float, interleaved: bool,
+    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int,
 ) -> Outputs:  # fmt: skip
     groups, count, pairs = sin_coef.shape
     angles = position_ids.float()[..., None] * freq
     tables = []
     for basis, coef, pad in ((angles.sin(), sin_coef, sin_pad), (angles.cos(), cos_coef, cos_pad)):
         table = basis @ coef.transpose(0, 1).reshape(count, groups * pairs)
-        missing = q.shape[-1] // 2 - pairs
+        missing = rotary_dim // 2 - pairs
         tables.append(torch.nn.functional.pad(table.unflatten(-1, (groups, pairs)), (0, missing), value=pad))
     sin, cos = (tables[0] * sign).unsqueeze(3), tables[1].unsqueeze(3)
     return _turn(q, sin, cos, groups, interleaved), _turn(k, sin, cos, groups, interleaved)
 
 
 def _turn(x: Tensor, sin: Tensor, cos: Tensor, groups: int, interleaved: bool) -> Tensor:
-    left, right = split(x.float(), groups, interleaved)
-    return join(left * cos - right * sin, right * cos + left * sin, interleaved).to(x.dtype)
+    paired, rest = x.tensor_split((2 * sin.shape[-1],), dim=-1)
+    left, right = split(paired.float(), groups, interleaved)
+    rotated = join(left * cos - right * sin, right * cos + left * sin, interleaved).to(x.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def as_rope(call: Call) -> Call:

@@ -91,7 +91,7 @@ void rotate(Shape const& s, int dtype, bool interleaved, int shift) {
     a.tokens = s.tokens;
     a.heads = s.heads;
     a.kv_heads = s.kv_heads;
-    a.head_dim = s.head_dim;
+    a.head_dim = a.rotary_dim = s.head_dim;
     a.frequencies = s.frequencies;
     a.pairs = s.pairs;
     a.groups = s.groups;

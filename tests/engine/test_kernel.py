@@ -54,7 +54,17 @@ class Arguments(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         *(
             (name, ctypes.c_int32)
-            for name in ("heads", "kv_heads", "head_dim", "frequencies", "pairs", "groups", "interleaved", "dtype")
+            for name in (
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "rotary_dim",
+                "frequencies",
+                "pairs",
+                "groups",
+                "interleaved",
+                "dtype",
+            )
         ),
         *((name, ctypes.c_float) for name in ("sin_pad", "cos_pad", "sign")),
     )
@@ -138,8 +148,8 @@ def arguments(call: Call, outputs: tuple[Fenced, Fenced]) -> Arguments:
     tensors = (call.q, call.k, call.position_ids, numbers.freq, numbers.sin_coef, numbers.cos_coef)
     addresses = [t.ctypes.data for t in (*tensors, *(output.value for output in outputs))]
     return Arguments(
-        *addresses, call.position_ids.size, call.q.shape[2], call.k.shape[2], c.head_dim, c.frequencies, c.pairs,
-        c.groups, c.pairing == "interleaved", call.kind.onnx, c.sin_pad, c.cos_pad, c.sign,
+        *addresses, call.position_ids.size, call.q.shape[2], call.k.shape[2], c.head_dim, c.rotary_dim, c.frequencies,
+        c.pairs, c.groups, c.pairing == "interleaved", call.kind.onnx, c.sin_pad, c.cos_pad, c.sign,
     )  # fmt: skip
 
 
@@ -160,17 +170,19 @@ def magnitude(numbers: Spectrum, x: np.ndarray, position_ids: np.ndarray) -> np.
         (np.sin(angles), numbers.sin_coef, c.sin_pad),
         (np.cos(angles), numbers.cos_coef, c.cos_pad),
     ):
-        table = np.full((*position_ids.shape, c.groups, c.head_dim // 2), abs(pad))
+        table = np.full((*position_ids.shape, c.groups, c.rotary_dim // 2), abs(pad))
         table[..., : c.pairs] = np.einsum("bsd,gdf->bsgf", abs(basis), abs(coef).astype(np.float64))
         sums.append(np.repeat(table, x.shape[2] // c.groups, axis=2))
-    own, other = abs(x.astype(np.float64)), abs(x.astype(np.float64))
+    size = abs(x.astype(np.float64))
+    own = other = size[..., : c.rotary_dim]
     if c.pairing == "interleaved":
         sin, cos = (np.repeat(table, 2, axis=-1) for table in sums)
-        other = other.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+        other = other.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(own.shape)
     else:
         sin, cos = (np.concatenate((table, table), axis=-1) for table in sums)
-        other = np.roll(other, c.head_dim // 2, axis=-1)
-    return own * cos + other * sin
+        other = np.roll(other, c.rotary_dim // 2, axis=-1)
+    size[..., : c.rotary_dim] = own * cos + other * sin
+    return size
 
 
 def worst(call: Call, outputs: list[np.ndarray]) -> float:
@@ -186,7 +198,8 @@ def worst(call: Call, outputs: list[np.ndarray]) -> float:
 def plans(call: Call) -> Iterator[tuple[int, int, int]]:
     """Tokens a block, pairs an access, threads a block: every one that the GPU could take."""
     widest = 16 // call.kind.numpy.itemsize
-    vectors = (1, widest) if call.spectrum.config.head_dim // 2 % widest == 0 else (1,)
+    c = call.spectrum.config
+    vectors = (1, widest) if c.head_dim // 2 % widest == c.rotary_dim // 2 % widest == 0 else (1,)
     yield from product((1, 4, 8), vectors, (32, 128, 256))
 
 
@@ -218,6 +231,22 @@ def test_pads_and_sign(host: ctypes.CDLL, kind: str, sign: int, pads: tuple[floa
         numbers = spectrum(SHAPES["gqa"], pairing=pairing, sign=sign, sin_pad=pads[0], cos_pad=pads[1])
         call = make(SHAPES["gqa"], KINDS[kind], numbers)
         assert worst(call, run(host, call, 0, 0, 0)) <= ULPS
+
+
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "rotary_dim"), [("gqa", 10), ("mha", 32), ("mha", 48), ("19-padded", 96)])
+def test_channels_that_form_no_pair_are_copied(
+    host: ctypes.CDLL, shape: str, rotary_dim: int, kind: str, pairing: str
+) -> None:
+    call = make(SHAPES[shape], KINDS[kind], spectrum(SHAPES[shape], pairing=pairing, rotary_dim=rotary_dim))
+    chosen = run(host, call, 0, 0, 0)
+    assert worst(call, chosen) <= ULPS
+    for x, got in zip((call.q, call.k), chosen, strict=True):
+        assert got[..., rotary_dim:].tobytes() == x[..., rotary_dim:].tobytes()
+    for plan in plans(call):
+        for got, wanted in zip(run(host, call, *plan), chosen, strict=True):
+            assert got.tobytes() == wanted.tobytes(), plan
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,12 +283,16 @@ REFUSALS = {
     "odd head_dim": ({"head_dim": 47}, SHAPE),
     "no head_dim": ({"head_dim": 0}, SHAPE),
     "too many pairs": ({"pairs": 25}, SHAPE),
+    "odd rotary_dim": ({"rotary_dim": 47}, SHAPE),
+    "no rotary_dim": ({"rotary_dim": 0}, SHAPE),
+    "rotary_dim beyond the head": ({"rotary_dim": 50}, SHAPE),
+    "more pairs than rotary_dim": ({"rotary_dim": 6}, SHAPE),
     "heads not in groups": ({"heads": 5}, SHAPE),
     "key heads not in groups": ({"kv_heads": 4}, SHAPE),
     "no groups": ({"groups": 0}, SHAPE),
     "negative tokens": ({"tokens": -1}, SHAPE),
     "more basis than shared memory": ({"frequencies": 7000}, SIZE),
-    "more pairs than shared memory": ({"head_dim": 2**23, "pairs": 2**22, "frequencies": 1}, SIZE),
+    "more pairs than shared memory": ({"head_dim": 2**23, "rotary_dim": 2**23, "pairs": 2**22, "frequencies": 1}, SIZE),
     "more channels than a block counts": ({"heads": 3 * 2**22}, SIZE),
     "more tokens than a grid": ({"tokens": 2**40}, SIZE),
 }

@@ -19,7 +19,7 @@ EXPORTS = {"getCreators", "setLoggerFinder", "fope_rotary_launch"}
 KINDS = {float: "float", int: "int"}
 FLOAT, HALF, INT64, BF16 = 0, 1, 8, 7  # TensorRT's DataType
 VALUES = {
-    "sin_pad": 0.25, "cos_pad": 0.5, "sign": -1, "interleaved": 1, "compute_dtype": 1, "head_dim": 8,
+    "sin_pad": 0.25, "cos_pad": 0.5, "sign": -1, "interleaved": 1, "rotary_dim": 8, "compute_dtype": 1, "head_dim": 8,
     "heads_per_group": 3, "kv_heads_per_group": 2,
 }  # fmt: skip
 """What the harness makes its plugin with."""
@@ -124,6 +124,9 @@ def spoilt_fields() -> dict[str, str | None]:
         "compute_dtype 11": "compute_dtype is 11, expected 1, 10 or 16 (float, half, bfloat16)",
         "head_dim 0": "head_dim is 0, and channel pairs need an even one",
         "head_dim 7": "head_dim is 7, and channel pairs need an even one",
+        "rotary_dim 0": "rotary_dim is 0, expected an even number up to head_dim, 8",
+        "rotary_dim 5": "rotary_dim is 5, expected an even number up to head_dim, 8",
+        "rotary_dim 10": "rotary_dim is 10, expected an even number up to head_dim, 8",
         "heads_per_group 0": "heads_per_group is 0, expected 1 or more",
         "kv_heads_per_group -1": "kv_heads_per_group is -1, expected 1 or more",
     }
@@ -157,7 +160,7 @@ CALLS = {
     "cos groups": "cos_coef has 1 on axis 0, expected 2 (as in sin_coef)",
     "cos frequencies": "cos_coef has 3 on axis 1, expected 4 (as in sin_coef)",
     "cos pairs": "cos_coef has 2 on axis 2, expected 3 (as in sin_coef)",
-    "pairs": "sin_coef turns 5 pairs, and head_dim has 4",
+    "pairs": "sin_coef turns 5 pairs, and rotary_dim has 4",
     "5 inputs": "the node has 5 inputs and 2 outputs, expected 6 and 2",
     "1 output": "the node has 6 inputs and 1 outputs, expected 6 and 2",
 }

@@ -1,5 +1,7 @@
 """The torch operator and module against the definition."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,12 @@ VARIANTS = [
     {"pairing": "interleaved", "sin_pad": 0.5, "cos_pad": 0.25},
     {"pairing": "interleaved", "sign": -1},
 ]
+PARTIAL = [
+    ((4, 2, 2, 32, 9, 8), {"rotary_dim": 16}),
+    ((6, 3, 1, 16, 5, 4), {"rotary_dim": 12, "pairing": "interleaved"}),
+]
+"""Channels that form no pair."""
+ALL = [*product(SHAPES, VARIANTS), *PARTIAL]
 
 
 def make(shape: tuple[int, ...], seed: int = 0, **fields: object) -> tuple[Spectrum, Tensor, Tensor, Tensor]:
@@ -31,8 +39,7 @@ def make(shape: tuple[int, ...], seed: int = 0, **fields: object) -> tuple[Spect
     return Spectrum.fope(freq, *coefs, head_dim, **fields), q, k, positions
 
 
-@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())) or "authors")
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("shape", "fields"), ALL, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14), (torch.bfloat16, 1e-2)]
 )
@@ -46,6 +53,7 @@ def test_it_is_the_definition(
         wanted = reference.rotate(spectrum, x.double().numpy(), positions.numpy())
         assert got.dtype == dtype and got.shape == x.shape
         np.testing.assert_allclose(got.double(), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+        assert torch.equal(got[..., spectrum.config.rotary_dim :], x[..., spectrum.config.rotary_dim :])
 
 
 def test_without_full_precision_the_rotation_itself_is_in_the_models_dtype() -> None:
@@ -57,13 +65,20 @@ def test_without_full_precision_the_rotation_itself_is_in_the_models_dtype() -> 
     torch.testing.assert_close(*half, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("fields", VARIANTS[2:], ids=str)
+@pytest.mark.parametrize("fields", [*VARIANTS[2:], {"rotary_dim": 6}], ids=str)
 def test_gradients(fields: dict[str, object]) -> None:
     spectrum, q, k, positions = make((4, 2, 2, 8, 5, 3), **fields)
     config = spectrum.config
     leaves = [t.double().requires_grad_() for t in (q, k)]
     coefs = [torch.from_numpy(c).double().requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
-    settings = (config.sin_pad, config.cos_pad, float(config.sign), config.pairing == "interleaved", True)
+    settings = (
+        config.sin_pad,
+        config.cos_pad,
+        float(config.sign),
+        config.pairing == "interleaved",
+        config.rotary_dim,
+        True,
+    )
     arguments = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *settings)
     assert torch.autograd.gradcheck(rotary, arguments)
 
@@ -72,7 +87,19 @@ def test_gradients(fields: dict[str, object]) -> None:
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
     spectrum, q, k, positions = make(SHAPES[1])
     coefs = [torch.from_numpy(c).requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
-    arguments = (q.requires_grad_(), k, positions, torch.from_numpy(spectrum.freq), *coefs, 1.0, 1.0, 1.0, False, True)
+    arguments = (
+        q.requires_grad_(),
+        k,
+        positions,
+        torch.from_numpy(spectrum.freq),
+        *coefs,
+        1.0,
+        1.0,
+        1.0,
+        False,
+        24,
+        True,
+    )
     results = torch.library.opcheck(rotary, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -141,7 +168,7 @@ def test_ports_and_settings_are_the_contracts() -> None:
     schema = torch.ops.fope.rotary.default._schema
     names = [argument.name for argument in schema.arguments]
     assert names == [port.name for port in contract.INPUTS] + [*contract.SETTINGS]
-    kinds = {"float": float, "bool": bool}
+    kinds = {"float": float, "bool": bool, "int": int}
     settings = {a.name: kinds[str(a.type)] for a in schema.arguments[len(contract.INPUTS) :]}
     assert settings == contract.SETTINGS
     assert [str(r.type) for r in schema.returns] == ["Tensor"] * len(contract.OUTPUTS)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.translation import function, schema
-from tests.fope.test_rotary import SHAPES, VARIANTS, make
+from tests.fope.test_rotary import ALL, SHAPES, make
 
 TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 
@@ -21,7 +21,7 @@ def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type
     c = spectrum.config
     attributes: dict[str, Any] = {
         "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign),
-        "interleaved": int(c.pairing == "interleaved"),
+        "interleaved": int(c.pairing == "interleaved"), "rotary_dim": c.rotary_dim,
         "compute_dtype": TensorProto.FLOAT if c.full_precision else TYPES[dtype],
         "head_dim": c.head_dim, "heads_per_group": heads // c.groups, "kv_heads_per_group": kv_heads // c.groups,
     }  # fmt: skip
@@ -50,8 +50,7 @@ def run(model: onnx.ModelProto, *inputs: np.ndarray) -> list[np.ndarray]:
     return session.run(None, dict(zip(("q", "k", "position_ids"), inputs, strict=True)))
 
 
-@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())) or "authors")
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(("shape", "fields"), ALL, ids=str)
 def test_the_body_is_the_definition(shape: tuple[int, ...], fields: dict[str, object]) -> None:
     spectrum, *inputs = make(shape, **fields)
     arrays = [tensor.numpy() for tensor in inputs]

@@ -91,3 +91,21 @@ def test_the_rotations_numbers_stay_float32(dtype: str) -> None:
     model = small_decoder().as_exported(ExportConfig(dtype=dtype))
     wide = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
     assert wide == {name for name in model.state_dict() if ".rotary." in name}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"qk_norm": True, "qkv_bias": True}], ids=str
+)
+def test_folded_padding_changes_no_logit(fields: dict[str, bool], dtype: str) -> None:
+    model = small_decoder(kv_heads=2, **fields)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter += torch.randn(parameter.shape)
+    ids = torch.randint(0, 256, (2, 20))
+    mask = torch.ones_like(ids)
+    wanted = logits(model, ids, mask, (20,))
+    model.as_exported(ExportConfig(dtype=dtype, fold_padding=True))
+    assert model.config.spectrum == model.attentions()[1].rotary.config and model.config.spectrum.rotary_dim == 6
+    tolerance = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}[dtype]
+    torch.testing.assert_close(logits(model, ids, mask, (13, 7)).float(), wanted, rtol=0, atol=tolerance)

@@ -20,6 +20,7 @@ from fope_export.bundle import Bundle, sha256
 from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.errors import BundleError, ParityError
+from fope_export.fope import folding
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.export import export
@@ -124,6 +125,37 @@ def test_half_precision_hides_no_wrong_padding(dtype: str, cache: str, native: P
     assert not found.passed and found.place and found.place.divergence
     assert found.place.divergence.module == "layers.1.attention.rotary"
     assert found.controls[-1].skipped == "the model itself is in half precision"
+
+
+def folded(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], None]:
+    """Another scale on the channels of q and k that are not rotated: 6 of 16 are."""
+
+    def channels(weight: np.ndarray) -> np.ndarray:
+        heads = weight[:, : 2 * 4 * 16].reshape(len(weight), -1, 16)
+        heads[..., 6:] = change(heads[..., 6:])
+        return weight
+
+    return weights("layers.1.attention.att_proj.weight.T", lambda weight: channels(weight.copy()))
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("fp32", "dynamic"), ("fp16", "static")])
+def test_folded_padding_has_a_parity_of_its_own(dtype: str, cache: str, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache, fold_padding=True))
+    assert made.manifest.decoder().spectrum.rotary_dim == 6
+    found = validate(made, lengths=(7, 64))
+    assert found.passed and found.cases[0].name == "folded against unfolded"
+    assert found.controls[-1].name == "scale of folded padding forgotten" and found.controls[-1].verdict
+    folded(lambda channels: channels / np.sqrt(channels.dtype.type(2)))(made)
+    found = validate(made, lengths=(7, 64))
+    assert found.cases[0].verdict.passed and not found.cases[1].verdict.passed
+    assert found.place and found.place.divergence
+    assert found.place.divergence.module == "layers.1.attention.att_proj"
+
+
+def test_a_wrong_fold_is_noticed(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "scale_of", lambda config: 1.0)
+    found = validate(export(native, tmp_path / "out", ExportConfig(fold_padding=True)), lengths=(7, 64))
+    assert [case.verdict.passed for case in found.cases[:2]] == [False, True] and not found.passed
 
 
 def one_value(array: np.ndarray) -> np.ndarray:
