@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Measure export (wall time, peak memory) and inference (ONNX Runtime against torch eager, FoPE against its RoPE twin).
+"""Measure export (wall time, peak memory) and inference (ONNX Runtime against torch eager, FoPE against its RoPE twin
+and against itself with its padding folded).
 
     scripts/bench_export.py                  the paper's 60M shape; writes scripts/results/bench_export.json
     scripts/bench_export.py --shape 180M --out FILE
@@ -119,8 +120,8 @@ CASES: dict[str, Callable[[Backend], float]] = {
 
 def agree(backends: dict[str, Backend]) -> None:
     """Refuse to time backends that do not compute the same."""
-    for label in ("FoPE", "RoPE"):
-        logits = [prefill(backends[f"{kind} {label}"], prompt(64))[0] for kind in ("torch", "ONNX")]
+    for one, other in (("torch FoPE", "ONNX FoPE"), ("torch FoPE", "ONNX folded"), ("torch RoPE", "ONNX RoPE")):
+        logits = [prefill(backends[name], prompt(64))[0] for name in (one, other)]
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
 
 
@@ -130,7 +131,9 @@ def sit(folder: Path, turn: int, rounds: int) -> dict[str, dict[str, list[float]
     for kind, label in (("fope", "FoPE"), ("rope", "RoPE")):
         makers[f"torch {label}"] = lambda kind=kind: EagerBackend(load_checkpoint(folder / kind).model)
         makers[f"ONNX {label}"] = lambda kind=kind: OrtBackend(Bundle.open(folder / f"{kind}-bundle"))
-    names = [*makers][turn % 4 :] + [*makers][: turn % 4]
+    makers["ONNX folded"] = lambda: OrtBackend(Bundle.open(folder / "folded-bundle"))
+    first = turn % len(makers)
+    names = [*makers][first:] + [*makers][:first]
     backends = {name: makers[name]() for name in names}
     agree(backends)
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -153,6 +156,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
         "speed_over_eager_fope": ratio("torch FoPE", "ONNX FoPE"),
         "speed_over_eager_rope": ratio("torch RoPE", "ONNX RoPE"),
         "time_fope_over_rope": ratio("ONNX FoPE", "ONNX RoPE"),
+        "time_folded_over_fope": ratio("ONNX folded", "ONNX FoPE"),
     }
 
 
@@ -173,6 +177,7 @@ def main() -> None:
         folder = Path(name)
         weights = {kind: write_checkpoint(args.shape, kind, folder / kind) for kind in ("fope", "rope")}
         timed_export(folder / "rope", folder / "rope-bundle")
+        timed_export(folder / "fope", folder / "folded-bundle", "--fold-padding")
         exports = [timed_export(folder / "fope", folder / "fope-bundle") for _ in range(args.exports)]
         pooled: dict[str, dict[str, list[float]]] = {}
         for turn in range(args.sittings):
@@ -214,11 +219,18 @@ def show(record: dict[str, Any]) -> None:
     export = record["export"]
     print(f"export: {export['seconds']} s, {export['peak_MiB']} MiB, {export['peak_over_weights']} x the weights")
     table = Table(
-        "case", *next(iter(record["inference"].values()))["milliseconds"], "ORT / eager", "FoPE / RoPE", box=None
+        "case",
+        *next(iter(record["inference"].values()))["milliseconds"],
+        "ORT / eager",
+        "FoPE / RoPE",
+        "folded / FoPE",
+        box=None,
     )
     for case, found in record["inference"].items():
         times = [f"{value:.1f} ms" for value in found["milliseconds"].values()]
-        ratios = [f"{found[name]:.2f}" for name in ("speed_over_eager_fope", "time_fope_over_rope")]
+        ratios = [
+            f"{found[name]:.2f}" for name in ("speed_over_eager_fope", "time_fope_over_rope", "time_folded_over_fope")
+        ]
         table.add_row(case, *times, *ratios)
     Console().print(table)
 
