@@ -17,6 +17,8 @@ from fope_export.errors import BundleError, ConfigError
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
+OPTIMISED = "model.cpu.onnx"
+"""The same model for ONNX Runtime alone; its weights are those of the first."""
 REPORTS = "reports/"
 FORMAT_VERSION = 1
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")

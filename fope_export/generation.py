@@ -1,13 +1,15 @@
 """Generation on any backend: prompts in, tokens out, one step at a time."""
 
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.backends.base import Backend, Feeds, Ids, Logits, feeds_for
+from fope_export.backends.base import Backend, Feeds, Ids, Logits, Part, feeds_for, widest
 from fope_export.config import Checked, Count, Size
 from fope_export.errors import ConfigError
 from fope_export.tokens import Text
@@ -27,6 +29,22 @@ class Sampling(Checked, frozen=True, kw_only=True):
 
 CHUNK = 512
 """Tokens of a prompt that are fed at once: attention over a chunk takes less time and memory than over the whole."""
+SHARED = 16
+"""Tokens that all prompts must begin with for these to be fed only once."""
+
+
+@dataclass
+class _Sequence:
+    """A prompt at work."""
+
+    number: int
+    rng: np.random.Generator
+    left: int
+    """Tokens that it may still make."""
+    logits: NDArray[Any]
+    """[V], of its last token."""
+    part: Part
+    """Where its tokens are."""
 
 
 def generate(
@@ -36,37 +54,85 @@ def generate(
     *,
     eos: int | None = None,
     chunk: int = CHUNK,
+    max_batch: int = 0,
 ) -> Generator[list[int | None], Collection[int] | None]:
-    """Yield one token for each prompt and step; None for a prompt that has met `eos` (which itself is yielded).
+    """Yield one token for each prompt and step; None for a prompt that has met `eos` (which itself is yielded), or that
+    still waits.
 
-    Prompts of different lengths are padded on the left. Each row draws with its own generator, from `seed` and its
-    index, so that a prompt's text does not depend on the prompts beside it. Send a list of row numbers to end those
-    rows early. Prompts are fed `chunk` tokens at a time; 0 feeds them whole.
+    `max_batch` prompts are at work at once (0: all), and when one ends another takes its place. Each is fed alone,
+    `chunk` tokens at a time (0: whole), and what all begin with only once; then they go on together, padded on the
+    left. Each draws with its own generator, from `seed` and its number, so that a prompt's text does not depend on the
+    prompts beside it. Send a list of numbers to end those prompts early.
 
     Raises ConfigError for an empty prompt.
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty", hint="Every prompt needs at least one token.")
-    ids, mask = pad_left(prompts)
-    rngs = [np.random.default_rng((sampling.seed, row)) for row in range(len(prompts))]
-    done = np.zeros(len(prompts), bool)
-    logits, cache = prefill(backend, feeds_for(ids, mask), chunk)
-    for remaining in reversed(range(sampling.max_new_tokens)):
-        chosen = [sample(row, sampling, rng) for row, rng in zip(logits[:, -1], rngs, strict=True)]
-        ended = yield [None if over else token for token, over in zip(chosen, done, strict=True)]
-        done |= np.array([token == eos for token in chosen])
-        done[list(ended or ())] = True
-        if done.all() or not remaining:
-            return
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        logits, cache = backend.step(feeds_for(np.array(chosen, np.int64)[:, None], mask), cache)
+    room = max(map(len, prompts)) + sampling.max_new_tokens
+    shared = _shared(prompts)
+    _, prefix = prefill(backend, _alone(prompts[0][:shared]), chunk) if shared else (None, None)
+
+    def start(number: int) -> _Sequence:
+        cache = backend.assemble([Part(prefix, 0, 0, shared)], room) if shared else backend.empty_cache(1, room)
+        logits, cache = prefill(backend, _alone(prompts[number]), chunk, cache, shared)
+        rng = np.random.default_rng((sampling.seed, number))
+        return _Sequence(number, rng, sampling.max_new_tokens, logits[0, -1], Part(cache, 0, 0, len(prompts[number])))
+
+    waiting, working = deque(range(len(prompts))), list[_Sequence]()
+    while waiting or working:
+        while waiting and len(working) < (max_batch or len(prompts)):
+            working.append(start(waiting.popleft()))
+        chosen = {each.number: sample(each.logits, sampling, each.rng) for each in working}
+        ended = (yield [chosen.get(number) for number in range(len(prompts))]) or ()
+        waiting = deque(number for number in waiting if number not in ended)
+        for each in working:
+            each.left -= 1
+        before = len(working)
+        working = [each for each in working if each.left and chosen[each.number] != eos and each.number not in ended]
+        if working:
+            _advance(backend, working, [chosen[each.number] for each in working], before, room)
 
 
-def prefill(backend: Backend, feeds: Feeds, chunk: int = CHUNK) -> tuple[Logits, Any]:
-    """Feed a whole prompt, `chunk` tokens at a time (0: at once); logits of the last chunk, and the cache."""
-    cache, length = backend.empty_cache(len(feeds.input_ids)), feeds.input_ids.shape[1]
-    for start in range(0, length, chunk or length):
-        logits, cache = backend.step(feeds.part(start, start + (chunk or length)), cache)
+def _advance(backend: Backend, working: Sequence[_Sequence], tokens: Sequence[int], before: int, room: int) -> None:
+    """Feed each sequence its token. `before` is how many there were in the last step: with as many now, in one cache,
+    nobody came or left.
+    """
+    cache = working[0].part.cache
+    if len(working) < before or any(each.part.cache is not cache for each in working):
+        parts = [each.part for each in working]
+        cache, width = backend.assemble(parts, room), widest(parts)
+        for row, each in enumerate(working):
+            each.part = Part(cache, row, width - (each.part.end - each.part.start), width)
+    total = working[0].part.end + 1
+    mask = np.arange(total) >= np.array([[each.part.start] for each in working])
+    ids = np.array(tokens, np.int64)[:, None]
+    logits, cache = backend.step(feeds_for(ids, mask.astype(np.int64)), cache, last=True)
+    for row, each in enumerate(working):
+        each.logits, each.part = logits[row, -1], Part(cache, row, each.part.start, total)
+
+
+def _alone(prompt: Sequence[int]) -> Feeds:
+    return feeds_for(np.array([prompt], np.int64))
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all of several prompts begin with, and have more of; 0 where they are too few to matter."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+    longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    same = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return same if same >= SHARED else 0
+
+
+def prefill(
+    backend: Backend, feeds: Feeds, chunk: int = CHUNK, cache: Any = None, start: int = 0
+) -> tuple[Logits, Any]:
+    """Feed a prompt, `chunk` tokens at a time (0: at once), but for the `start` tokens that `cache` already has; the
+    last token's logits [B, 1, V], and the cache.
+    """
+    rows, length = feeds.input_ids.shape
+    cache = backend.empty_cache(rows, length) if cache is None else cache
+    for begin in range(start, length, chunk or length):
+        logits, cache = backend.step(feeds.part(begin, begin + (chunk or length)), cache, last=True)
     return logits, cache
 
 
@@ -79,10 +145,12 @@ def complete(
     stop: Sequence[str] = (),
     eos: int | None = None,
     chunk: int = CHUNK,
+    max_batch: int = 0,
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of a prompt, text that became certain, perhaps none) for every token; `stop` strings end it."""
     streams = [text.stream(stop) for _ in prompts]
-    steps = generate(backend, [text.encode(prompt) for prompt in prompts], sampling, eos=eos, chunk=chunk)
+    encoded = [text.encode(prompt) for prompt in prompts]
+    steps = generate(backend, encoded, sampling, eos=eos, chunk=chunk, max_batch=max_batch)
     tokens = next(steps, None)
     while tokens is not None:
         for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):

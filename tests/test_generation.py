@@ -1,7 +1,9 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from fope_export.backends.base import Backend, Feeds, feeds_for
+from fope_export.backends.base import Backend, Feeds, Part, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
@@ -61,22 +63,28 @@ def test_chunks_give_the_logits_of_the_whole(chunk: int, backend: Backend) -> No
 
 
 class Scripted:
-    """A backend whose rows say what the script says."""
+    """A backend whose rows say what the script says: a prompt that ends in 1 the first line, in 2 the second."""
 
     name, vocab_size = "scripted", 8
 
     def __init__(self, script: list[list[int]]) -> None:
         self.script, self.fed = script, []
 
-    def empty_cache(self, batch: int) -> int:
-        return 0
+    def empty_cache(self, batch: int, room: int = 0) -> list[tuple[int, int]]:
+        """What each row has been fed: its script's number, by its first token, and how many steps."""
+        return [(-1, 0)] * batch
 
-    def step(self, feeds: Feeds, cache: int) -> tuple[np.ndarray, int]:
+    def assemble(self, parts: Sequence[Part], room: int = 0) -> list[tuple[int, int]]:
+        return [part.cache[part.row] for part in parts]
+
+    def step(self, feeds: Feeds, cache: list[tuple[int, int]], *, last: bool = False) -> tuple[np.ndarray, object]:
         self.fed.append(feeds)
-        logits = np.zeros((*feeds.input_ids.shape, self.vocab_size))
-        for row, says in enumerate(self.script):
-            logits[row, -1, says[min(cache, len(says) - 1)]] = 1
-        return logits, cache + 1
+        logits = np.zeros((len(cache), 1, self.vocab_size))
+        both = zip(feeds.input_ids, cache, strict=True)
+        rows = [(ids[-1] - 1 if row < 0 else row, steps) for ids, (row, steps) in both]
+        for i, (row, steps) in enumerate(rows):
+            logits[i, 0, self.script[row][min(steps, len(self.script[row]) - 1)]] = 1
+        return logits, [(row, steps + 1) for row, steps in rows]
 
 
 def test_a_row_ends_with_eos_and_the_others_go_on() -> None:
@@ -92,9 +100,33 @@ def test_a_row_ends_with_eos_and_the_others_go_on() -> None:
 def test_steps_feed_one_token_and_a_growing_mask() -> None:
     backend = Scripted([[3], [4]])
     list(generate(backend, [[1], [1, 2]], Sampling(max_new_tokens=3)))
-    assert [f.input_ids.tolist() for f in backend.fed] == [[[0, 1], [1, 2]], [[3], [4]], [[3], [4]]]
-    assert backend.fed[2].attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
-    assert backend.fed[2].position_ids.tolist() == [[2], [3]]
+    assert [f.input_ids.tolist() for f in backend.fed] == [[[1]], [[1, 2]], [[3], [4]], [[3], [4]]]
+    assert backend.fed[3].attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    assert backend.fed[3].position_ids.tolist() == [[2], [3]]
+
+
+def test_others_enter_when_some_leave() -> None:
+    backend = Scripted([[3, 0], [4, 4, 4, 0], [5, 5, 0]])
+    prompts = [[1], [9, 2], [9, 9, 9, 3], [1]]
+    assert list(generate(backend, prompts, Sampling(max_new_tokens=9), eos=0, max_batch=2)) == [
+        [3, 4, None, None],
+        [0, 4, None, None],
+        [None, 4, 5, None],
+        [None, 0, 5, None],
+        [None, None, 0, 3],
+        [None, None, None, 0],
+    ]
+    widths = [feeds.attention_mask.sum(axis=1).tolist() for feeds in backend.fed]
+    assert widths == [[1], [2], [2, 3], [4], [4], [5, 5], [6], [1], [2]]
+    assert backend.fed[-1].attention_mask.tolist() == [[1, 1]]  # no column that is padding in every row
+
+
+def test_what_waits_can_be_ended_too() -> None:
+    steps = generate(Scripted([[3], [4]]), [[1], [2]], Sampling(max_new_tokens=2), max_batch=1)
+    assert next(steps) == [3, None]
+    assert steps.send([1]) == [3, None]
+    with pytest.raises(StopIteration):
+        next(steps)
 
 
 def test_ending_rows_early() -> None:
@@ -142,6 +174,17 @@ def test_temperature_shapes_the_odds() -> None:
     logits = np.log(np.array([0.8, 0.2]))
     share = [np.mean([sample(logits, Sampling(temperature=t), rng) for _ in range(4000)]) for t in (0.5, 1.0, 2.0)]
     np.testing.assert_allclose(share, [0.2**2 / (0.2**2 + 0.8**2), 0.2, 0.2**0.5 / (0.2**0.5 + 0.8**0.5)], atol=0.03)
+
+
+def test_what_all_prompts_begin_with_is_fed_once() -> None:
+    backend, prefix = Scripted([[3]] * 7), [7] * 20
+    list(generate(backend, [[*prefix, 1], [*prefix, 5, 2]], Sampling(max_new_tokens=1), chunk=8))
+    assert [f.input_ids.shape[1] for f in backend.fed] == [8, 8, 4, 1, 2]
+    assert [f.attention_mask.shape[1] for f in backend.fed] == [8, 16, 20, 21, 22]
+    for prompts in ([[*prefix, 1]], [[*prefix[:3], 1], [*prefix[:3], 2]]):
+        backend = Scripted([[3], [4]])
+        list(generate(backend, prompts, Sampling(max_new_tokens=1)))
+        assert [f.input_ids.tolist() for f in backend.fed] == [[prompt] for prompt in prompts]
 
 
 def test_padding_and_empty_prompts() -> None:

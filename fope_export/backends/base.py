@@ -1,5 +1,6 @@
 """What a backend is, which there are, and the choice between them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -42,24 +43,51 @@ class Limits(NamedTuple):
                 )
 
 
+class Part(NamedTuple):
+    """Some tokens of one row of a cache: those that columns `start` to `end` of its attention mask stand for."""
+
+    cache: Any
+    row: int
+    start: int
+    end: int
+
+
 class Backend(Protocol):
     """Runs a decoder step by step.
 
     Logits [B, S, V] belong to the caller. A cache belongs to the backend that made it: it is handed back unread, stays
-    where the backend keeps it (host or device), and an old one remains valid after a step that grew it. (A static cache
-    is one buffer: of two steps that continue from the same old one, the later wins.)
+    where the backend keeps it (host or device), and an old one remains valid after a step that grew it. (A cache that
+    is written in place is one buffer: of two steps that continue from the same old one, the later wins.)
     """
 
     name: str
     vocab_size: int
 
-    def empty_cache(self, batch: int) -> Any:
-        """A cache of `batch` rows with no past."""
+    def empty_cache(self, batch: int, room: int = 0) -> Any:
+        """A cache of `batch` rows with no past; `room` is a guess of how many tokens each of them will have."""
         ...
 
-    def step(self, feeds: Feeds, cache: Any) -> tuple[Logits, Any]:
-        """Logits of the new tokens, and the cache grown by them."""
+    def assemble(self, parts: Sequence[Part], room: int = 0) -> Any:
+        """A new cache with a row for each part, padded on the left to the longest; `room` as for an empty one."""
         ...
+
+    def step(self, feeds: Feeds, cache: Any, *, last: bool = False) -> tuple[Logits, Any]:
+        """Logits of the new tokens, or of the last alone, and the cache grown by them."""
+        ...
+
+
+def fill(array: Any, sources: Sequence[Any], parts: Sequence[Part], width: int) -> Any:
+    """Write a cache's `parts` into the zeros of `array` [B, K, C, E], the rows of `sources` that they name ending at
+    slot `width`; numpy or torch.
+    """
+    for row, (source, part) in enumerate(zip(sources, parts, strict=True)):
+        array[row, :, width - (part.end - part.start) : width] = source[part.row, :, part.start : part.end]
+    return array
+
+
+def widest(parts: Sequence[Part]) -> int:
+    """Tokens of the longest."""
+    return max(part.end - part.start for part in parts)
 
 
 def empty_past(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:

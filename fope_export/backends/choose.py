@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from fope_export.backends.base import Backend, Limits
-from fope_export.bundle import Bundle
+from fope_export.bundle import OPTIMISED, Bundle
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
@@ -88,19 +88,31 @@ def _gpus() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How a backend is to run."""
+
+    optimised: bool = True
+    """With what `fope-export optimize` wrote, where the bundle has it."""
+    threads: int = 0
+    """For one operator; 0 leaves it to the backend."""
+
+
+@dataclass(frozen=True)
 class Row:
     """A backend: why a machine cannot run it (or nothing), how a bundle becomes one, and what it then has room for."""
 
     what: str
     missing: Callable[[Machine], str]
-    load: Callable[[Bundle], Backend]
+    load: Callable[[Bundle, "Settings"], Backend]
     limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
 
 
-def _load_ort(bundle: Bundle) -> Backend:
+def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
     from fope_export.backends.ort import OrtBackend
+    from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
-    return OrtBackend(bundle)
+    kind = OptimisedOrtBackend if settings.optimised and OPTIMISED in bundle.manifest.files else OrtBackend
+    return kind(bundle, threads=settings.threads)
 
 
 def _ort_limits(bundle: Bundle) -> Limits:
@@ -113,16 +125,20 @@ def _trt_limits(bundle: Bundle) -> Limits:
     return limits_of(bundle)
 
 
-def _load_trt(bundle: Bundle) -> Backend:
+def _load_trt(bundle: Bundle, settings: Settings) -> Backend:  # noqa: ARG001
     from fope_export.backends.trt import TrtBackend
 
     return TrtBackend(bundle)
 
 
-def _load_eager(bundle: Bundle) -> Backend:
+def _load_eager(bundle: Bundle, settings: Settings) -> Backend:
+    import torch
+
     from fope_export.backends.eager import EagerBackend
     from fope_export.model.checkpoint import source_of
 
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     return EagerBackend(source_of(bundle).model)
 
 
@@ -180,9 +196,9 @@ def choose(wanted: str | None, machine: Machine) -> str:
     raise BackendError(f"no backend can run: {told}", hint="fope-export doctor says what is missing.")
 
 
-def load_backend(bundle: Bundle, wanted: str | None = None) -> Backend:
+def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings | None = None) -> Backend:
     """The chosen backend with `bundle` in it.
 
     Raises BackendError when it cannot run here, or does not load the bundle.
     """
-    return BACKENDS[choose(wanted, read_machine())].load(bundle)
+    return BACKENDS[choose(wanted, read_machine())].load(bundle, settings or Settings())

@@ -1,11 +1,12 @@
 """PyTorch, eager: what everything else is compared with."""
 
 import copy
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 
-from fope_export.backends.base import Feeds, Logits
+from fope_export.backends.base import Feeds, Logits, Part, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
 
@@ -26,11 +27,20 @@ class EagerBackend:
         """The truth: a copy of `model` that computes everything but the angles in float64."""
         return cls(copy.deepcopy(model).double(), name="torch float64")
 
-    def empty_cache(self, batch: int) -> Cache:
+    def empty_cache(self, batch: int, room: int = 0) -> Cache:  # noqa: ARG002
         return self.model.empty_cache(batch)
 
     @torch.inference_mode()
-    def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
+    def assemble(self, parts: Sequence[Part], room: int = 0) -> Cache:  # noqa: ARG002
+        width = widest(parts)
+        shape = list(parts[0].cache[0][0].shape)
+        shape[0], shape[2] = len(parts), self.model.capacity or width
+        new = parts[0].cache[0][0].new_zeros
+        layers = zip(*(part.cache for part in parts), strict=True)
+        return [tuple(fill(new(shape), side, parts, width) for side in zip(*layer, strict=True)) for layer in layers]
+
+    @torch.inference_mode()
+    def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
-        logits, present = self.model(*inputs, cache)
+        logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present

@@ -1,14 +1,15 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 
-from fope_export.backends.base import Feeds, Limits, Logits, empty_past
+from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import MODEL, Bundle
 from fope_export.errors import BackendError, require
 
@@ -23,20 +24,32 @@ class OrtBackend:
     shows that the graph is right, and not what bfloat16 rounds.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        """`threads` compute one operator; 0 are as many as there are cores.
+
+        Raises BackendError when ONNX Runtime is not there, or does not load the file.
+        """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self._ort = require("onnxruntime", "cpu")
         self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
-        self._session = _session(bundle)
+        self._session = session_of(bundle, threads=threads)
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
 
-    def empty_cache(self, batch: int) -> list[Any]:
+    def empty_cache(self, batch: int, room: int = 0) -> list[Any]:  # noqa: ARG002
         shapes = empty_past(self._manifest, batch)
         return [self._value(np.zeros(shape, self._types[name])) for name, shape in shapes.items()]
 
-    def step(self, feeds: Feeds, cache: list[Any]) -> tuple[Logits, list[Any]]:
+    def assemble(self, parts: Sequence[Part], room: int = 0) -> list[Any]:  # noqa: ARG002
+        width, static = widest(parts), self._manifest.export.capacity
+        made = []
+        for tensors in zip(*([value.numpy() for value in part.cache] for part in parts), strict=True):
+            _, heads, _, channels = tensors[0].shape
+            new = np.zeros((len(parts), heads, static or width, channels), tensors[0].dtype)
+            made.append(self._value(fill(new, tensors, parts, width)))
+        return made
+
+    def step(self, feeds: Feeds, cache: list[Any], *, last: bool = False) -> tuple[Logits, list[Any]]:
         Limits(length=self._manifest.export.capacity).check(feeds)
         inputs = {name: self._value(array) for name, array in feeds._asdict().items()}
         inputs |= dict(zip(self._types, cache, strict=True))
@@ -52,10 +65,11 @@ class OrtBackend:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as cause:
-            raise _error("run", self._path, cause) from cause
+            raise failure("run", self._path, cause) from cause
         logits, *present = binding.get_outputs()
         # The static cache's own values, and not their aliases among the outputs: those do not keep its memory alive.
-        return logits.numpy().astype(np.float32, copy=False), cache if static else present
+        wanted = logits.numpy()[:, -int(last) :]
+        return wanted.astype(np.float32, copy=False), cache if static else present
 
     def _value(self, array: np.ndarray[Any, Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
@@ -66,39 +80,60 @@ class OrtGraph:
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
-        self._path, self._session = bundle.model, _session(bundle)
+        self._path, self._session = bundle.model, session_of(bundle)
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Raises BackendError with what ONNX Runtime says."""
         try:
             return list(self._session.run(None, dict(inputs)))
         except Exception as cause:
-            raise _error("run", self._path, cause) from cause
+            raise failure("run", self._path, cause) from cause
 
 
-def _session(bundle: Bundle) -> Any:
+def session_of(bundle: Bundle, name: str = MODEL, *, threads: int = 0, spoken: bool = True, exact: bool = False) -> Any:
+    """A session of the bundle's file `name`; without `spoken` it keeps warnings to itself. `exact` leaves activations
+    in the model's dtype where the file has them rounded.
+
+    Raises BackendError when ONNX Runtime is not there, or does not load the file.
+    """
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
+    options.intra_op_num_threads = threads
+    options.log_severity_level = -1 if spoken else 3
     try:
-        with runnable(bundle) as path:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with runnable(bundle, name) as path:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            model = _exact(path) if exact else path
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-        raise _error("load", bundle.model, cause) from cause
+        raise failure("load", bundle.path / name, cause) from cause
 
 
-def _error(what: str, path: Path, cause: Exception) -> BackendError:
+def _exact(path: Path) -> bytes:
+    """The model file, its products with activations that are not rounded."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    edited: bytes = model.SerializeToString()
+    return edited
+
+
+def failure(what: str, path: Path, cause: Exception) -> BackendError:
+    """What ONNX Runtime said when it could not load or run a file."""
     reason = " ".join(str(cause).split())
     return BackendError(f"ONNX Runtime does not {what} {path}: {reason}", hint="Export the checkpoint again.")
 
 
 @contextmanager
-def runnable(bundle: Bundle) -> Iterator[Path]:
-    """The bundle's model, or the float32 copy of a bfloat16 one, for as long as a session loads it."""
+def runnable(bundle: Bundle, name: str = MODEL) -> Iterator[Path]:
+    """The bundle's file `name`, or the float32 copy of a bfloat16 one, for as long as a session loads it."""
     if bundle.manifest.export.dtype != "bf16":
-        yield bundle.model
+        yield bundle.path / name
         return
     from fope_export.graph.passes import widened
 
     with TemporaryDirectory(prefix="fope-export-") as folder:
-        yield widened(bundle.model, Path(folder) / MODEL)
+        yield widened(bundle.path / name, Path(folder) / MODEL)

@@ -1,5 +1,6 @@
 """An engine of the bundle in TensorRT, on torch's CUDA tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fope_export.backends.base import Feeds, Limits, Logits, empty_past
+from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.engine import api
 from fope_export.engine.profiles import fitting
@@ -86,13 +87,24 @@ class TrtBackend:
         self._stream.synchronize()
         return context
 
-    def empty_cache(self, batch: int) -> TrtCache:
+    def empty_cache(self, batch: int, room: int = 0) -> TrtCache:  # noqa: ARG002
         shapes = empty_past(self._manifest, batch).values()
         with torch.cuda.stream(self._stream):
             return TrtCache([torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes])
 
     @torch.inference_mode()
-    def step(self, feeds: Feeds, cache: TrtCache) -> tuple[Logits, TrtCache]:
+    def assemble(self, parts: Sequence[Part], room: int = 0) -> TrtCache:  # noqa: ARG002
+        width = widest(parts)
+        with torch.cuda.stream(self._stream):
+            made = []
+            for tensors in zip(*(part.cache.tensors for part in parts), strict=True):
+                _, heads, _, channels = tensors[0].shape
+                shape = len(parts), heads, self.record.capacity or width, channels
+                made.append(fill(tensors[0].new_zeros(shape), tensors, parts, width))
+        return TrtCache(made)
+
+    @torch.inference_mode()
+    def step(self, feeds: Feeds, cache: TrtCache, *, last: bool = False) -> tuple[Logits, TrtCache]:
         profile = fitting(self.record.profiles, sizes_of(feeds, self.record))
         with torch.cuda.stream(self._stream):
             if self._records and feeds.input_ids.shape[1] == 1:
@@ -101,7 +113,7 @@ class TrtBackend:
             else:
                 inputs = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds._asdict().items()}
                 logits, cache = self._run(profile, {name: x.to(self._device) for name, x in inputs.items()}, cache)
-            answer: Logits = logits.float().cpu().numpy()
+            answer: Logits = logits[:, -int(last) :].float().cpu().numpy()
         return answer, cache
 
     def _run(self, profile: str, inputs: dict[str, Tensor], cache: TrtCache) -> tuple[Tensor, TrtCache]:

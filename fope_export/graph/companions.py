@@ -1,22 +1,31 @@
 """The configuration files that other runtimes look for beside a model.onnx."""
 
+import json
 from typing import Any
 
-from fope_export.bundle import MODEL
-from fope_export.config import ExportConfig, ModelConfig
+from fope_export.bundle import MODEL, OPTIMISED
+from fope_export.config import ExportConfig, ModelConfig, usual_length
 
 CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
 
 
-def companions(config: ModelConfig, export: ExportConfig) -> dict[str, dict[str, Any]]:
+def companions(config: ModelConfig, export: ExportConfig) -> dict[str, bytes]:
     """File name -> contents."""
-    length = export.capacity or CONTEXT_LENGTH
     return {
-        "config.json": hugging_face(config, length),
-        "generation_config.json": _tokens(config),
-        "genai_config.json": genai(config, length),
+        "config.json": _encoded(hugging_face(config, export.capacity or CONTEXT_LENGTH)),
+        "generation_config.json": _encoded(_tokens(config)),
+        **for_genai(config, export),
     }
+
+
+def for_genai(config: ModelConfig, export: ExportConfig, *, optimised: bool = False) -> dict[str, bytes]:
+    """What makes ONNX Runtime GenAI load the bundle's model, or the `optimised` one."""
+    return {"genai_config.json": _encoded(genai(config, export.capacity or CONTEXT_LENGTH, optimised=optimised))}
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def hugging_face(config: ModelConfig, length: int) -> dict[str, Any]:
@@ -39,8 +48,10 @@ def hugging_face(config: ModelConfig, length: int) -> dict[str, Any]:
     }
 
 
-def genai(config: ModelConfig, length: int) -> dict[str, Any]:
-    """For ONNX Runtime GenAI: a plain decoder with separate past and present caches."""
+def genai(config: ModelConfig, length: int, *, optimised: bool) -> dict[str, Any]:
+    """For ONNX Runtime GenAI: a plain decoder. Only the optimised file can have past and present in the same memory,
+    which GenAI allocates whole, for as many tokens as a search may have.
+    """
     return {
         "model": {
             "type": "decoder",
@@ -48,7 +59,7 @@ def genai(config: ModelConfig, length: int) -> dict[str, Any]:
             "context_length": length,
             **_tokens(config),
             "decoder": {
-                "filename": MODEL,
+                "filename": OPTIMISED if optimised else MODEL,
                 "hidden_size": config.hidden_size,
                 "head_size": config.spectrum.head_dim,
                 "num_attention_heads": config.num_heads,
@@ -69,7 +80,10 @@ def genai(config: ModelConfig, length: int) -> dict[str, Any]:
                 "session_options": {"provider_options": []},
             },
         },
-        "search": {"max_length": length, "past_present_share_buffer": False},
+        "search": {
+            "max_length": usual_length(config.training_length) if optimised else length,
+            "past_present_share_buffer": optimised,
+        },
     }
 
 

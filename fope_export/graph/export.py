@@ -1,6 +1,5 @@
 """Checkpoint to bundle: torch.export, torch.onnx, passes, checker, manifest."""
 
-import json
 import logging
 import shutil
 import warnings
@@ -74,7 +73,7 @@ def export(
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
         save(model, folder / MODEL, progress)
         for name, content in companions(source.config, config).items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
             shutil.copyfile(path, folder / path.name)
         report("checking and hashing")

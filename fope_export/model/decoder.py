@@ -148,9 +148,12 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Cache
-    ) -> tuple[Tensor, Cache]:
-        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 = padding. Logits are [B, S, V]."""
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Cache,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Cache]:  # fmt: skip
+        """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 = padding. Logits are [B, S, V], or
+        those of the last `logits_to_keep` tokens where that is not 0.
+        """
         x = self.embed(input_ids)
         if self.capacity:
             mask, written = static_mask(attention_mask, input_ids.shape[1], x.dtype, self.capacity)
@@ -162,7 +165,7 @@ class Decoder(nn.Module):
         for layer, past in zip(self.layers, past_key_values, strict=True):
             x, grown = layer(x, step, past)
             present.append(grown)
-        return self.lm_head(self.norm(x)), present
+        return self.lm_head(self.norm(x[:, -logits_to_keep:] if logits_to_keep else x)), present
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache with no past, of the model's dtype and on its device."""

@@ -10,9 +10,10 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import BACKENDS, choose, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
-from fope_export.bundle import MANIFEST, Bundle
+from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.bundle import MANIFEST, OPTIMISED, Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ParityError
 from fope_export.model.checkpoint import Checkpoint, source_of
@@ -128,12 +129,16 @@ def validate(
     total = len(cases) + len(mistakes)
     results, cost, reach, broken = [], None, None, ""
     try:
-        tested = load_backend(bundle, chosen)
-        cost = _quantise(yardstick, bundle, tested) if exported.quantize else None
-        reach = reach_of(bundle, source_of(bundle, checkpoint).model, tested) if exported.extend else None
+        used = load_backend(bundle, chosen)
+        cost = _quantise(yardstick, bundle, used) if exported.quantize else None
+        reach = reach_of(bundle, source_of(bundle, checkpoint).model, used) if exported.extend else None
+        files = {"": load_backend(bundle, chosen, Settings(optimised=False))}
+        if chosen == "onnxruntime" and OPTIMISED in bundle.manifest.files:
+            files[", optimised"] = OptimisedOrtBackend(bundle, exact=True)
         for done, case in enumerate(cases):
             report(case.name, done, total)
-            results.append(yardstick.compare(case, tested))
+            compared = yardstick.compare(case, *files.values())
+            results += [replace(each, name=case.name + which) for which, each in zip(files, compared, strict=True)]
     except BackendError as error:
         broken = str(error)
     folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
@@ -149,7 +154,8 @@ def validate(
     )
     if found.passed:
         return found
-    failing = [case for case, result in zip(cases, results, strict=False) if not result.verdict.passed]
+    failures = {result.name.partition(", optimised")[0] for result in results if not result.verdict.passed}
+    failing = [case for case in cases if case.name in failures]
     searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
     return replace(found, place=_place(bundle, source.model, yardstick, searched, cost))
 
@@ -161,10 +167,13 @@ class Yardstick:
     single: EagerBackend
     double: EagerBackend
 
-    def compare(self, case: Case, tested: Backend) -> CaseResult:
-        """Hold a backend against the truth of one case."""
-        verdict = judge(case.run_plainly(self.double), case.run(self.single), got := case.run(tested))
-        return CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), verdict)
+    def compare(self, case: Case, *tested: Backend) -> list[CaseResult]:
+        """Hold backends against the truth of one case."""
+        truth, noisy = case.run_plainly(self.double), case.run(self.single)
+        return [
+            CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), judge(truth, noisy, got))
+            for got in map(case.run, tested)
+        ]
 
 
 def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
@@ -173,7 +182,7 @@ def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
     yardstick = Yardstick(EagerBackend(copy.deepcopy(model)), EagerBackend.in_float64(model))
     model.fold_padding()
-    return replace(yardstick.compare(case, EagerBackend(model)), name="folded against unfolded")
+    return replace(yardstick.compare(case, EagerBackend(model))[0], name="folded against unfolded")
 
 
 def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:

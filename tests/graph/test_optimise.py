@@ -1,0 +1,210 @@
+"""The file for ONNX Runtime alone: the same numbers as the portable one, and no row that could be wrong unnoticed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from fope_export.backends.base import Feeds, feeds_for
+from fope_export.backends.choose import Settings, load_backend
+from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.cli import main
+from fope_export.config import ExportConfig
+from fope_export.errors import BackendError, ConfigError, ExportError
+from fope_export.fope.rotary import FopeRotary
+from fope_export.generation import Sampling, generate, pad_left
+from fope_export.graph.export import export
+from fope_export.graph.optimise import optimise
+from fope_export.parity.run import validate
+from tests.conftest import small_decoder, write_native
+
+MODELS: dict[str, dict[str, Any]] = {
+    "fope": {},
+    "grouped queries, norms and biases": {"kv_heads": 2, "qk_norm": True, "qkv_bias": True, "out_bias": True},
+    "rope": {"kind": "rope"},
+    "tied": {"tie_embeddings": True},
+    "one layer": {"num_layers": 1},
+}
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "folded", "fp16", "layers that share"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The portable and the optimised file of one bundle, both running."""
+    model = small_decoder(**MODELS.get(request.param, {}))
+    if request.param == "layers that share":
+        for attention in model.attentions():
+            attention.rotary = FopeRotary.from_spectrum(model.attentions()[0].rotary.spectrum)
+    folder = tmp_path_factory.mktemp("optimise")
+    config = ExportConfig(fold_padding=request.param == "folded", dtype="fp16" if request.param == "fp16" else "fp32")
+    made = optimise(export(write_native(model, folder / "model"), folder / "out", config))
+    return load_backend(made, settings=Settings(optimised=False)), load_backend(made)
+
+
+def both(pair: tuple[Any, Any], feeds: Feeds, steps: tuple[int, ...], *, last: bool = False) -> list[np.ndarray]:
+    """Logits of the real tokens, step after step."""
+    found = []
+    for backend in pair:
+        cache, start, parts = backend.empty_cache(len(feeds.input_ids)), 0, []
+        for step in steps:
+            logits, cache = backend.step(feeds.part(start, start + step), cache, last=last)
+            parts.append(logits)
+            start += step
+        found.append(np.concatenate(parts, axis=1))
+    return found
+
+
+@pytest.mark.parametrize("steps", [(40,), (17, 3, 20), (1,) * 40, (39, 1)], ids=str)
+def test_logits_are_those_of_the_portable_file(pair: tuple[Any, Any], steps: tuple[int, ...]) -> None:
+    assert isinstance(pair[1], OptimisedOrtBackend)
+    rng = np.random.default_rng(0)
+    ids, mask = pad_left([list(rng.integers(1, 256, count)) for count in (40, 7, 23)])
+    half = pair[1]._dtype == np.float16
+    for last in (False, True):
+        wanted, got = both(pair, feeds_for(ids, mask), steps, last=last)
+        assert wanted.shape == got.shape
+        real = mask.astype(bool)[:, np.cumsum(steps) - 1 if last else slice(None)]
+        tolerance = (2e-3 if half else 3e-6) * np.abs(wanted).max()
+        np.testing.assert_allclose(got[real], wanted[real], rtol=0, atol=tolerance)
+        assert not got[~real].any()  # what is no token is not computed
+
+
+def test_tokens_stay_when_prompts_share_and_take_turns(pair: tuple[Any, Any]) -> None:
+    if pair[1]._dtype == np.float16:
+        pytest.skip("in float16 a tie may fall either way")
+    prefix = list(range(1, 30))
+    prompts = [[*prefix, 5], [*prefix, 9, 8, 7], [*prefix, *range(60, 90)], [*prefix, 11, 12]]
+    alone = [[token for (token,) in generate(pair[0], [p], Sampling(max_new_tokens=9))] for p in prompts]
+    for backend in pair:
+        for limit in (0, 2):
+            steps = generate(backend, prompts, Sampling(max_new_tokens=9), max_batch=limit)
+            got = [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
+            assert got == alone
+
+
+def test_a_cache_grows_and_is_written_in_place(pair: tuple[Any, Any]) -> None:
+    backend = pair[1]
+    ids = np.ones((1, 300), np.int64)
+    cache = backend.empty_cache(1, 64)
+    assert cache.arrays[0].shape[2] == 256
+    _, filled = backend.step(feeds_for(ids[:, :100]), cache)
+    assert filled.arrays is cache.arrays and filled.lengths.tolist() == [100]
+    _, grown = backend.step(feeds_for(ids[:, 100:], np.ones((1, 300), np.int64)), filled)
+    assert grown.arrays[0].shape[2] == 512 and grown.lengths.tolist() == [300]
+    assert grown.arrays[0][0, :, :300].any(axis=(0, 2)).all() and not grown.arrays[0][:, :, 300:].any()
+
+
+def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> None:
+    ids, cache = np.ones((1, 3), np.int64), pair[1].empty_cache(1)
+    for mask in ([[1, 1, 1, 1]], [[1, 0, 1]], [[1, 1, 0]]):
+        with pytest.raises(BackendError, match="does not fit the cache"):
+            pair[1].step(feeds_for(ids, np.array(mask)), cache)
+
+
+@pytest.fixture
+def optimised(spoilable: Bundle) -> Bundle:
+    return optimise(spoilable)
+
+
+def session(bundle: Bundle) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(bundle.path / OPTIMISED, options, providers=["CPUExecutionProvider"])
+
+
+def test_rows_are_padded_on_the_right_or_the_run_fails(optimised: Bundle) -> None:
+    """What another program may do with the file: GenAI pads on the right, Optimum on the left."""
+    running = session(optimised)
+    ids, mask = np.array([[5, 6, 7, 8], [9, 8, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    positions = np.array([[0, 1, 2, 3], [0, 1, 0, 0]])
+    past = {p.name: np.zeros((2, 4, 0, 16), np.float32) for p in running.get_inputs() if p.name.startswith("past")}
+    logits, *_ = running.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | past)
+    portable = load_backend(optimised, settings=Settings(optimised=False))
+    for row, count in enumerate((4, 2)):
+        wanted, _ = portable.step(feeds_for(ids[row : row + 1, :count]), portable.empty_cache(1))
+        np.testing.assert_allclose(logits[row, -1], wanted[0, -1], rtol=0, atol=1e-5)
+    for wrong in ([[1, 1, 1, 1], [0, 0, 1, 1]], [[1, 1, 0, 1], [1, 1, 1, 1]]):
+        with pytest.raises(Exception, match="padding_belongs_on_the_right"):
+            running.run(None, {"input_ids": ids, "attention_mask": np.array(wrong), "position_ids": positions} | past)
+
+
+def test_the_weights_are_not_stored_twice(optimised: Bundle) -> None:
+    model = onnx.load(optimised.path / OPTIMISED, load_external_data=False)
+    outside = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    assert {"embed.weight", "lm_head.weight.T"} <= outside
+    assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
+        "model.onnx.data"
+    }
+    assert not optimised.damaged() and OPTIMISED in optimised.manifest.files
+    assert '"filename": "model.cpu.onnx"' in (optimised.path / "genai_config.json").read_text()
+
+
+def test_nodes_of_a_layer(optimised: Bundle) -> None:
+    """Two norms, four linear layers, two sums and the gate are 13; the rotation takes six, attention and cache three."""
+    counts = []
+    for name in ("model.onnx", OPTIMISED):
+        model = onnx.load(optimised.path / name, load_external_data=False)
+        nodes = [n for n in model.graph.node if n.name.startswith("layers.1")]
+        body = len(model.functions[0].node) - 1 if model.functions else 0
+        counts.append(len(nodes) + body)
+        assert [f.name for f in model.functions] == (["FopeRotary"] if body else [])
+    assert counts == [91, 22]
+
+
+def test_only_a_growing_cache_is_optimised(static_bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match="has a static cache"):
+        optimise(static_bundle)
+
+
+def test_a_file_that_looks_otherwise_is_refused(spoilable: Bundle) -> None:
+    model = onnx.load(spoilable.model, load_external_data=False)
+    next(n for n in model.graph.node if n.op_type == "Attention").op_type = "Attentive"
+    onnx.save(model, spoilable.model)
+    with pytest.raises(ExportError, match="is read by 0 Attention nodes"):
+        optimise(spoilable)
+    assert not list(spoilable.path.glob(".*")) and not (spoilable.path / OPTIMISED).exists()
+
+
+def test_the_command_line(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for options in ([], ["--no-optimized"]):
+        assert main(["optimize", str(spoilable.path)]) == 0
+        capsys.readouterr()
+        assert main(["run", str(spoilable.path), "--prompt-ids", "5,6", "--max-new-tokens", "5", *options]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
+def test_validation_covers_both_files(optimised: Bundle) -> None:
+    found = validate(optimised, lengths=(7, 64))
+    assert found.passed
+    names = [case.name for case in found.cases]
+    assert names[:4] == ["prefill 7", "prefill 7, optimised", "prefill 64", "prefill 64, optimised"]
+    model = onnx.load(optimised.path / OPTIMISED, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == "series.Sin")
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[1] = values[1, :, ::-1]
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, optimised.path / OPTIMISED)
+    found = validate(optimised, lengths=(7, 64))
+    assert {case.name for case in found.cases if not case.verdict.passed} >= {"prefill 7, optimised"}
+    assert all(case.verdict.passed for case in found.cases if not case.name.endswith("optimised"))
+
+
+def test_rounded_activations_cost_what_the_report_says(native: Path, tmp_path: Path) -> None:
+    exported = export(native, tmp_path / "out", ExportConfig(quantize="int4"))
+    for rounded in (True, False):
+        made = optimise(exported, int8_activations=rounded)
+        model = onnx.load(made.path / OPTIMISED, load_external_data=False)
+        levels = {a.i for n in model.graph.node for a in n.attribute if a.name == "accuracy_level"}
+        assert levels == ({4} if rounded else {1})
+        ids = np.arange(1, 60)[None]
+        logits = [
+            backend.step(feeds_for(ids), backend.empty_cache(1))[0]
+            for backend in (OptimisedOrtBackend(made), OptimisedOrtBackend(made, exact=True))
+        ]
+        assert (np.abs(logits[0] - logits[1]).max() > 1e-4) == rounded
+        assert validate(made, lengths=(7,)).passed
