@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Measure the memory of a very long prompt fed in chunks, on the shipped model in ONNX Runtime.
 
-    scripts/bench_long.py                    131,072 tokens; writes scripts/results/bench_long.json (15 minutes)
+    scripts/bench_long.py                    131,072 tokens; writes scripts/results/bench_long.json (5 minutes)
     scripts/bench_long.py --length 16384 --chunk 512
 
 The file is the optimised one, which writes its cache in place: the portable one's grows in every step by slightly
-larger blocks than the last step freed, and takes 1.7 times the bound at 16,384 tokens. What is counted is the peak above what the process held before the prompt. The
-bound is what must be there: the cache, and for attention over one chunk a score for each head, new token and slot, as
-much for its softmax, and the mask. Where both fit, a prompt fed whole gives the same logits.
+larger blocks than the last step freed, and takes 1.7 times the bound at 16,384 tokens. What is counted is the peak
+above what the process held before the prompt. The bound is what must be there: the cache, and for attention over one
+chunk a score for each head, new token and slot, as much for its softmax, and the mask. Where both fit, a prompt fed
+whole gives the same logits.
 """
 
 import argparse

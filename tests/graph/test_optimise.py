@@ -143,7 +143,7 @@ def test_the_weights_are_not_stored_twice(optimised: Bundle) -> None:
 
 
 def test_nodes_of_a_layer(optimised: Bundle) -> None:
-    """Two norms, four linear layers, two sums and the gate are 13; the rotation takes six, attention and cache three."""
+    """Two norms, four linear layers, two sums and the gate are 12; rotation, cache and attention take ten."""
     counts = []
     for name in ("model.onnx", OPTIMISED):
         model = onnx.load(optimised.path / name, load_external_data=False)
