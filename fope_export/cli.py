@@ -163,7 +163,7 @@ def _inspect_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--backend", help="onnxruntime, tensorrt or torch (default: onnxruntime)")
+    sub.add_argument("--backend", help="onnxruntime, onnxruntime-cuda, tensorrt or torch (default: onnxruntime)")
 
 
 def _size(text: str) -> tuple[str, tuple[int, ...]]:

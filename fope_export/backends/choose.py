@@ -125,6 +125,17 @@ def _trt_limits(bundle: Bundle) -> Limits:
     return limits_of(bundle)
 
 
+def _load_ort_cuda(bundle: Bundle, settings: Settings) -> Backend:
+    from fope_export.backends.ort_optimised import OptimisedOrtBackend
+
+    if OPTIMISED not in bundle.manifest.files or bundle.manifest.export.dtype != "fp16":
+        raise BackendError(
+            f"{bundle.path} has no optimised file in float16, which is what ONNX Runtime's attention takes on a GPU",
+            hint="fope-export export --dtype fp16, then fope-export optimize.",
+        )
+    return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda")
+
+
 def _load_trt(bundle: Bundle, settings: Settings) -> Backend:  # noqa: ARG001
     from fope_export.backends.trt import TrtBackend
 
@@ -147,6 +158,12 @@ def _without_ort(machine: Machine) -> str:
     return "" if installed else "onnxruntime is not installed: pip install 'fope-export[cpu]'"
 
 
+def _without_ort_cuda(machine: Machine) -> str:
+    if "onnxruntime-gpu" not in machine.packages:
+        return "onnxruntime-gpu is not installed: pip install 'fope-export[gpu]'"
+    return "" if machine.gpus else "no NVIDIA GPU found"
+
+
 def _without_trt(machine: Machine) -> str:
     refusals = [library.refusal(machine.packages) for library in LIBRARIES.values()]
     if all(refusals):
@@ -156,6 +173,7 @@ def _without_trt(machine: Machine) -> str:
 
 BACKENDS: dict[str, Row] = {
     "onnxruntime": Row("the bundle in ONNX Runtime on the CPU", _without_ort, _load_ort, _ort_limits),
+    "onnxruntime-cuda": Row("its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, _load_ort_cuda),
     "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),
     "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", _load_eager),
 }

@@ -13,6 +13,10 @@ from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, f
 from fope_export.bundle import MODEL, Bundle
 from fope_export.errors import BackendError, require
 
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -90,13 +94,22 @@ class OrtGraph:
             raise failure("run", self._path, cause) from cause
 
 
-def session_of(bundle: Bundle, name: str = MODEL, *, threads: int = 0, spoken: bool = True, exact: bool = False) -> Any:
-    """A session of the bundle's file `name`; without `spoken` it keeps warnings to itself. `exact` leaves activations
-    in the model's dtype where the file has them rounded.
+def session_of(
+    bundle: Bundle,
+    name: str = MODEL,
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    spoken: bool = True,
+    exact: bool = False,
+) -> Any:
+    """A session of the bundle's file `name` on the cpu or on cuda; without `spoken` it keeps warnings to itself.
+    `exact` leaves activations in the model's dtype where the file has them rounded.
 
-    Raises BackendError when ONNX Runtime is not there, or does not load the file.
+    Raises BackendError when ONNX Runtime is not there, does not load the file, or finds no such device.
     """
     ort = require("onnxruntime", "cpu")
+    _has(PROVIDERS[device][0], ort.get_available_providers())
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
     options.intra_op_num_threads = threads
@@ -105,9 +118,19 @@ def session_of(bundle: Bundle, name: str = MODEL, *, threads: int = 0, spoken: b
         with runnable(bundle, name) as path:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
             model = _exact(path) if exact else path
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(model, options, providers=PROVIDERS[device])
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
         raise failure("load", bundle.path / name, cause) from cause
+    _has(PROVIDERS[device][0], session.get_providers())  # without an error it falls back to another
+    return session
+
+
+def _has(provider: str, found: Sequence[str]) -> None:
+    if provider not in found:
+        raise BackendError(
+            f"ONNX Runtime has no {provider}, only {', '.join(found)}",
+            hint="pip install onnxruntime-gpu in the place of onnxruntime; it says which CUDA it needs.",
+        )
 
 
 def _exact(path: Path) -> bytes:

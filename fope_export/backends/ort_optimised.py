@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from fope_export.backends.base import Feeds, Ids, Logits, Part, empty_past, widest
 from fope_export.backends.ort import TYPES, failure, session_of
@@ -23,42 +23,52 @@ class SharedCache:
     What grows is replaced in the list, for every cache that shares it.
     """
 
-    arrays: list[NDArray[Any]]
+    tensors: list[Tensor]
     lengths: Ids  # [B]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for as many tokens in every row; what is there stays. Untouched memory costs nothing."""
-        have = self.arrays[0].shape[2]
+        """Make room for as many tokens in every row; what is there stays."""
+        have = self.tensors[0].shape[2]
         if tokens <= have:
             return
         room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
-        for i, old in enumerate(self.arrays):
-            self.arrays[i] = new = np.zeros((*old.shape[:2], room, old.shape[3]), old.dtype)
+        for i, old in enumerate(self.tensors):
+            self.tensors[i] = new = zeros((*old.shape[:2], room, old.shape[3]), old)
             new[:, :, :have] = old
 
 
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Of the dtype and on the device of `like`; on a host, what is never written takes no memory, unlike torch's."""
+    kind = np.float16 if like.dtype == torch.float16 else np.float32
+    return torch.from_numpy(np.zeros(shape, kind)).to(like.device)
+
+
 class OptimisedOrtBackend:
-    """A bundle's optimised file in ONNX Runtime on the CPU.
+    """A bundle's optimised file in ONNX Runtime.
 
     Prompts run row by row without their padding; single tokens run together, each row at its own length.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, exact: bool = False) -> None:
-        """`exact` does not round activations, if the file does, and shows that nothing else is different.
+    def __init__(self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", exact: bool = False) -> None:
+        """`device` is cpu or cuda, and caches stay on it. `exact` does not round activations, if the file does, and
+        shows that nothing else is different.
 
-        Raises BackendError when ONNX Runtime is not there, or does not load the file."""
+        Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
+        """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMISED
         self._value = require("onnxruntime", "cpu").OrtValue.ortvalue_from_numpy
         # It would warn that an input has a default value.
-        self._session = session_of(bundle, OPTIMISED, threads=threads, spoken=False, exact=exact)
+        self._session = session_of(bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact)
         types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
-        self._past, self._dtype = list(types), next(iter(types.values()))
+        self._past, self._type = list(types), next(iter(types.values()))
         self._present = [port.name for port in self._session.get_outputs() if port.name != LOGITS]
+        self._device, self._like = device, torch.from_numpy(np.zeros(0, self._type)).to(device)
 
     def empty_cache(self, batch: int, room: int = 0) -> SharedCache:
-        shapes = empty_past(self._manifest, batch)
-        cache = SharedCache([np.zeros(shape, self._dtype) for shape in shapes.values()], np.zeros(batch, np.int64))
+        shapes = empty_past(self._manifest, batch).values()
+        tensors = [zeros(shape, self._like) for shape in shapes]
+        cache = SharedCache(tensors, np.zeros(batch, np.int64))
         cache.reserve(room)
         return cache
 
@@ -66,15 +76,15 @@ class OptimisedOrtBackend:
         cache = self.empty_cache(len(parts), max(room, widest(parts)))
         for row, part in enumerate(parts):
             cache.lengths[row] = count = part.end - part.start
-            for array, source in zip(cache.arrays, part.cache.arrays, strict=True):
-                array[row, :, :count] = source[part.row, :, :count]
+            for tensor, source in zip(cache.tensors, part.cache.tensors, strict=True):
+                tensor[row, :, :count] = source[part.row, :, :count]
         return cache
 
     def step(self, feeds: Feeds, cache: SharedCache, *, last: bool = False) -> tuple[Logits, SharedCache]:
         batch, new = feeds.input_ids.shape
         real = feeds.attention_mask[:, -new:] != 0
         counts = real.sum(axis=1)
-        past = feeds.attention_mask[:, :-new].astype(bool).sum(axis=1)
+        past = (feeds.attention_mask[:, :-new] != 0).sum(axis=1)
         if (past != cache.lengths).any() or (np.diff(real.astype(int), axis=1) < 0).any():
             raise BackendError(
                 "the attention mask does not fit the cache",
@@ -82,29 +92,29 @@ class OptimisedOrtBackend:
             )
         cache.reserve(int((past + counts).max()))
         if new == 1 and counts.all():
-            logits = self._run(feeds.input_ids, feeds.position_ids, past, cache.arrays, 1)
+            logits = self._run(feeds.input_ids, feeds.position_ids, past, cache.tensors, 1)
         else:
             logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
             for row, count in enumerate(counts):
                 if count:
                     kept = 1 if last else count
                     ids, positions = (x[row : row + 1, new - count :] for x in (feeds.input_ids, feeds.position_ids))
-                    views = [array[row : row + 1] for array in cache.arrays]
-                    logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], views, kept)
-        return logits, SharedCache(cache.arrays, past + counts)
+                    tensors = [tensor[row : row + 1] for tensor in cache.tensors]
+                    logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], tensors, kept)
+        return logits, SharedCache(cache.tensors, past + counts)
 
-    def _run(self, ids: Ids, positions: Ids, past: Ids, arrays: list[NDArray[Any]], kept: int) -> Logits:
-        """Rows of equally many new tokens [B, S], each after `past` [B] others, whose arrays are written."""
+    def _run(self, ids: Ids, positions: Ids, past: Ids, tensors: list[Tensor], kept: int) -> Logits:
+        """Rows of equally many new tokens [B, S], each after `past` [B] others, whose keys and values are written."""
         totals = past + ids.shape[1]
         mask = (np.arange(totals.max()) < totals[:, None]).astype(np.int64)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, KEPT: np.array([kept])}
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
-        for past_name, present_name, array in zip(self._past, self._present, arrays, strict=True):
-            shared = self._value(array)
-            binding.bind_ortvalue_input(past_name, shared)
-            binding.bind_ortvalue_output(present_name, shared)
+        for past_name, present_name, tensor in zip(self._past, self._present, tensors, strict=True):
+            place = (self._device, 0, self._type, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(past_name, *place)
+            binding.bind_output(present_name, *place)
         binding.bind_output(LOGITS)
         try:
             self._session.run_with_iobinding(binding)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from fope_export.backends.base import Feeds, feeds_for
-from fope_export.backends.choose import Settings, load_backend
+from fope_export.backends.choose import BACKENDS, Settings, load_backend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import OPTIMISED, Bundle
 from fope_export.cli import main
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_portable_file(pair: tuple[Any, Any], steps: tup
     assert isinstance(pair[1], OptimisedOrtBackend)
     rng = np.random.default_rng(0)
     ids, mask = pad_left([list(rng.integers(1, 256, count)) for count in (40, 7, 23)])
-    half = pair[1]._dtype == np.float16
+    half = pair[1]._type == np.float16
     for last in (False, True):
         wanted, got = both(pair, feeds_for(ids, mask), steps, last=last)
         assert wanted.shape == got.shape
@@ -73,7 +73,7 @@ def test_logits_are_those_of_the_portable_file(pair: tuple[Any, Any], steps: tup
 
 
 def test_tokens_stay_when_prompts_share_and_take_turns(pair: tuple[Any, Any]) -> None:
-    if pair[1]._dtype == np.float16:
+    if pair[1]._type == np.float16:
         pytest.skip("in float16 a tie may fall either way")
     prefix = list(range(1, 30))
     prompts = [[*prefix, 5], [*prefix, 9, 8, 7], [*prefix, *range(60, 90)], [*prefix, 11, 12]]
@@ -89,12 +89,12 @@ def test_a_cache_grows_and_is_written_in_place(pair: tuple[Any, Any]) -> None:
     backend = pair[1]
     ids = np.ones((1, 300), np.int64)
     cache = backend.empty_cache(1, 64)
-    assert cache.arrays[0].shape[2] == 256
+    assert cache.tensors[0].shape[2] == 256
     _, filled = backend.step(feeds_for(ids[:, :100]), cache)
-    assert filled.arrays is cache.arrays and filled.lengths.tolist() == [100]
+    assert filled.tensors is cache.tensors and filled.lengths.tolist() == [100]
     _, grown = backend.step(feeds_for(ids[:, 100:], np.ones((1, 300), np.int64)), filled)
-    assert grown.arrays[0].shape[2] == 512 and grown.lengths.tolist() == [300]
-    assert grown.arrays[0][0, :, :300].any(axis=(0, 2)).all() and not grown.arrays[0][:, :, 300:].any()
+    assert grown.tensors[0].shape[2] == 512 and grown.lengths.tolist() == [300]
+    assert grown.tensors[0][0, :, :300].any(2).any(0).all() and not grown.tensors[0][:, :, 300:].any()
 
 
 def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> None:
@@ -107,6 +107,14 @@ def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> 
 @pytest.fixture
 def optimised(spoilable: Bundle) -> Bundle:
     return optimise(spoilable)
+
+
+def test_a_gpu_that_is_not_there(optimised: Bundle) -> None:
+    with pytest.raises(BackendError, match="ONNX Runtime has no CUDAExecutionProvider, only") as caught:
+        OptimisedOrtBackend(optimised, device="cuda")
+    assert "onnxruntime-gpu" in caught.value.hint
+    with pytest.raises(BackendError, match="no optimised file in float16"):
+        BACKENDS["onnxruntime-cuda"].load(optimised, Settings())
 
 
 def session(bundle: Bundle) -> onnxruntime.InferenceSession:
