@@ -23,12 +23,15 @@ class OrtBackend:
     shows that the graph is right, and not what bfloat16 rounds.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
+    def __init__(self, bundle: Bundle, *, exact: bool = False) -> None:
+        """`exact` takes the rounding of inputs out of a calibrated bundle.
+
+        Raises BackendError when ONNX Runtime is not there, or does not load the file.
+        """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self._ort = require("onnxruntime", "cpu")
         self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
-        self._session = _session(bundle)
+        self._session = _session(bundle, exact=exact)
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
 
@@ -76,12 +79,13 @@ class OrtGraph:
             raise _error("run", self._path, cause) from cause
 
 
-def _session(bundle: Bundle) -> Any:
+def _session(bundle: Bundle, *, exact: bool = False) -> Any:
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # kernels for int8 saturate on some processors
     try:
-        with runnable(bundle) as path:
+        with runnable(bundle, exact=exact) as path:
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
         raise _error("load", bundle.model, cause) from cause
@@ -93,12 +97,15 @@ def _error(what: str, path: Path, cause: Exception) -> BackendError:
 
 
 @contextmanager
-def runnable(bundle: Bundle) -> Iterator[Path]:
-    """The bundle's model, or the float32 copy of a bfloat16 one, for as long as a session loads it."""
-    if bundle.manifest.export.dtype != "bf16":
+def runnable(bundle: Bundle, *, exact: bool = False) -> Iterator[Path]:
+    """The bundle's model, the float32 copy of a bfloat16 one, or one with exact inputs, while a session loads it."""
+    wide = bundle.manifest.export.dtype == "bf16"
+    if not (wide or exact):
         yield bundle.model
         return
-    from fope_export.graph.passes import widened
+    from fope_export.graph.passes import Widen, rewritten
+    from fope_export.graph.qdq import ExactInputs
 
+    edits = [*([Widen()] if wide else []), *([ExactInputs()] if exact else [])]
     with TemporaryDirectory(prefix="fope-export-") as folder:
-        yield widened(bundle.model, Path(folder) / MODEL)
+        yield rewritten(bundle.model, Path(folder) / MODEL, edits)

@@ -148,7 +148,12 @@ def _eager_outputs(model: nn.Module, run: Callable[[], object], values: dict[str
 
 def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArray[Any]]) -> Outputs:
     """The same values from the bundle's graph, through Polygraphy's runner."""
-    with runnable(bundle) as model, _with_outputs(model, names) as path, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    exact = bundle.manifest.export.calibrated
+    with (
+        runnable(bundle, exact=exact) as model,
+        _with_outputs(model, names) as path,
+        G_LOGGER.verbosity(G_LOGGER.CRITICAL),
+    ):
         session = SessionFromOnnx(str(path), providers=["CPUExecutionProvider"])
         with OnnxrtRunner(session) as runner:
             return dict(runner.infer(dict(inputs), check_inputs=False))
