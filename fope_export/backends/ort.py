@@ -80,15 +80,22 @@ class OrtGraph:
 
 
 def _session(bundle: Bundle, *, exact: bool = False) -> Any:
+    try:
+        with runnable(bundle, exact=exact) as path:
+            return session_of(path)
+    except BackendError:
+        raise
+    except Exception as cause:  # ONNX Runtime's errors share no base class of their own
+        raise _error("load", bundle.model, cause) from cause
+
+
+def session_of(path: Path) -> Any:
+    """A session on the CPU, with every bundle's settings. Raises what ONNX Runtime raises."""
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # kernels for int8 saturate on some processors
-    try:
-        with runnable(bundle, exact=exact) as path:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-        raise _error("load", bundle.model, cause) from cause
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _error(what: str, path: Path, cause: Exception) -> BackendError:

@@ -41,7 +41,7 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
 
     They are measured in float32 on a copy of `model`, one window at a time.
 
-    Raises BackendError without Model Optimizer, and ExportError where a range is not finite.
+    Raises BackendError without Model Optimizer, and ExportError where values are not finite.
     """
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # that parts which are not used here are not installed
@@ -52,15 +52,14 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
                 positions = torch.arange(ids.shape[1])[None]
                 calibrated(ids, torch.ones_like(ids), positions, calibrated.empty_cache(1))
 
-        with torch.no_grad():
-            recipe = getattr(optimizer, RECIPES[kind])
-            measured = optimizer.quantize(copy.deepcopy(model).float(), recipe, forward_loop=run)
+        recipe = getattr(optimizer, RECIPES[kind])
+        try:
+            with torch.no_grad():
+                measured = optimizer.quantize(copy.deepcopy(model).float(), recipe, forward_loop=run)
+        except AssertionError as cause:  # how it refuses what is not finite
+            raise ExportError(f"Model Optimizer cannot calibrate the model: {cause}", hint=HINT) from cause
     found = {name: _ranges(part) for name, part in measured.named_modules() if isinstance(part, nn.Linear)}
-    ranges = {name: each for name, each in found.items() if each}
-    for name, each in ranges.items():
-        if not (np.isfinite(each.inputs) and np.isfinite(each.weight).all()):
-            raise ExportError(f"the inputs of {name} are not finite on the calibration text", hint=HINT)
-    return ranges
+    return {name: each for name, each in found.items() if each}
 
 
 def _ranges(layer: Any) -> Ranges | None:

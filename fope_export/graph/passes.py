@@ -39,7 +39,7 @@ class TransposeWeights(InPlacePass):
             node.outputs[0].replace_all_uses_with(graph.initializers[name])
             graph.remove(node, safe=True)
             made = True
-        _drop_unused(graph)
+        drop_unused(graph)
         return PassResult(model, made)
 
 
@@ -54,7 +54,8 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
 
 
-def _drop_unused(graph: ir.Graph) -> bool:
+def drop_unused(graph: ir.Graph) -> bool:
+    """Remove initializers that nothing reads; whether there were any."""
     unused = [name for name, value in graph.initializers.items() if not value.uses()]
     for name in unused:
         graph.initializers.pop(name)
@@ -123,7 +124,7 @@ class ShareSpectra(InPlacePass):
                     assert value is not None and value.const_value is not None
                     key = port, value.const_value.tobytes()
                     node.replace_input_with(port, first.setdefault(key, value))
-        return PassResult(model, modified=_drop_unused(model.graph))
+        return PassResult(model, modified=drop_unused(model.graph))
 
 
 class NameNodes(InPlacePass):

@@ -16,6 +16,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from fope_export.errors import require
 from fope_export.graph.calibration import Ranges
+from fope_export.graph.passes import drop_unused
 from fope_export.graph.quantise import Quantised, Rounding, array_of, initializer, linear_weight
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
         return small
 
     def half_a_step(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How far rounding may have moved what became `values`, and a little more. E4M3 has 3 bits, and 2^-9 at best."""
+        """How far rounding may have moved what became `values`, and a little more. E4M3 has 3 bits, down to 2^-9."""
         whole = self.dtype == ir.DataType.INT8
         return 0.51 * (np.ones_like(values) if whole else np.maximum(np.abs(values) / 8, 2**-9))
 
@@ -115,14 +116,17 @@ def _rounded(tensor: ir.TensorProtocol, steps: NDArray[np.float32], grid: Grid) 
 
 
 def _layers(model: ir.Model) -> Iterator[tuple[str, tuple[ir.Node, ir.Node]]]:
-    """Modules with the QuantizeLinear of their input and the DequantizeLinear of their weight."""
+    """Modules with the QuantizeLinear of their input and the DequantizeLinear of their weight.
+
+    One whose input is divided by one scale and multiplied by another is none of them.
+    """
     for node in model.graph:
         made = [value.producer() if value else None for value in node.inputs] if node.op_type == "MatMul" else []
         match made:
             case [ir.Node(op_type="DequantizeLinear") as back, ir.Node(op_type="DequantizeLinear") as weight]:
                 small = back.inputs[0].producer() if back.inputs[0] else None
-                assert node.name and small is not None
-                yield node.name.rpartition("/")[0], (small, weight)
+                if node.name and small is not None and small.inputs[1] is back.inputs[1]:
+                    yield node.name.rpartition("/")[0], (small, weight)
 
 
 class ExactInputs(InPlacePass):
@@ -136,6 +140,7 @@ class ExactInputs(InPlacePass):
             assert x is not None
             back.outputs[0].replace_all_uses_with(x)
             model.graph.remove([back, small], safe=True)
+        drop_unused(model.graph)
         return PassResult(model, modified=bool(found))
 
 

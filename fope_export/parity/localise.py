@@ -12,14 +12,14 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from polygraphy.backend.onnx import modify_outputs
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from fope_export.backends.base import Feeds
 from fope_export.backends.eager import EagerBackend, in_numpy
-from fope_export.backends.ort import runnable
+from fope_export.backends.ort import runnable, session_of
 from fope_export.bundle import Bundle
 from fope_export.fope.contract import DOMAIN
 from fope_export.fope.replace import rotaries
@@ -153,10 +153,9 @@ def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArr
         runnable(bundle, exact=exact) as model,
         _with_outputs(model, names) as path,
         G_LOGGER.verbosity(G_LOGGER.CRITICAL),
+        OnnxrtRunner(session_of(path)) as runner,
     ):
-        session = SessionFromOnnx(str(path), providers=["CPUExecutionProvider"])
-        with OnnxrtRunner(session) as runner:
-            return dict(runner.infer(dict(inputs), check_inputs=False))
+        return dict(runner.infer(dict(inputs), check_inputs=False))
 
 
 @contextmanager

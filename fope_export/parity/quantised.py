@@ -1,4 +1,4 @@
-"""What quantised weights cost, beside the checkpoint; and the checkpoint with the weights that the file holds."""
+"""What quantisation costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +49,11 @@ class Cost:
     """Weights further from the checkpoint's than rounding to the nearest step explains."""
 
     @property
+    def what(self) -> str:
+        """What is quantised, in words."""
+        return f"{self.kind} {'weights and inputs' if self.kind.endswith('-qdq') else 'weights'}"
+
+    @property
     def growth(self) -> float | None:
         """Of the perplexity, as a share of it."""
         return self.quantised / self.perplexity - 1 if self.quantised and self.perplexity else None
@@ -89,15 +94,17 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
 
 
 def place_weights(bundle: Bundle, model: Decoder) -> None:
-    """Give the linear layers of `model` the weights that the bundle's integers stand for.
+    """Give the linear layers of `model` the weights that the bundle's small numbers stand for.
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
+    precision = getattr(torch, bundle.manifest.export.precision)
     for found in _layers(bundle):
-        layer = _layer(model, found.module)
+        layer, weight = _layer(model, found.module), torch.from_numpy(found.weight)
+        if found.rounding:  # DequantizeLinear puts out the export's dtype; MatMulNBits multiplies by more digits
+            weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
-        weight = torch.from_numpy(found.weight).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
 
 
 def round_inputs(bundle: Bundle, model: Decoder) -> None:

@@ -44,6 +44,8 @@ class CaseResult:
     steps: int
     compared: int
     verdict: Verdict
+    rounded: bool = False
+    """Whether linear layers rounded their inputs here, other than in the other cases."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _round(
     rounding = Yardstick(EagerBackend(model), yardstick.double)
     if not isinstance(tested, OrtBackend):
         return [], rounding, tested
-    compared = replace(rounding.compare(case, tested), name=f"{case.name}, inputs rounded")
+    compared = replace(rounding.compare(case, tested), name=f"{case.name}, inputs rounded", rounded=True)
     return [compared], yardstick, OrtBackend(bundle, exact=True)
 
 
