@@ -81,7 +81,15 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
     sub.add_argument(
-        "--quantize", choices=("int4", "int8"), help="the linear layers' weights, for ONNX Runtime (default: not)"
+        "--quantize",
+        choices=("int4", "int8", "int8-qdq", "fp8-qdq"),
+        help="linear layers: weights, for ONNX Runtime; with -qdq weights and inputs, for TensorRT (default: not)",
+    )
+    sub.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text, or ids as .npy or .json, for -qdq (default: Python's own)",
     )
 
 
@@ -230,7 +238,9 @@ def export(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ExportConfig.__struct_fields__}
     config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
     with stages("export") as report:
-        bundle = export_bundle(args.checkpoint, args.out, config, report=report, progress=report.progress)
+        bundle = export_bundle(
+            args.checkpoint, args.out, config, calibration=args.calibration, report=report, progress=report.progress
+        )
     if args.json:
         _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     else:

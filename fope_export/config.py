@@ -146,16 +146,17 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     capacity: Count | None = None
     extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training
     extend_to: Count | None = None  # tokens
-    quantize: Literal["int4", "int8"] | None = None  # the linear layers' weights, in blocks of 32; for ONNX Runtime
+    # The linear layers' weights, in blocks of 32, for ONNX Runtime; or (-qdq) their weights and calibrated inputs.
+    quantize: Literal["int4", "int8", "int8-qdq", "fp8-qdq"] | None = None
     fold_padding: bool = False  # leave padded channel pairs unrotated, their constant in the q and k projections
 
     def __post_init__(self) -> None:
         super().__post_init__()
         static = self.cache == "static"
-        if self.quantize and self.dtype == "bf16":
+        if self.quantize and not self.calibrated and self.dtype == "bf16":
             raise ConfigError(
                 f"quantize is {self.quantize} and dtype is bf16, but ONNX Runtime has no such product in bf16",
-                hint="Choose dtype fp32 or fp16.",
+                hint="Choose dtype fp32 or fp16, or quantize int8-qdq or fp8-qdq.",
             )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
@@ -163,6 +164,11 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
             raise ConfigError("extend_to says how far, and not how", hint="Choose pi or yarn for extend.")
         if self.capacity and not static:
             raise ConfigError("a dynamic cache has no capacity", hint="Ask for a static cache, or leave it out.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether linear layers round their inputs too, by QuantizeLinear and DequantizeLinear."""
+        return self.quantize in ("int8-qdq", "fp8-qdq")
 
     @property
     def precision(self) -> str:
@@ -173,7 +179,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     def described(self) -> str:
         """In a few words."""
         room = f" of {self.capacity} tokens" if self.capacity else ""
-        weights = f", {self.quantize} weights" if self.quantize else ""
+        rounded = "layers" if self.calibrated else "weights"
+        weights = f", {self.quantize} {rounded}" if self.quantize else ""
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
         folded = ", padding folded" if self.fold_padding else ""
         return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}"

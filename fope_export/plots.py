@@ -56,7 +56,7 @@ def error_figure(result: ParityResult, training_length: int | None) -> Figure:
 
 def draw_error(axes: Axes, result: ParityResult, training_length: int | None) -> None:
     """`error_figure` on given axes."""
-    rows = sorted(result.cases, key=lambda case: case.length)
+    rows = sorted((case for case in result.cases if not case.rounded), key=lambda case: case.length)
     lengths = [case.length for case in rows]
     limit = [case.verdict.limits["relative"] for case in rows]
     axes.fill_between(lengths, limit, 1e-12, color=GREEN, alpha=0.08, lw=0)

@@ -188,9 +188,9 @@ def cost_line(result: ParityResult) -> str:
         return ""
     kl = f"mean KL divergence {short(cost.kl)} nats"
     if cost.growth is None:
-        return f"{cost.kind} weights: {kl} on {cost.tokens:,} random tokens"
+        return f"{cost.what}: {kl} on {cost.tokens:,} random tokens"
     return (
-        f"{cost.kind} weights: perplexity {cost.perplexity:.4f} becomes {cost.quantised:.4f} ({cost.growth:+.2%}, "
+        f"{cost.what}: perplexity {cost.perplexity:.4f} becomes {cost.quantised:.4f} ({cost.growth:+.2%}, "
         f"allowed {cost.limit:+.1%}), {kl}, on {cost.tokens:,} bytes of held-out Python"
     )
 

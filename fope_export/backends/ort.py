@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 
 from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import MODEL, Bundle
@@ -28,15 +27,16 @@ class OrtBackend:
     shows that the graph is right, and not what bfloat16 rounds.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
-        """`threads` compute one operator; 0 are as many as there are cores.
+    def __init__(self, bundle: Bundle, *, threads: int = 0, exact: bool = False) -> None:
+        """`threads` compute one operator; 0 are as many as there are cores. `exact` takes the rounding of inputs out of
+        a calibrated bundle.
 
         Raises BackendError when ONNX Runtime is not there, or does not load the file.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self._ort = require("onnxruntime", "cpu")
         self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
-        self._session = session_of(bundle, threads=threads)
+        self._session = session_of(bundle, threads=threads, exact=exact)
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
 
@@ -104,23 +104,29 @@ def session_of(
     exact: bool = False,
 ) -> Any:
     """A session of the bundle's file `name` on the cpu or on cuda; without `spoken` it keeps warnings to itself.
-    `exact` leaves activations in the model's dtype where the file has them rounded.
+    `exact` leaves the inputs of products as they are where the file has them rounded.
 
     Raises BackendError when ONNX Runtime is not there, does not load the file, or finds no such device.
     """
+    try:
+        with runnable(bundle, name, exact=exact) as path:
+            return open_session(path, threads=threads, device=device, spoken=spoken)
+    except BackendError:
+        raise
+    except Exception as cause:  # ONNX Runtime's errors share no base class of their own
+        raise failure("load", bundle.path / name, cause) from cause
+
+
+def open_session(path: Path, *, threads: int = 0, device: str = "cpu", spoken: bool = True) -> Any:
+    """A session of any file, as of a bundle's. Raises BackendError without the device, and what ONNX Runtime raises."""
     ort = require("onnxruntime", "cpu")
     _has(PROVIDERS[device][0], ort.get_available_providers())
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # kernels for int8 saturate on some processors
     options.intra_op_num_threads = threads
     options.log_severity_level = -1 if spoken else 3
-    try:
-        with runnable(bundle, name) as path:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-            model = _exact(path) if exact else path
-            session = ort.InferenceSession(model, options, providers=PROVIDERS[device])
-    except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-        raise failure("load", bundle.path / name, cause) from cause
+    session = ort.InferenceSession(path, options, providers=PROVIDERS[device])
     _has(PROVIDERS[device][0], session.get_providers())  # without an error it falls back to another
     return session
 
@@ -133,17 +139,6 @@ def _has(provider: str, found: Sequence[str]) -> None:
         )
 
 
-def _exact(path: Path) -> bytes:
-    """The model file, its products with activations that are not rounded."""
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    edited: bytes = model.SerializeToString()
-    return edited
-
-
 def failure(what: str, path: Path, cause: Exception) -> BackendError:
     """What ONNX Runtime said when it could not load or run a file."""
     reason = " ".join(str(cause).split())
@@ -151,12 +146,18 @@ def failure(what: str, path: Path, cause: Exception) -> BackendError:
 
 
 @contextmanager
-def runnable(bundle: Bundle, name: str = MODEL) -> Iterator[Path]:
-    """The bundle's file `name`, or the float32 copy of a bfloat16 one, for as long as a session loads it."""
-    if bundle.manifest.export.dtype != "bf16":
+def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Iterator[Path]:
+    """The bundle's file `name`, the float32 copy of a bfloat16 one, or one whose products do not round their inputs,
+    while a session loads it.
+    """
+    wide = bundle.manifest.export.dtype == "bf16"
+    if not (wide or exact):
         yield bundle.path / name
         return
-    from fope_export.graph.passes import widened
+    from fope_export.graph.passes import Widen, rewritten
+    from fope_export.graph.qdq import ExactInputs
+    from fope_export.graph.quantise import EXACT, Products
 
+    edits = [*([Widen()] if wide else []), *([ExactInputs(), Products(EXACT)] if exact else [])]
     with TemporaryDirectory(prefix="fope-export-") as folder:
-        yield widened(bundle.path / name, Path(folder) / MODEL)
+        yield rewritten(bundle.path / name, Path(folder) / MODEL, edits)

@@ -33,10 +33,15 @@ def build(
     """
     config, manifest = config or BuildConfig(), bundle.manifest
     ranges = profiles.make_profiles(config, manifest)
-    if manifest.export.quantize:
+    if manifest.export.quantize and not manifest.export.calibrated:
         raise ConfigError(
             f"{bundle.path} has {manifest.export.quantize} weights for an operator that only ONNX Runtime has",
-            hint="Export without --quantize, with --dtype fp16, and build from that.",
+            hint="Export with --quantize int8-qdq or fp8-qdq, or without and with --dtype fp16, and build from that.",
+        )
+    if manifest.export.quantize == "fp8-qdq" and (older := [n for n in config.architectures if int(n[2:]) < 89]):
+        raise ConfigError(
+            f"{', '.join(older)} has no float8, which {bundle.path} multiplies in",
+            hint="Build with --target tensorrt-rtx:sm89,sm120, or export with --quantize int8-qdq for it.",
         )
     if manifest.export.dtype == "bf16" and "sm75" in config.architectures:
         raise ConfigError("sm75 has no bfloat16", hint="Export with --dtype fp16 for it, or leave it out.")

@@ -31,9 +31,11 @@ from fope_export.bundle import (
     creating,
 )
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.errors import ExportError
+from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
+from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
+from fope_export.graph.qdq import InsertQdq
 from fope_export.graph.quantise import QuantiseWeights
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
@@ -50,15 +52,18 @@ def export(
     out: str | Path,
     config: ExportConfig | None = None,
     *,
+    calibration: Path | None = None,
     report: Callable[[str], None] = lambda stage: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
     A bundle that stands there is replaced; the same checkpoint gives the same bytes. `report` is told each stage, and
-    `progress` the bytes of weights that are written, and of all.
+    `progress` the bytes of weights that are written, and of all. `calibration` is a file with text or token ids for
+    int8-qdq and fp8-qdq, in place of Python's standard library.
 
-    Raises CheckpointError, ConfigError, BundleError or ExportError; then `out` is as it was.
+    Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantiser is not installed;
+    then `out` is as it was.
     """
     out = Path(out)
     check_target(out)
@@ -67,8 +72,9 @@ def export(
     config = (config or ExportConfig()).resolved(source.config.training_length)
     decoder = source.model.as_exported(config)
     require_space(out, sum(parameter.nbytes for parameter in decoder.parameters()))
+    ranges = _ranges(source, decoder, config, calibration, report)
     report("tracing and translating")
-    model = to_onnx(decoder, config)
+    model = to_onnx(decoder, config, ranges)
     with creating(out) as folder:
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
         save(model, folder / MODEL, progress)
@@ -80,6 +86,23 @@ def export(
         check(folder / MODEL)
         manifest = complete(folder, _manifest(source, config, model))
     return Bundle(out, manifest)
+
+
+def _ranges(
+    source: Checkpoint, decoder: Decoder, config: ExportConfig, file: Path | None, report: Callable[[str], None]
+) -> dict[str, Ranges]:
+    """What calibration finds, where the config asks for it."""
+    if not (config.quantize and config.calibrated):
+        if file:
+            raise ConfigError(
+                f"{file} calibrates nothing", hint="Choose quantize int8-qdq or fp8-qdq, or leave it out."
+            )
+        return {}
+    report("calibrating")
+    known = source.model.config
+    return calibrate(
+        decoder, config.quantize, calibration_windows(source.path, file, known.vocab_size, known.training_length)
+    )
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -154,10 +177,11 @@ def _port(value: ir.Value) -> Port:
     return Port(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
 
 
-def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
+def to_onnx(model: Decoder, config: ExportConfig, ranges: Mapping[str, Ranges] | None = None) -> ir.Model:
     """The decoder as an ONNX model with the contract's names, symbolic in batch, sequence and past.
 
-    Weights stay where `model` has them; they are read when the result is saved, or here if they are to be quantised.
+    Weights stay where `model` has them; they are read when the result is saved, or here if only they are to be
+    quantised. `ranges` are those of `calibrate`.
     """
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]
@@ -165,7 +189,8 @@ def to_onnx(model: Decoder, config: ExportConfig) -> ir.Model:
         program = trace(model, config.capacity or 0)
         finished = lower(program, config, inputs, outputs, _dimensions)
     if config.quantize:
-        QuantiseWeights(config.quantize)(finished)
+        quantiser = InsertQdq(config.quantize, ranges or {}) if config.calibrated else QuantiseWeights(config.quantize)
+        quantiser(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(

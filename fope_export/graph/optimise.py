@@ -24,15 +24,13 @@ from fope_export.fope import contract
 from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.passes import NUMBERS
-from fope_export.graph.quantise import OPERATOR
+from fope_export.graph.quantise import INT8, OPERATOR, Products
 
 MICROSOFT = "com.microsoft"
 KEPT = "logits_to_keep"
 """Input, int64 [1]: of how many of each row's last tokens logits are wanted. Who does not give it gets one."""
 CAPACITY = "capacity"
 """A cache's room for tokens."""
-INT8 = 4
-"""The accuracy_level of MatMulNBits that rounds activations to 8 bits, each block with a scale of its own."""
 NOWHERE = 1 << 40
 """An index that no axis has."""
 
@@ -304,16 +302,6 @@ def _extent(value: ir.Value | None, axis: int) -> int:
     return size
 
 
-class Int8Activations(InPlacePass):
-    """Have MatMulNBits round its activations to 8 bits too, which is several times faster."""
-
-    def call(self, model: ir.Model) -> PassResult:
-        for node in model.graph:
-            if node.op_type == OPERATOR:
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", INT8)
-        return PassResult(model, modified=True)
-
-
 def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     """Add the optimised file to a decoder's bundle, and have ONNX Runtime GenAI load it.
 
@@ -329,7 +317,7 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
         )
     passes: list[InPlacePass] = [Optimise(), TopologicalSortPass(), RemoveUnusedNodesPass()]
     if int8_activations and export.quantize:
-        passes.append(Int8Activations())
+        passes.append(Products(INT8))
     try:
         model = Sequential(*passes, ShapeInferencePass())(ir.load(bundle.model)).model
     except PassError as cause:

@@ -3,13 +3,13 @@
 import ast
 import os.path
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Sequential
 
 from fope_export.fope import contract
 from fope_export.graph.translation import function
@@ -39,7 +39,7 @@ class TransposeWeights(InPlacePass):
             node.outputs[0].replace_all_uses_with(graph.initializers[name])
             graph.remove(node, safe=True)
             made = True
-        _drop_unused(graph)
+        drop_unused(graph)
         return PassResult(model, made)
 
 
@@ -54,7 +54,8 @@ def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
 
 
-def _drop_unused(graph: ir.Graph) -> bool:
+def drop_unused(graph: ir.Graph) -> bool:
+    """Remove initializers that nothing reads; whether there were any."""
     unused = [name for name, value in graph.initializers.items() if not value.uses()]
     for name in unused:
         graph.initializers.pop(name)
@@ -95,7 +96,7 @@ class Widen(InPlacePass):
                     partial(_as_float32, tensor), wide, ir.Shape(tensor.shape.numpy()), name=tensor.name
                 )
         for node in graph:
-            for name in ("to", "compute_dtype"):
+            for name in ("to", "compute_dtype", "output_dtype"):
                 if name in node.attributes and node.attributes[name].as_int() == narrow:
                     node.attributes[name] = ir.AttrInt64(name, wide)
         return PassResult(model, modified=True)
@@ -105,9 +106,9 @@ def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
-def widened(model: Path, copy: Path) -> Path:
-    """Write the bfloat16 `model` to `copy` with float32 in place of bfloat16: the same numbers in twice the space."""
-    ir.save(Widen()(ir.load(model)).model, copy, external_data=f"{copy.name}.data")
+def rewritten(model: Path, copy: Path, edits: Sequence[InPlacePass]) -> Path:
+    """Write `model` to `copy` after some passes, with all its numbers."""
+    ir.save(Sequential(*edits)(ir.load(model)).model, copy, external_data=f"{copy.name}.data")
     return copy
 
 
@@ -123,7 +124,7 @@ class ShareSpectra(InPlacePass):
                     assert value is not None and value.const_value is not None
                     key = port, value.const_value.tobytes()
                     node.replace_input_with(port, first.setdefault(key, value))
-        return PassResult(model, modified=_drop_unused(model.graph))
+        return PassResult(model, modified=drop_unused(model.graph))
 
 
 class NameNodes(InPlacePass):

@@ -12,14 +12,14 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from polygraphy.backend.onnx import modify_outputs
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from fope_export.backends.base import Feeds
 from fope_export.backends.eager import EagerBackend, in_numpy
-from fope_export.backends.ort import runnable
+from fope_export.backends.ort import open_session, runnable
 from fope_export.bundle import Bundle
 from fope_export.fope.contract import DOMAIN
 from fope_export.fope.replace import rotaries
@@ -148,10 +148,14 @@ def _eager_outputs(model: nn.Module, run: Callable[[], object], values: dict[str
 
 def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArray[Any]]) -> Outputs:
     """The same values from the bundle's graph, through Polygraphy's runner."""
-    with runnable(bundle) as model, _with_outputs(model, names) as path, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        session = SessionFromOnnx(str(path), providers=["CPUExecutionProvider"])
-        with OnnxrtRunner(session) as runner:
-            return dict(runner.infer(dict(inputs), check_inputs=False))
+    exact = bundle.manifest.export.calibrated
+    with (
+        runnable(bundle, exact=exact) as model,
+        _with_outputs(model, names) as path,
+        G_LOGGER.verbosity(G_LOGGER.CRITICAL),
+        OnnxrtRunner(open_session(path)) as runner,
+    ):
+        return dict(runner.infer(dict(inputs), check_inputs=False))
 
 
 @contextmanager

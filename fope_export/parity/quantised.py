@@ -1,23 +1,26 @@
-"""What quantised weights cost, beside the checkpoint; and the checkpoint with the weights that the file holds."""
+"""What quantisation costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fope_export.backends.base import Backend, Ids, feeds_for
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.errors import BackendError, BundleError
-from fope_export.graph.quantise import quantised_weights
+from fope_export.graph.qdq import rounded_layers
+from fope_export.graph.quantise import Quantised, Rounding, quantised_weights
 from fope_export.model.decoder import Decoder
 from fope_export.parity.judge import Floats, divergence, log_softmax
 from fope_export.tokens import Text
 
-LIMITS = {"int4": 0.03, "int8": 0.005}
+LIMITS = {"int4": 0.03, "int8": 0.005, "int8-qdq": 0.02, "fp8-qdq": 0.01}
 """How much of itself a text's perplexity may grow by."""
 SCORED = 1 << 14
 """Bytes of held-out text that the cost is taken on, where the vocabulary is bytes."""
@@ -44,6 +47,11 @@ class Cost:
     """The same with the bundle."""
     strays: tuple[str, ...]
     """Weights further from the checkpoint's than rounding to the nearest step explains."""
+
+    @property
+    def what(self) -> str:
+        """What is quantised, in words."""
+        return f"{self.kind} {'weights and inputs' if self.kind.endswith('-qdq') else 'weights'}"
 
     @property
     def growth(self) -> float | None:
@@ -86,19 +94,40 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
 
 
 def place_weights(bundle: Bundle, model: Decoder) -> None:
-    """Give the linear layers of `model` the weights that the bundle's integers stand for.
+    """Give the linear layers of `model` the weights that the bundle's small numbers stand for.
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
-    for found in quantised_weights(bundle.model):
-        layer = _layer(model, found.module)
+    precision = getattr(torch, bundle.manifest.export.precision)
+    for found in _layers(bundle):
+        layer, weight = _layer(model, found.module), torch.from_numpy(found.weight)
+        if found.rounding:  # DequantizeLinear puts out the export's dtype; MatMulNBits multiplies by more digits
+            weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
-        weight = torch.from_numpy(found.weight).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+
+
+def round_inputs(bundle: Bundle, model: Decoder) -> None:
+    """Have the linear layers of `model` round their inputs as the bundle's do."""
+    for found in _layers(bundle):
+        if found.rounding:
+            _layer(model, found.module).register_forward_pre_hook(partial(_rounded, found.rounding))
+
+
+def _rounded(rounding: Rounding, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Inputs on the grid, as QuantizeLinear and DequantizeLinear put them there."""
+    (x,) = inputs
+    steps = (x.to(torch.promote_types(x.dtype, torch.float32)) / rounding.scale).clamp(rounding.least, rounding.largest)
+    whole = steps.round() if rounding.integers else steps.to(torch.float8_e4m3fn).to(steps.dtype)
+    return (whole * rounding.scale).to(x.dtype)
+
+
+def _layers(bundle: Bundle) -> Iterator[Quantised]:
+    return chain(quantised_weights(bundle.model), rounded_layers(bundle.model))
 
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
-    for found in quantised_weights(bundle.model):
+    for found in _layers(bundle):
         original = _layer(model, found.module).weight.double().numpy()
         if original.shape != found.weight.shape or not (np.abs(found.weight - original) <= found.allowed).all():
             yield f"{found.module}.weight"

@@ -72,7 +72,33 @@ def test_a_quantised_bundle_is_refused_before_anything_starts(
     monkeypatch.setattr(api, "check_installed", lambda library: pytest.fail("it went on"))
     with pytest.raises(ConfigError, match="int4 weights for an operator that only ONNX Runtime has") as caught:
         build(made)
-    assert "--dtype fp16" in caught.value.hint
+    assert "int8-qdq" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "cache", "target"),
+    [
+        ("int8-qdq", "fp16", "static", "tensorrt-rtx"),
+        ("int8-qdq", "fp32", "dynamic", "tensorrt-rtx"),
+        ("fp8-qdq", "bf16", "dynamic", "tensorrt-rtx:sm89,sm120"),
+    ],
+)
+def test_linear_layers_of_8_bits_build_with_and_without_the_plugin(
+    kind: str, dtype: str, cache: str, target: str, native: Path, tmp_path: Path
+) -> None:
+    made = export(native, tmp_path / "bundle", ExportConfig(quantize=kind, dtype=dtype, cache=cache))
+    for plugin in (True, False):
+        made, record = build(made, BuildConfig(target=target, plugin=plugin))
+        assert record.plugin_layers == record.layers.get("PLUGIN_V3", 0) == (2 if plugin else 0)
+        assert record.layers["QUANTIZE"] == 8 and record.layers["DEQUANTIZE"] == 16
+
+
+def test_float8_and_an_older_gpu(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = export(native, tmp_path / "bundle", ExportConfig(quantize="fp8-qdq"))
+    monkeypatch.setattr(api, "check_installed", lambda library: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match="sm86 has no float8") as caught:
+        build(made)
+    assert "tensorrt-rtx:sm89,sm120" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.demo import shipped
+from fope_export.graph import calibration
 from fope_export.graph.export import export
 from fope_export.model.checkpoint import source_of
 from fope_export.parity import quantised
@@ -59,6 +60,60 @@ def test_a_spoiled_bundle_fails_and_the_layer_is_named_without_the_hash(name: st
     assert found.place.tensors == ((tensor,) if tensor else ())
     others = all(case.verdict.passed for case in found.cases) and not found.cost.failed
     assert not found.passed and not others and (module or tensor) in place(found)
+
+
+@pytest.fixture(scope="module")
+def rounded(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "SAMPLED", 1 << 9)
+        return export(native, tmp_path_factory.mktemp("qdq") / "out", ExportConfig(quantize="int8-qdq"))
+
+
+ROUNDED = SPOILED | {
+    "integers": (
+        weights("layers.1.feed_forward.ff_out.weight.int8", lambda a: a[::-1].copy()), "",
+        "layers.1.feed_forward.ff_out.weight",
+    ),
+    "one integer": (
+        weights("layers.0.attention.att_proj.weight.int8", lambda a: a ^ (np.indices(a.shape).sum(0) == 0)), "",
+        "layers.0.attention.att_proj.weight",
+    ),
+    "scales": (weights("layers.0.feed_forward.ff_proj.weight.scale", lambda a: a[::-1].copy()), "",
+        "layers.0.feed_forward.ff_proj.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_spoiled_bundle_that_rounds_inputs_fails_too(name: str, rounded: Bundle, tmp_path: Path) -> None:
+    spoil, module, tensor = ROUNDED[name]
+    spoil(spoilt := Bundle.open(shutil.copytree(rounded.path, tmp_path / "bundle")))
+    found = validate(spoilt, lengths=(7, 64))
+    assert found.place is not None and found.cost is not None
+    assert (found.place.divergence.module if found.place.divergence else "") == module
+    assert found.place.tensors == ((tensor,) if tensor else ())
+    assert not all(case.verdict.passed for case in found.cases) or found.cost.failed
+
+
+def test_inputs_rounded_by_another_scale_than_they_are_restored_by(rounded: Bundle, tmp_path: Path) -> None:
+    spoilt = Bundle.open(shutil.copytree(rounded.path, tmp_path / "bundle"))
+    model = onnx.load(spoilt.model, load_external_data=False)
+    node = next(n for n in model.graph.node if n.name == "layers.0.attention.attn_out/DequantizeLinear")
+    node.input[1] = "layers.1.feed_forward.ff_out.input_scale"
+    onnx.save(model, spoilt.model)
+    found = validate(spoilt, lengths=(64,))
+    assert not found.passed and found.place and found.place.divergence
+    assert found.place.divergence.module == "layers.0.attention.attn_out"
+
+
+def test_a_scale_that_clips_costs_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "SCORED", 1 << 12)
+    made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize="int8-qdq"))
+    model = source_of(made).model
+    cost = cost_of(made, model, load_backend(made))
+    assert not cost.failed and 0 < cost.growth < LIMITS["int8-qdq"]
+    weights("layers.2.feed_forward.ff_out.input_scale", lambda a: a / 32)(made)
+    spoilt = cost_of(made, model, load_backend(made))
+    assert "perplexity grows by" in spoilt.failed[0] and not spoilt.strays
 
 
 def test_the_cost_is_in_every_report(made: Bundle, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
