@@ -1,5 +1,8 @@
 """The configuration files that other runtimes look for beside a model.onnx."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fope_export.bundle import MODEL
@@ -9,14 +12,18 @@ CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
 
 
-def companions(config: ModelConfig, export: ExportConfig) -> dict[str, dict[str, Any]]:
-    """File name -> contents."""
+def companions(
+    config: ModelConfig, export: ExportConfig, tokenizer_files: Sequence[Path] = ()
+) -> dict[str, dict[str, Any]]:
+    """File name -> contents. `tokenizer_files` are the checkpoint's, which go into the bundle as they are."""
     length = export.capacity or CONTEXT_LENGTH
+    files = {path.name: path for path in tokenizer_files}
+    described = "tokenizer.json" not in files or "tokenizer_config.json" in files
     return {
         "config.json": hugging_face(config, length),
         "generation_config.json": _tokens(config),
         "genai_config.json": genai(config, length),
-    }
+    } | ({} if described else {"tokenizer_config.json": tokenizer(config, files["tokenizer.json"])})
 
 
 def hugging_face(config: ModelConfig, length: int) -> dict[str, Any]:
@@ -70,6 +77,23 @@ def genai(config: ModelConfig, length: int) -> dict[str, Any]:
             },
         },
         "search": {"max_length": length, "past_present_share_buffer": False},
+    }
+
+
+def tokenizer(config: ModelConfig, path: Path) -> dict[str, Any]:
+    """For transformers and GenAI. Where none is named, transformers takes the class that usually goes with the model
+    type, and Llama's begins every prompt with a token of its own. Padding and end are named if the file at `path` has
+    them as special tokens: naming an ordinary token would make the same characters in a prompt special.
+    """
+    added = json.loads(path.read_text()).get("added_tokens", [])
+    special = {token["id"]: token["content"] for token in added if token["special"]}
+    names = {"eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **{name: special[token] for name, token in names.items() if token in special},
     }
 
 
