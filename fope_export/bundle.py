@@ -17,7 +17,7 @@ from fope_export.errors import BundleError, ConfigError
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
-REPORTS = "reports/"
+REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
 """Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
@@ -161,6 +161,11 @@ class Bundle:
         manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((others | added).items())))
         _write_manifest(self.path, manifest)
         return type(self)(self.path, manifest)
+
+
+def judged_files(manifest: Manifest) -> dict[str, str]:
+    """The hashes of the files that a parity report is about: all but reports and engines, which come later."""
+    return {name: digest for name, digest in manifest.files.items() if not name.startswith((REPORTS, ENGINES))}
 
 
 def sha256(path: Path) -> str:
