@@ -1,9 +1,12 @@
 """The checkpoint in PyTorch, as fast as eager and torch.compile make it."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fope_export.backends.base import Ids, feeds_for
+from fope_export.backends.base import Ids, Logits
+from fope_export.backends.eager import in_numpy
+from fope_export.benchmark.greedy import Greedy
 from fope_export.fope.rotary import rotated
 from fope_export.generation import CHUNK
 from fope_export.model.decoder import Cache, Decoder, Step, static_mask
@@ -26,9 +29,9 @@ def write_in_place(past: Tensor, new: Tensor, written: Tensor) -> Tensor:
     return past.index_copy_(2, written[0] + torch.arange(new.shape[2]), new)
 
 
-class Compiled:
+class Compiled(Greedy):
     """torch.compile, in its default mode with a static cache that is written in place: a graph for each shape, made
-    when the shape first comes. The rotation is compiled with the rest, and the likeliest token is taken inside.
+    when the shape first comes. The rotation is compiled with the rest.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -45,32 +48,27 @@ class Compiled:
         step = Step(visible, positions, written, write_in_place)
         for layer, past in zip(model.layers, cache, strict=True):
             x, _ = layer(x, step, past)
-        tokens: Tensor = model.lm_head(model.norm(x[:, -1:])).argmax(-1)
-        return tokens
+        logits: Tensor = model.lm_head(model.norm(x[:, -1]))
+        return logits
 
-    def first(self, prompts: Ids, new: int) -> Ids:
+    def begin(self, prompts: Ids, new: int) -> Logits:
         """See `Contender`."""
-        batch, length = prompts.shape
-        config = self._model.config
-        self._mask = torch.zeros(batch, length + new, dtype=torch.int64)
+        (batch, length), config = prompts.shape, self._model.config
+        self._length, self._mask = 0, torch.zeros(batch, length + new, dtype=torch.int64)
         shape = (batch, config.num_kv_heads, length + new, config.spectrum.head_dim)
         zeros = self._model.embed.weight.new_zeros
         self._cache = [(zeros(shape), zeros(shape)) for _ in range(config.num_layers)]
-        self._length = 0
-        feeds = feeds_for(prompts)
         for start in range(0, length, CHUNK):
-            tokens = self._advance(torch.from_numpy(feeds.part(start, start + CHUNK).input_ids))
-        return tokens
+            logits = self._advance(prompts[:, start : start + CHUNK])
+        return logits
 
-    def next(self) -> Ids:
+    def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
-        return self._advance(self._tokens)
+        return self._advance(tokens[:, None])
 
     @torch.inference_mode()
-    def _advance(self, ids: Tensor) -> Ids:
+    def _advance(self, ids: Ids) -> Logits:
         start, self._length = self._length, self._length + ids.shape[1]
         self._mask[:, start : self._length] = 1
-        positions = torch.arange(start, self._length).expand(ids.shape[0], -1)
-        self._tokens = self._step(ids, self._mask, positions, self._cache)
-        tokens: Ids = self._tokens[:, -1].numpy()
-        return tokens
+        positions = torch.arange(start, self._length).repeat(len(ids), 1)
+        return in_numpy(self._step(torch.from_numpy(np.ascontiguousarray(ids)), self._mask, positions, self._cache))

@@ -4,12 +4,12 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from fope_export.backends.base import Ids
+from fope_export.backends.base import Ids, Logits
+from fope_export.benchmark.greedy import Greedy
 from fope_export.errors import require
 
 NEWER = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
@@ -42,14 +42,19 @@ class GenAI:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = self._genai.Model(config)
 
+    def begin(self, prompts: Ids, new: int) -> Logits:
+        """See `Contender`."""
+        self._append(prompts, new)
+        return self._logits()
+
+    def feed(self, tokens: Ids) -> Logits:
+        """See `Contender`."""
+        self._generator.append_tokens(tokens[:, None].astype(np.int32))
+        return self._logits()
+
     def first(self, prompts: Ids, new: int) -> Ids:
         """See `Contender`."""
-        params = self._genai.GeneratorParams(self._model)
-        batch, length = prompts.shape
-        room = length + new
-        params.set_search_options(batch_size=batch, min_length=room, max_length=room, do_sample=False)
-        self._generator = self._genai.Generator(self._model, params)
-        self._generator.append_tokens(prompts.astype(np.int32))
+        self._append(prompts, new)
         return self.next()
 
     def next(self) -> Ids:
@@ -58,8 +63,19 @@ class GenAI:
         tokens: Ids = self._generator.get_next_tokens().astype(np.int64)
         return tokens
 
+    def _append(self, prompts: Ids, new: int) -> None:
+        params = self._genai.GeneratorParams(self._model)
+        batch, room = len(prompts), prompts.shape[1] + new
+        params.set_search_options(batch_size=batch, min_length=room, max_length=room, do_sample=False)
+        self._generator = self._genai.Generator(self._model, params)
+        self._generator.append_tokens(prompts.astype(np.int32))
 
-class Optimum:
+    def _logits(self) -> Logits:
+        logits: Logits = self._generator.get_logits()[:, -1]
+        return logits.copy()
+
+
+class Optimum(Greedy):
     """ORTModelForCausalLM's forward, its cache handed from step to step, without what `generate` adds."""
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -69,23 +85,27 @@ class Optimum:
         optimum = require("optimum.onnxruntime", "peers")
         self._model = optimum.ORTModelForCausalLM.from_pretrained(folder, session_options=options)
 
-    def first(self, prompts: Ids, new: int) -> Ids:  # noqa: ARG002
+    def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002
         """See `Contender`."""
         self._length, self._past = 0, None
-        return self._advance(self._torch.from_numpy(prompts))
+        return self._advance(prompts)
 
-    def next(self) -> Ids:
+    def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
-        return self._advance(self._tokens)
+        return self._advance(tokens[:, None])
 
-    def _advance(self, ids: Any) -> Ids:
+    def _advance(self, ids: Ids) -> Logits:
         batch, new = ids.shape
         start, self._length = self._length, self._length + new
         mask = self._torch.ones(batch, self._length, dtype=self._torch.int64)
         positions = self._torch.arange(start, self._length).expand(batch, -1)
         with self._torch.inference_mode():
-            out = self._model(ids, attention_mask=mask, position_ids=positions, past_key_values=self._past)
+            out = self._model(
+                self._torch.from_numpy(np.ascontiguousarray(ids)),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self._past,
+            )
         self._past = out.past_key_values
-        self._tokens = out.logits[:, -1:].argmax(-1)
-        tokens: Ids = self._tokens[:, -1].numpy()
-        return tokens
+        logits: Logits = out.logits[:, -1].numpy()
+        return logits

@@ -14,6 +14,7 @@ import numpy as np
 
 from fope_export.backends.choose import BACKENDS, Machine, read_machine
 from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
+from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, judged_files
@@ -59,8 +60,8 @@ class Entry:
     name: str
     what: str
     refused: str
-    behind: float | None = None
-    """How far its tokens are behind eager's, as a share of the largest logit; `allowed` is the limit."""
+    away: float | None = None
+    """From eager PyTorch (`greedy.distance`); `allowed` is the limit."""
     allowed: float | None = None
     weight_bytes: int = 0
     """Of weights that one token reads."""
@@ -187,7 +188,7 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
 def _enter(
     job: Job, machine: Machine, bundle: Bundle, workers: dict[str, Worker], stack: ExitStack, stage: Stage
 ) -> Entry:
-    """Make a contender in a worker of its own, and let eager judge its tokens; a reason in the place of failures."""
+    """Make a contender in a worker of its own, and let eager judge its answers; a reason in the place of failures."""
     row = CONTENDERS[job.contender]
     if row.peer and job.contender != TWIN and TWIN not in workers:
         return Entry(job.contender, row.what, "the twin does not run in PyTorch")
@@ -203,23 +204,30 @@ def _enter(
         worker = stack.enter_context(Worker(job.threads))
         weight_bytes = worker.ask("load", **known)["weight_bytes"]
         workers[job.contender] = worker
-        behind = _behind(worker, workers[TWIN if row.peer else EAGER], bundle.manifest.decoder().vocab_size)
+        referee, vocabulary = workers[TWIN if row.peer else EAGER], bundle.manifest.decoder().vocab_size
+        away = _compare(worker, referee, vocabulary, job.folder)
     except FopeError as error:
         workers.pop(job.contender, None)
         if job.contender == EAGER:
             raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
         return Entry(job.contender, row.what, str(error))
     allowed = ALLOWED[row.rounds or bundle.manifest.export.dtype]
-    if not behind <= allowed:
+    if not away <= allowed:
         del workers[job.contender]
-        return Entry(job.contender, row.what, "its tokens are not eager PyTorch's", behind, allowed)
-    return Entry(job.contender, row.what, "", behind, allowed, weight_bytes)
+        return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)
+    return Entry(job.contender, row.what, "", away, allowed, weight_bytes)
 
 
-def _behind(worker: Worker, referee: Worker, vocabulary: int) -> float:
+def _compare(worker: Worker, referee: Worker, vocabulary: int, folder: str) -> float:
+    """Let the referee score what the worker answers."""
     prompts = prompt(2, CHECKED, vocabulary)
-    tokens = worker.ask("greedy", prompts=prompts, new=ANSWERED)["tokens"]
-    return float(referee.ask("behind", prompts=prompts, tokens=tokens)["behind"])
+    tokens = worker.ask("answer", prompts=prompts, new=ANSWERED)["tokens"]
+    found = []
+    for name, each in (("reference", referee), ("got", worker)):
+        file = f"{folder}/{name}.npy"
+        each.ask("scores", prompts=prompts, tokens=tokens, file=file)
+        found.append(np.load(file))
+    return distance(found[0], found[1], np.array(tokens))
 
 
 def prompt(batch: int, length: int, vocabulary: int) -> list[list[int]]:

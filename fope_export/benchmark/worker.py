@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fope_export.backends.base import Ids
-from fope_export.benchmark.contenders import CONTENDERS, Contender, Job, Loaded, Stepping
+from fope_export.benchmark.contenders import CONTENDERS, Job, Loaded
+from fope_export.benchmark.greedy import answer, scores
 
 ARRAY = 1 << 26
 """Numbers of the array that memory is measured with: 256 MiB, more than caches hold."""
@@ -36,13 +36,13 @@ class Answers:
         self._loaded: Loaded = CONTENDERS[known.contender].load(known)
         return {"weight_bytes": self._loaded.weight_bytes}
 
-    def greedy(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
-        return {"tokens": _greedy(self._loaded.contender, np.array(prompts), new).tolist()}
+    def answer(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        return {"tokens": answer(self._loaded.contender, np.array(prompts), new).tolist()}
 
-    def behind(self, prompts: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
-        referee = self._loaded.contender
-        assert isinstance(referee, Stepping)
-        return {"behind": referee.behind(np.array(prompts), np.array(tokens))}
+    def scores(self, prompts: list[list[int]], tokens: list[list[int]], file: str) -> dict[str, Any]:
+        """Logits, into a file of numpy's."""
+        np.save(file, scores(self._loaded.contender, np.array(prompts), np.array(tokens)))
+        return {}
 
     def time(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """Seconds to the first token, seconds for each of the `new` - 1 others, and the peak of memory in bytes."""
@@ -64,12 +64,6 @@ class Answers:
         target = torch.empty_like(source)
         tasks = {"read": (1, source.sum), "copy": (2, lambda: target.copy_(source))}
         return {name: times * source.nbytes / min(map(_seconds, [task] * 5)) for name, (times, task) in tasks.items()}
-
-
-def _greedy(contender: Contender, prompts: Ids, new: int) -> Ids:
-    tokens = [contender.first(prompts, new)]
-    tokens += [contender.next() for _ in range(new - 1)]
-    return np.stack(tokens, axis=1)
 
 
 def _seconds(task: Any) -> float:
