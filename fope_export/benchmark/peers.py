@@ -10,7 +10,7 @@ import numpy as np
 
 from fope_export.backends.base import Ids, Logits
 from fope_export.benchmark.greedy import Greedy
-from fope_export.errors import require
+from fope_export.errors import BackendError, require
 
 NEWER = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 """Classes of transformers 5 that GenAI's builder imports whatever it builds; optimum-onnx needs transformers 4."""
@@ -48,8 +48,12 @@ class GenAI:
         return self._logits()
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
-        self._generator.append_tokens(tokens[:, None].astype(np.int32))
+        """See `Contender`. A generator with several rows goes on with its own choice only.
+
+        Raises BackendError where that is another than `tokens`.
+        """
+        if (chosen := self.next()).tolist() != tokens.tolist():
+            raise BackendError(f"it now chooses {chosen}, and before {tokens}", hint="Is it deterministic?")
         return self._logits()
 
     def first(self, prompts: Ids, new: int) -> Ids:
