@@ -19,7 +19,7 @@ MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
 OPTIMISED = "model.cpu.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
-REPORTS = "reports/"
+REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
 """Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
@@ -163,6 +163,11 @@ class Bundle:
         manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((others | added).items())))
         _write_manifest(self.path, manifest)
         return type(self)(self.path, manifest)
+
+
+def judged_files(manifest: Manifest) -> dict[str, str]:
+    """The hashes of the files that a parity report is about: all but reports and engines, which come later."""
+    return {name: digest for name, digest in manifest.files.items() if not name.startswith((REPORTS, ENGINES))}
 
 
 def sha256(path: Path) -> str:

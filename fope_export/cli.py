@@ -21,6 +21,7 @@ examples:
   fope-export export checkpoint/ out/          checkpoint -> portable ONNX bundle
   fope-export validate out/                    prove that it computes what PyTorch computes
   fope-export run out/ --prompt 'def main('    generate text
+  fope-export bench out/                       how fast it is, beside PyTorch
   fope-export build out/                       TensorRT-RTX engine with the fused rotation, no GPU needed
   fope-export demo                             all of it, on a model that comes along
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         (build, "Build a TensorRT engine from a bundle, and add it.", _build_options),
         (validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.", _validate_options),
         (run, "Generate text (or token ids) with a bundle.", _run_options),
+        (bench, "Time a bundle beside PyTorch, and beside other runtimes, and write a report into it.", _bench_options),
         (inspect, "Describe a checkpoint, a bundle or an ONNX file.", _inspect_options),
     ):
         sub = commands.add_parser(function.__name__, help=summary, description=summary)
@@ -166,6 +168,20 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
     _backend(sub)
 
 
+def _bench_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
+    sub.add_argument("--lengths", type=_numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
+    sub.add_argument("--batch", type=_numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
+    sub.add_argument("--rounds", type=int, default=5, help="everybody in turn in each (default: 5)")
+    sub.add_argument("--decoded", type=int, default=24, help="tokens after each prompt (default: 24)")
+    sub.add_argument("--threads", type=int, help="default: one for each core")
+    sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
+    sub.add_argument("--peers", type=_names, default=(), help="genai,optimum: on a RoPE twin of the same shape")
+    sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
+
+
 def _inspect_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", type=Path, metavar="PATH")
 
@@ -177,6 +193,10 @@ def _backend(sub: argparse.ArgumentParser) -> None:
 def _size(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, numbers = text.partition("=")
     return name, _numbers(numbers)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _natural(text: str) -> int:
@@ -353,6 +373,30 @@ def run(args: argparse.Namespace) -> int:
     else:
         for prompt, written in zip(prompts, texts, strict=True):
             print(f"--- {prompt}\n{written}")
+    return PASSED
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Bundle beside PyTorch and peers, on the clock."""
+    from fope_export.bench_report import bench_record, print_bench, read_old, write_bench
+    from fope_export.benchmark.run import BenchConfig, benchmark
+    from fope_export.bundle import Bundle
+    from fope_export.config import convert
+    from fope_export.terminal import RESULTS, stages
+
+    options = {name: getattr(args, name) for name in BenchConfig.__struct_fields__}
+    config = convert(options, BenchConfig, where="bench", hint="See fope-export bench --help.")
+    old = read_old(args.compare) if args.compare else None
+    bundle = Bundle.open(args.bundle)
+    with stages("bench") as report:
+        result = benchmark(bundle, config, checkpoint=args.checkpoint, stage=report)
+    if args.json:
+        _print_json(bench_record(bundle, result))
+    else:
+        print_bench(result, RESULTS, old)
+    page = write_bench(bundle, result, args.out)
+    if not args.json:
+        RESULTS.print(f"report: {page}", markup=False)
     return PASSED
 
 

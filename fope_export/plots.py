@@ -9,9 +9,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fope_export.benchmark.contenders import CONTENDERS
+from fope_export.benchmark.run import BenchResult, What
 from fope_export.parity.run import ParityResult
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
+PALETTE = (GREY, "#1f2937", BLUE, GREEN, "#9ca3af", ORANGE, RED, "#cc79a7", "#56b4e9")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -118,3 +121,34 @@ def draw_loss(axes: Axes, losses: Losses, training_length: int) -> None:
     axes.set_xlabel("context in bytes, and as a multiple of the training length")
     axes.set_ylabel("loss, nats per byte")
     axes.legend(loc="best")
+
+
+def speed_figure(result: BenchResult, batch: int) -> Figure:
+    """Tokens a second by length for one batch size, a line for each contender: prompts, and one by one after them."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_speed(left, result, batch, "first")
+        draw_speed(right, result, batch, "next")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
+    return figure
+
+
+def draw_speed(axes: Axes, result: BenchResult, batch: int, what: What) -> None:
+    """One side of `speed_figure`; contenders on the RoPE twin are dashed."""
+    for color, entry in zip(PALETTE, result.entries, strict=False):
+        cells = [c for c in result.cells if (c.contender, c.batch) == (entry.name, batch) and not c.refused]
+        lengths = [cell.length for cell in cells]
+        values = [result.tokens_per_second(cell, what) for cell in cells]
+        style = "s--" if CONTENDERS[entry.name].peer else "o-"
+        if cells:
+            axes.plot(lengths, values, style, color=color, lw=1.8, ms=5, label=entry.name)
+    ticks = sorted({cell.length for cell in result.cells})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)
+    axes.set_xlabel("tokens of the prompt" if what == "first" else "tokens before")
+    axes.set_ylabel("tokens a second")
+    axes.set_title("prefill" if what == "first" else "decode", loc="left", fontsize=11)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
-from fope_export.bundle import MODEL, Bundle
+from fope_export.bundle import MODEL, Bundle, judged_files
 from fope_export.config import ModelConfig
 from fope_export.parity.judge import FACTOR, FLOOR, METRICS
 from fope_export.parity.run import CaseResult, ParityResult
@@ -69,6 +69,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "passed": result.passed,
         "backend": result.backend,
         "model_sha256": manifest.files.get(MODEL),
+        "files": judged_files(manifest),
         "source": manifest.source,
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),

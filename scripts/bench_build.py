@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import msgspec
-from bench_export import RESULTS, SHAPES, processor, write_checkpoint
+from bench_export import RESULTS
 from rich.console import Console
 from rich.table import Table
 
 from fope_export.backends.choose import read_machine
+from fope_export.bench_report import processor
+from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import BuildConfig, ExportConfig
 from fope_export.engine import compile
 from fope_export.engine.build import build

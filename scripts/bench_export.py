@@ -13,7 +13,6 @@ sittings: fresh processes, in which the backends are made in turning order.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,44 +32,14 @@ from fope_export.backends.base import Backend, Feeds, feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort import OrtBackend
+from fope_export.bench_report import processor
+from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
-from fope_export.config import ModelConfig
-from fope_export.fope import frequencies
-from fope_export.fope.rotary import FopeRotary
-from fope_export.fope.spectrum import Spectrum
 from fope_export.generation import prefill
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.model.decoder import Decoder
-from fope_export.model.native import save
 
-SHAPES = {"60M": (512, 8, 8), "180M": (1024, 8, 8), "1.2B": (2048, 16, 16)}
-"""Hidden size, heads, layers of the paper's models; trained at 512."""
-LENGTH, VOCABULARY, THETA = 512, 50304, 10_000.0
 DECODED = 24
 RESULTS = Path(__file__).parent / "results"
-
-
-def write_checkpoint(shape: str, kind: str, folder: Path) -> int:
-    """A native checkpoint with random weights; returns the bytes of its weights."""
-    hidden, heads, layers = SHAPES[shape]
-    head_dim = hidden // heads
-    torch.manual_seed(0)
-    if kind == "rope":
-        rope = Spectrum.rope(frequencies.exponential(THETA, head_dim).numpy(), head_dim)
-        rotaries = [FopeRotary.from_spectrum(rope) for _ in range(layers)]
-    else:
-        rotaries = [FopeRotary.create(head_dim=head_dim, groups=heads, training_length=LENGTH) for _ in range(layers)]
-    config = ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=4 * hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=heads, norm_eps=1e-6, tie_embeddings=False, training_length=LENGTH, rope_theta=THETA,
-        floored=kind == "fope", eos_token_id=0, pad_token_id=1, spectrum=rotaries[0].config,
-    )  # fmt: skip
-    model = Decoder(config).requires_grad_(False)
-    for attention, rotary in zip(model.attentions(), rotaries, strict=True):
-        attention.rotary = rotary
-    folder.mkdir()
-    save(model, folder)
-    return sum(p.numel() * 4 for p in model.parameters())
 
 
 def timed_export(checkpoint: Path, out: Path, *options: str) -> tuple[float, float]:
@@ -206,13 +175,6 @@ def main() -> None:
     args.out.write_text(json.dumps(record, indent=2) + "\n")
     show(record)
     print(args.out)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def show(record: dict[str, Any]) -> None:

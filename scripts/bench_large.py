@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 
 import msgspec
-from bench_export import RESULTS, processor, timed_export, write_checkpoint
+from bench_export import RESULTS, timed_export
 
 from fope_export.backends.choose import read_machine
+from fope_export.bench_report import processor
+from fope_export.benchmark.shapes import write_checkpoint
 
 SHAPE = "1.2B"
 

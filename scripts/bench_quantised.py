@@ -21,12 +21,14 @@ from typing import Any
 import bench_export
 import msgspec
 import onnx
-from bench_export import CASES, RESULTS, SHAPES, processor, write_checkpoint
+from bench_export import CASES, RESULTS
 from rich.console import Console
 from rich.table import Table
 
 from fope_export.backends.choose import load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
+from fope_export.bench_report import processor
+from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.corpus import as_tokens, python_source

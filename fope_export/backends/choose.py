@@ -23,6 +23,8 @@ PACKAGES = (
     "polygraphy",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "optimum-onnx",
     "tensorrt",
     "tensorrt-rtx",
 )

@@ -17,8 +17,7 @@ from fope_export.fope.initialise import initial_coefficients
 from fope_export.fope.spectrum import Spectrum
 
 
-@torch.library.custom_op(contract.TORCH_NAME, mutates_args=())
-def rotary(
+def rotated(
     q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
     sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int, full_precision: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -33,6 +32,9 @@ def rotary(
     sin, cos = sin.to(dtype), cos.to(dtype)
     q_rotated, k_rotated = (_turn(x, sin, cos, interleaved) for x in (q, k))
     return q_rotated, k_rotated
+
+
+rotary = torch.library.custom_op(contract.TORCH_NAME, rotated, mutates_args=())
 
 
 @rotary.register_fake
@@ -120,6 +122,8 @@ class FopeRotary(nn.Module):
     """
 
     freq: Tensor
+    operator = staticmethod(rotary)
+    """What turns. To a compiler it is opaque; one that is to see inside takes `rotated`."""
 
     def __init__(self, config: SpectrumConfig, *, learnable: bool = False, normalize: bool = False) -> None:
         super().__init__()
@@ -174,7 +178,7 @@ class FopeRotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config
-        turned: tuple[Tensor, Tensor] = rotary(
+        turned: tuple[Tensor, Tensor] = self.operator(
             q, k, position_ids, self.freq, *self._coefficients(), c.sin_pad, c.cos_pad, float(c.sign),
             c.pairing == "interleaved", c.rotary_dim, c.full_precision,
         )  # fmt: skip

@@ -1,6 +1,8 @@
 """The configuration files that other runtimes look for beside a model.onnx."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fope_export.bundle import MODEL, OPTIMISED
@@ -10,13 +12,16 @@ CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
 
 
-def companions(config: ModelConfig, export: ExportConfig) -> dict[str, bytes]:
-    """File name -> contents."""
-    return {
+def companions(config: ModelConfig, export: ExportConfig, tokenizer_files: Sequence[Path] = ()) -> dict[str, bytes]:
+    """File name -> contents. `tokenizer_files` are the checkpoint's, which go into the bundle as they are."""
+    files = {path.name: path for path in tokenizer_files}
+    described = "tokenizer.json" not in files or "tokenizer_config.json" in files
+    made = {
         "config.json": _encoded(hugging_face(config, export.capacity or CONTEXT_LENGTH)),
         "generation_config.json": _encoded(_tokens(config)),
         **for_genai(config, export),
     }
+    return made if described else made | {"tokenizer_config.json": _encoded(tokenizer(config, files["tokenizer.json"]))}
 
 
 def for_genai(config: ModelConfig, export: ExportConfig, *, optimised: bool = False) -> dict[str, bytes]:
@@ -84,6 +89,23 @@ def genai(config: ModelConfig, length: int, *, optimised: bool) -> dict[str, Any
             "max_length": usual_length(config.training_length) if optimised else length,
             "past_present_share_buffer": optimised,
         },
+    }
+
+
+def tokenizer(config: ModelConfig, path: Path) -> dict[str, Any]:
+    """For transformers and GenAI. Where none is named, transformers takes the class that usually goes with the model
+    type, and Llama's begins every prompt with a token of its own. Padding and end are named if the file at `path` has
+    them as special tokens: naming an ordinary token would make the same characters in a prompt special.
+    """
+    added = json.loads(path.read_text()).get("added_tokens", [])
+    special = {token["id"]: token["content"] for token in added if token["special"]}
+    names = {"eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **{name: special[token] for name, token in names.items() if token in special},
     }
 
 

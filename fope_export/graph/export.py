@@ -78,7 +78,7 @@ def export(
     with creating(out) as folder:
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
         save(model, folder / MODEL, progress)
-        for name, content in companions(source.config, config).items():
+        for name, content in companions(source.config, config, source.tokenizer_files).items():
             (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
             shutil.copyfile(path, folder / path.name)

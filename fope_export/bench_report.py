@@ -1,0 +1,157 @@
+"""What the benchmark found, for machines (JSON), for a browser and for a terminal."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from fope_export import plots, report
+from fope_export.backends.choose import read_machine
+from fope_export.benchmark.contenders import CONTENDERS
+from fope_export.benchmark.run import BenchResult, Cell, What
+from fope_export.bundle import MODEL, Bundle
+from fope_export.errors import ConfigError
+
+COLUMNS = (
+    "contender",
+    "tokens",
+    "first token",
+    "prefill",
+    "x eager",
+    "next token",
+    "decode",
+    "x eager",
+    "bandwidth",
+    "memory",
+)
+JSON, PAGE = "bench.json", "bench.html"
+Old = Mapping[tuple[str, int, int], Mapping[str, Any]]
+"""Cells of an older record by contender, length and batch."""
+
+
+def bench_record(bundle: Bundle, result: BenchResult) -> dict[str, Any]:
+    """Everything, as plain data."""
+    return {
+        "model_sha256": bundle.manifest.files[MODEL],
+        "export": bundle.manifest.export.described,
+        "tool_version": bundle.manifest.tool_version,
+        "machine": msgspec.to_builtins(read_machine())
+        | {"processor": processor(), "load": [round(load, 1) for load in os.getloadavg()]},  # of 1, 5 and 15 minutes
+        "threads": result.threads,
+        "bandwidth_GB_per_s": {name: round(each / 1e9, 2) for name, each in result.bandwidth.items()},
+        "config": msgspec.to_builtins(result.config),
+        "contenders": [msgspec.to_builtins(entry) for entry in result.entries],
+        "cells": [_cell_record(result, cell) for cell in result.cells],
+    }
+
+
+def _cell_record(result: BenchResult, cell: Cell) -> dict[str, Any]:
+    known = {"contender": cell.contender, "length": cell.length, "batch": cell.batch}
+    if cell.refused:
+        return known | {"refused": cell.refused}
+    speeds = {what: result.speed(cell, what) for what in ("first", "next")}
+    return known | {
+        "first_token_ms": round(1e3 * cell.median("first"), 3),
+        "prefill_tokens_per_s": round(result.tokens_per_second(cell, "first"), 1),
+        "prefill_over_eager": speeds["first"] and round(speeds["first"], 3),
+        "next_token_ms": round(1e3 * cell.median("next"), 3),
+        "decode_tokens_per_s": round(result.tokens_per_second(cell, "next"), 1),
+        "decode_over_eager": speeds["next"] and round(speeds["next"], 3),
+        "bandwidth_share": round(result.share(cell), 3),
+        "peak_MiB": cell.peak and round(cell.peak / 2**20),
+        "warm_up_s": round(cell.warm_up, 2),
+        "rounds_ms": {what: [round(1e3 * x, 3) for x in getattr(cell, what)] for what in ("first", "next")},
+    }
+
+
+def bench_page(bundle: Bundle, result: BenchResult) -> str:
+    """One HTML file that opens offline."""
+    warm_up: dict[str, float] = {}
+    for cell in result.cells:
+        warm_up[cell.contender] = warm_up.get(cell.contender, 0.0) + cell.warm_up
+    return report.render(
+        "bench.html",
+        bundle=bundle,
+        result=result,
+        figures={batch: plots.as_svg(plots.speed_figure(result, batch)) for batch in result.config.batch},
+        columns=COLUMNS,
+        rows={batch: [_row(result, c) for c in result.cells if c.batch == batch] for batch in result.config.batch},
+        twins=bool(result.config.peers),
+        warm_up=warm_up,
+        processor=processor(),
+        machine=read_machine(),
+    )
+
+
+def _row(result: BenchResult, cell: Cell) -> list[str]:
+    name = cell.contender + (" *" if CONTENDERS[cell.contender].peer else "")
+    start = [name, f"{cell.length:,}"]
+    if cell.refused:
+        return [*start, "not timed: " + cell.refused, *[""] * (len(COLUMNS) - 3)]
+    for what in ("first", "next"):
+        speed = result.speed(cell, what)
+        times = f"{1e3 * cell.median(what):,.1f} ms", f"{result.tokens_per_second(cell, what):,.0f} /s"
+        start += [*times, "" if speed is None else f"{speed:.2f}"]
+    return [*start, f"{result.share(cell):.0%}", f"{cell.peak / 2**20:,.0f} MiB" if cell.peak else ""]
+
+
+def write_bench(bundle: Bundle, result: BenchResult, out: Path | None = None) -> Path:
+    """`bench.json` and `bench.html`, into folder `out` or among the bundle's reports. Returns the page's path."""
+    files = {
+        JSON: msgspec.json.format(msgspec.json.encode(bench_record(bundle, result)), indent=2) + b"\n",
+        PAGE: bench_page(bundle, result).encode(),
+    }
+    if out is None:
+        bundle.add({f"reports/{name}": content for name, content in files.items()})
+        return bundle.path / "reports" / PAGE
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    return out / PAGE
+
+
+def read_old(path: Path) -> Old:
+    """The cells of an older record. Raises ConfigError when it is none."""
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return {(c["contender"], c["length"], c["batch"]): c for c in cells if "refused" not in c}
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise ConfigError(f"{path} is not a benchmark's record: {cause!r}", hint="Give its bench.json.") from cause
+
+
+def print_bench(result: BenchResult, console: Console, old: Old | None = None) -> None:
+    """A table, and who was not timed, with the reason; speed over an older run's where there is one."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in (*COLUMNS, *(("prefill / old", "decode / old") if old else ())):
+        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
+    for cell in result.cells:
+        rows = f"{cell.batch} rows, " if len(result.config.batch) > 1 else ""
+        name, *others = _row(result, cell)
+        table.add_row(rows + name, *others, *_over_old(result, cell, old or {}))
+    console.print(table)
+    console.print("[dim]x eager: speed over eager PyTorch's in the same round, the median; *: on a RoPE twin[/]")
+    for entry in result.entries:
+        if entry.refused:
+            console.print(f"not timed: {entry.name}: {entry.refused}", markup=False)
+
+
+def _over_old(result: BenchResult, cell: Cell, old: Old) -> list[str]:
+    before = old.get((cell.contender, cell.length, cell.batch))
+    if before is None or cell.refused:
+        return []
+    pairs: tuple[tuple[str, What], ...] = (("prefill_tokens_per_s", "first"), ("decode_tokens_per_s", "next"))
+    return [f"{result.tokens_per_second(cell, what) / before[name]:.2f}" for name, what in pairs]
+
+
+def processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())

@@ -1,0 +1,74 @@
+"""The checkpoint in PyTorch, as fast as eager and torch.compile make it."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fope_export.backends.base import Ids, Logits
+from fope_export.backends.eager import in_numpy
+from fope_export.benchmark.greedy import Greedy
+from fope_export.fope.rotary import rotated
+from fope_export.generation import CHUNK
+from fope_export.model.decoder import Cache, Decoder, Step, static_mask
+
+
+class LastPosition(nn.Module):
+    """A head that computes the last position's logits only: [B, S, hidden] to [B, 1, V]."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x[:, -1:])
+        return logits
+
+
+def write_in_place(past: Tensor, new: Tensor, written: Tensor) -> Tensor:
+    """The static cache for rows of equal length: past [B, K, C, E] itself, with `new` after the tokens `written`."""
+    return past.index_copy_(2, written[0] + torch.arange(new.shape[2]), new)
+
+
+class Compiled(Greedy):
+    """torch.compile, in its default mode with a static cache that is written in place: a graph for each shape, made
+    when the shape first comes. The rotation is compiled with the rest.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+        for attention in model.attentions():
+            attention.rotary.operator = rotated
+        torch._dynamo.config.recompile_limit = 64  # a graph for each shape is meant
+        self._step = torch.compile(self._forward, dynamic=False, fullgraph=True)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        model = self._model
+        x = model.embed(ids)
+        visible, written = static_mask(mask, ids.shape[1], x.dtype, mask.shape[1])
+        step = Step(visible, positions, written, write_in_place)
+        for layer, past in zip(model.layers, cache, strict=True):
+            x, _ = layer(x, step, past)
+        logits: Tensor = model.lm_head(model.norm(x[:, -1]))
+        return logits
+
+    def begin(self, prompts: Ids, new: int) -> Logits:
+        """See `Contender`."""
+        (batch, length), config = prompts.shape, self._model.config
+        self._length, self._mask = 0, torch.zeros(batch, length + new, dtype=torch.int64)
+        shape = (batch, config.num_kv_heads, length + new, config.spectrum.head_dim)
+        zeros = self._model.embed.weight.new_zeros
+        self._cache = [(zeros(shape), zeros(shape)) for _ in range(config.num_layers)]
+        for start in range(0, length, CHUNK):
+            logits = self._advance(prompts[:, start : start + CHUNK])
+        return logits
+
+    def feed(self, tokens: Ids) -> Logits:
+        """See `Contender`."""
+        return self._advance(tokens[:, None])
+
+    @torch.inference_mode()
+    def _advance(self, ids: Ids) -> Logits:
+        start, self._length = self._length, self._length + ids.shape[1]
+        self._mask[:, start : self._length] = 1
+        positions = torch.arange(start, self._length).repeat(len(ids), 1)
+        return in_numpy(self._step(torch.from_numpy(np.ascontiguousarray(ids)), self._mask, positions, self._cache))

@@ -1,0 +1,191 @@
+"""Who is timed: a table. A backend of `backends.choose` is a row here without a word; a peer is a row of its own."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from fope_export.backends.base import Backend, Ids, Logits, feeds_for
+from fope_export.backends.choose import BACKENDS, Machine, load_backend
+from fope_export.benchmark.greedy import Contender, Greedy
+from fope_export.bundle import Bundle
+from fope_export.config import ModelConfig
+from fope_export.generation import prefill
+
+EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
+ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int4": 0.5}
+"""How far a contender may be from eager PyTorch (`greedy.distance`), by what its arithmetic rounds to: int4 is held to
+what rounding does to random weights. Another model is about 1 away.
+"""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to make a contender. `folder` holds the twin and what is exported of it."""
+
+    contender: str
+    bundle: str
+    checkpoint: str | None
+    folder: str
+    threads: int
+
+    @property
+    def twin(self) -> Path:
+        return Path(self.folder) / "twin"
+
+    @property
+    def product(self) -> Path:
+        """What the contender's own exporter makes of the twin."""
+        return Path(self.folder) / self.contender.replace(" ", "-")
+
+
+class Loaded(NamedTuple):
+    """A contender, and the bytes of weights that one token reads."""
+
+    contender: Contender
+    weight_bytes: int
+
+
+class Stepping(Greedy):
+    """A backend as a contender: prompts in chunks, as `run` feeds them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002
+        """See `Contender`."""
+        self._mask = np.ones_like(prompts)
+        logits, self._cache = prefill(self._backend, feeds_for(prompts))
+        return logits[:, -1]
+
+    def feed(self, tokens: Ids) -> Logits:
+        """See `Contender`."""
+        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        logits, self._cache = self._backend.step(feeds_for(tokens[:, None], self._mask), self._cache)
+        return logits[:, -1]
+
+
+def _eager(job: Job) -> Loaded:
+    from fope_export.backends.eager import EagerBackend
+    from fope_export.benchmark.compiled import LastPosition
+
+    model = _model(job)
+    size = _read_by_a_token(model.config, sum(p.nbytes for p in model.parameters()), model.embed.weight.itemsize)
+    model.lm_head = LastPosition(model.lm_head)
+    return Loaded(Stepping(EagerBackend(model)), size)
+
+
+def _compiled(job: Job) -> Loaded:
+    from fope_export.benchmark.compiled import Compiled
+
+    model = _model(job)
+    size = _read_by_a_token(model.config, sum(p.nbytes for p in model.parameters()), model.embed.weight.itemsize)
+    return Loaded(Compiled(model), size)
+
+
+def _model(job: Job) -> Any:
+    """The checkpoint's decoder as the bundle has it, dtype, spectrum and rounded weights included; or the twin's."""
+    from fope_export.model.checkpoint import load_checkpoint, source_of
+    from fope_export.parity.quantised import place_weights
+
+    if job.contender == TWIN:
+        return load_checkpoint(job.twin).model
+    bundle = Bundle.open(job.bundle, verify=False)
+    model = source_of(bundle, job.checkpoint).model.as_exported(bundle.manifest.export)
+    if bundle.manifest.export.quantize:
+        place_weights(bundle, model)
+    return model
+
+
+def _backend(name: str, job: Job) -> Loaded:
+    bundle = Bundle.open(job.bundle, verify=False)
+    width = {"fp32": 4}.get(bundle.manifest.export.dtype, 2)
+    size = _read_by_a_token(bundle.manifest.decoder(), _bytes(bundle.path.glob("model.onnx*")), width)
+    return Loaded(Stepping(load_backend(bundle, name)), size)
+
+
+def _genai(job: Job) -> Loaded:
+    from fope_export.benchmark.peers import GenAI
+
+    return Loaded(GenAI(job.product, job.threads), _of_product(job))
+
+
+def _optimum(job: Job) -> Loaded:
+    from fope_export.benchmark.peers import Optimum
+
+    return Loaded(Optimum(job.product, job.threads), _of_product(job))
+
+
+def _of_product(job: Job) -> int:
+    config = Bundle.open(job.bundle, verify=False).manifest.decoder()
+    return _read_by_a_token(config, _bytes(job.product.glob("*.onnx*")), 4)
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _read_by_a_token(config: ModelConfig, weights: int, width: int) -> int:
+    """All weights but the embedding, of which a token reads one row; unless it is the head's too."""
+    return weights if config.tie_embeddings else weights - config.vocab_size * config.hidden_size * width
+
+
+def _build_genai(precision: str, job: Job) -> None:
+    from fope_export.benchmark.peers import build_genai
+
+    build_genai(job.twin, job.product, precision)
+
+
+def _export_optimum(job: Job) -> None:
+    from fope_export.benchmark.peers import export_optimum
+
+    export_optimum(job.twin, job.product)
+
+
+def _without(package: str) -> Callable[[Machine], str]:
+    reason = f"{package} is not installed: pip install 'fope-export[peers]'"
+    return lambda machine: "" if package in machine.packages else reason
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender: what it is, how a worker makes it, and why a machine cannot. One with a `peer` is timed when that is
+    asked for, on the twin; `prepare` runs its own exporter first. `rounds` is what its arithmetic rounds to, where that
+    is not the bundle's dtype.
+    """
+
+    what: str
+    load: Callable[[Job], Loaded]
+    missing: Callable[[Machine], str] = lambda machine: ""
+    peer: str = ""
+    prepare: Callable[[Job], None] | None = None
+    rounds: str = ""
+
+
+CONTENDERS: dict[str, Row] = {
+    EAGER: Row("the checkpoint in PyTorch, eager; logits of the last position", _eager),
+    COMPILED: Row("the same with torch.compile: static cache written in place, a graph for each shape", _compiled),
+    **{
+        name: Row(row.what, partial(_backend, name), row.missing)
+        for name, row in BACKENDS.items()
+        if name != EAGER
+    },
+    TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", rounds="fp32"),
+    "genai fp32": Row(
+        "the twin in ONNX Runtime GenAI, by its model builder", _genai, _without("onnxruntime-genai"), "genai",
+        partial(_build_genai, "fp32"), "fp32",
+    ),
+    "genai int4": Row(
+        "the same with int4 weights", _genai, _without("onnxruntime-genai"), "genai", partial(_build_genai, "int4"),
+        "int4",
+    ),
+    "optimum fp32": Row(
+        "the twin in Optimum's ORTModelForCausalLM, by its exporter", _optimum, _without("optimum-onnx"), "optimum",
+        _export_optimum, "fp32",
+    ),
+}  # fmt: skip
+"""In the order in which they are shown; eager PyTorch, which the others are compared with, comes first."""
+PEERS = tuple(dict.fromkeys(row.peer for row in CONTENDERS.values() if row.peer not in ("", "any")))

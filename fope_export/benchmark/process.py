@@ -1,0 +1,54 @@
+"""The other end of a worker."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from typing import Any
+
+from fope_export.errors import BackendError
+
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+SHOWN = 300
+"""Characters of a failure that are told."""
+
+
+class Worker:
+    """A process for one contender; leaving the `with` block ends it."""
+
+    def __init__(self, threads: int) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
+        environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "fope_export.benchmark.worker"]
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
+        )
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        """One request and its answer. Raises BackendError with what the contender says, or with how it ended."""
+        assert self._process.stdin and self._process.stdout
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": do} | what) + "\n")
+            self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            raise BackendError(
+                f"its process ended with {self._process.wait()}: {self._last_words()}", hint="See there."
+            )
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise BackendError(reply["error"][:SHOWN], hint="See there.")
+        return reply
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        return " ".join(self._said.read().decode(errors="replace").split())[-SHOWN:]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()

@@ -1,0 +1,272 @@
+"""The benchmark: who may be timed, everybody in turn within every round, ratios within a round."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+
+from fope_export.backends.choose import BACKENDS, Machine, read_machine
+from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
+from fope_export.benchmark.greedy import distance
+from fope_export.benchmark.process import Worker
+from fope_export.benchmark.twin import write_twin
+from fope_export.bundle import Bundle, judged_files
+from fope_export.config import Checked, Count, ModelConfig
+from fope_export.errors import BackendError, BundleError, ConfigError, FopeError
+from fope_export.model.checkpoint import source_of
+
+CHECKED = 24
+"""Tokens of the prompt on which contenders show that they compute the same, and ANSWERED of their answers to it."""
+ANSWERED = 12
+PAUSE = 0.1
+"""Seconds between contenders: a library's threads spin for a while when their work is over."""
+PARITY = "reports/parity.json"
+What = Literal["first", "next"]
+Stage = Callable[[str], None]
+
+
+class BenchConfig(Checked, frozen=True, kw_only=True):
+    """What is measured: prompts of these lengths in batches of these rows, and `decoded` tokens after each."""
+
+    lengths: tuple[Count, ...] = (128, 1024)
+    batch: tuple[Count, ...] = (1,)
+    rounds: Count = 5
+    decoded: Count = 24
+    threads: Count | None = None  # None: one for each core
+    backends: tuple[str, ...] = ()  # none: all that the machine can run
+    peers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"backends": [name for name in BACKENDS if name != EAGER], "peers": PEERS}
+        for field, names in known.items():
+            if strange := set(getattr(self, field)) - set(names):
+                raise ConfigError(f"{field}: there is no {min(strange)!r}", hint=f"Of these: {', '.join(names)}.")
+        if not self.lengths or not self.batch:
+            raise ConfigError("lengths or batch is empty", hint="As --lengths 128,1024 --batch 1.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender, and why it was not timed (or nothing)."""
+
+    name: str
+    what: str
+    refused: str
+    away: float | None = None
+    """From eager PyTorch (`greedy.distance`); `allowed` is the limit."""
+    allowed: float | None = None
+    weight_bytes: int = 0
+    """Of weights that one token reads."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One contender on prompts [batch, length]: seconds of every round; or why there are none."""
+
+    contender: str
+    length: int
+    batch: int
+    first: tuple[float, ...] = ()
+    """To the first token."""
+    next: tuple[float, ...] = ()
+    """For a token after it, on average."""
+    peak: int | None = None
+    """Bytes of memory of its process, at the peak."""
+    warm_up: float = 0.0
+    """Seconds of the first run, which is not counted and compiles what must be compiled."""
+    refused: str = ""
+
+    def median(self, what: What) -> float:
+        """Seconds."""
+        return float(statistics.median(getattr(self, what)))
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured. Bandwidth is in bytes a second."""
+
+    config: BenchConfig
+    threads: int
+    bandwidth: dict[str, float]
+    entries: tuple[Entry, ...]
+    cells: tuple[Cell, ...]
+    model: ModelConfig
+    cache_width: int
+    """Bytes of a number in the cache."""
+
+    def speed(self, cell: Cell, what: What) -> float | None:
+        """Eager PyTorch's time over the cell's, the median of the rounds; None where there is none."""
+        eager = next(c for c in self.cells if (c.contender, c.length, c.batch) == (EAGER, cell.length, cell.batch))
+        if eager.refused or cell.refused:
+            return None
+        pairs = zip(getattr(eager, what), getattr(cell, what), strict=True)
+        return float(statistics.median(a / b for a, b in pairs))
+
+    def tokens_per_second(self, cell: Cell, what: What) -> float:
+        """Of the prompt up to the first token, or of decoding; all rows together."""
+        tokens = cell.batch * (cell.length if what == "first" else 1)
+        return tokens / cell.median(what)
+
+    def share(self, cell: Cell) -> float:
+        """Of the measured bandwidth, that decoding needs to read its weights and the cache for every token."""
+        entry = next(entry for entry in self.entries if entry.name == cell.contender)
+        numbers = 2 * self.model.num_layers * self.model.num_kv_heads * self.model.spectrum.head_dim
+        tokens = cell.length + self.config.decoded / 2
+        cache = cell.batch * tokens * numbers * self.cache_width
+        return (entry.weight_bytes + cache) / cell.median("next") / self.bandwidth["read"]
+
+
+def require_green(bundle: Bundle) -> None:
+    """Raises BundleError unless the bundle was validated as it is, and passed."""
+    path, hint = bundle.path / PARITY, f"Run `fope-export validate {bundle.path}` first."
+    if not path.is_file():
+        raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
+    try:
+        report = json.loads(path.read_text())
+        files, passed = report.get("files"), report.get("passed")
+    except (ValueError, AttributeError) as cause:
+        raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
+    if files != judged_files(bundle.manifest):
+        raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
+    if passed is not True:
+        raise BundleError(f"{path} says that the bundle FAILED; wrong models are not timed", hint=hint)
+
+
+def benchmark(
+    bundle: Bundle,
+    config: BenchConfig,
+    *,
+    checkpoint: Path | None = None,
+    stage: Stage = lambda text: None,
+) -> BenchResult:
+    """Time a bundle beside its checkpoint in PyTorch, and the peers that `config` asks for.
+
+    Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
+    which everything is compared with, cannot run.
+    """
+    require_green(bundle)
+    source_of(bundle, checkpoint)
+    machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
+    threads = config.threads or machine.cores
+    with TemporaryDirectory(prefix="fope-export-") as folder, ExitStack() as stack:
+        place = str(checkpoint) if checkpoint else None
+        jobs = [
+            Job(contender=name, bundle=str(bundle.path), checkpoint=place, folder=folder, threads=threads)
+            for name in _chosen(config)
+        ]
+        if config.peers:
+            write_twin(model, jobs[0].twin)
+        workers: dict[str, Worker] = {}
+        entries = [_enter(job, machine, bundle, workers, stack, stage) for job in jobs]
+        stage("measuring memory")
+        bandwidth = workers[EAGER].ask("bandwidth")
+        sizes = [(length, batch) for length in config.lengths for batch in config.batch]
+        cells = [cell for size in sizes for cell in _measure(workers, *size, model.vocab_size, config, stage)]
+    width = {"fp32": 4}.get(export.dtype, 2)
+    return BenchResult(config, threads, bandwidth, tuple(entries), tuple(cells), model, width)
+
+
+def _chosen(config: BenchConfig) -> Iterator[str]:
+    """PyTorch always; backends as asked, and every one where nobody asked; peers as asked, and the twin with them."""
+    for name, row in CONTENDERS.items():
+        if row.peer:
+            wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
+        else:
+            wanted = name not in BACKENDS or name == EAGER or not config.backends or name in config.backends
+        if wanted:
+            yield name
+
+
+def _enter(
+    job: Job, machine: Machine, bundle: Bundle, workers: dict[str, Worker], stack: ExitStack, stage: Stage
+) -> Entry:
+    """Make a contender in a worker of its own, and let eager judge its answers; a reason in the place of failures."""
+    row = CONTENDERS[job.contender]
+    if row.peer and job.contender != TWIN and TWIN not in workers:
+        return Entry(job.contender, row.what, "the twin does not run in PyTorch")
+    if reason := row.missing(machine):
+        return Entry(job.contender, row.what, reason)
+    known = {"job": {name: getattr(job, name) for name in Job.__struct_fields__}}
+    try:
+        if row.prepare:
+            stage(f"{job.contender}: exporting the twin")
+            with Worker(job.threads) as exporter:
+                exporter.ask("prepare", **known)
+        stage(f"{job.contender}: loading and comparing")
+        worker = stack.enter_context(Worker(job.threads))
+        weight_bytes = worker.ask("load", **known)["weight_bytes"]
+        workers[job.contender] = worker
+        referee, vocabulary = workers[TWIN if row.peer else EAGER], bundle.manifest.decoder().vocab_size
+        away = _compare(worker, referee, vocabulary, job.folder)
+    except FopeError as error:
+        workers.pop(job.contender, None)
+        if job.contender == EAGER:
+            raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
+        return Entry(job.contender, row.what, str(error))
+    allowed = ALLOWED[row.rounds or bundle.manifest.export.dtype]
+    if not away <= allowed:
+        del workers[job.contender]
+        return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)
+    return Entry(job.contender, row.what, "", away, allowed, weight_bytes)
+
+
+def _compare(worker: Worker, referee: Worker, vocabulary: int, folder: str) -> float:
+    """Let the referee score what the worker answers."""
+    prompts = prompt(2, CHECKED, vocabulary)
+    tokens = worker.ask("answer", prompts=prompts, new=ANSWERED)["tokens"]
+    found = []
+    for name, each in (("reference", referee), ("got", worker)):
+        file = f"{folder}/{name}.npy"
+        each.ask("scores", prompts=prompts, tokens=tokens, file=file)
+        found.append(np.load(file))
+    return distance(found[0], found[1], np.array(tokens))
+
+
+def prompt(batch: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Random tokens, the same for everyone; not 0, which may be padding."""
+    found: list[list[int]] = np.random.default_rng(0).integers(1, vocabulary, (batch, length)).tolist()
+    return found
+
+
+def _measure(
+    workers: dict[str, Worker], length: int, batch: int, vocabulary: int, config: BenchConfig, stage: Stage
+) -> Iterator[Cell]:
+    """One size: everybody once without counting, then in turn within each round, each round begun by another."""
+    request = {"prompts": prompt(batch, length, vocabulary), "new": config.decoded + 1}
+    refused, warm, rounds = {}, {}, []
+    for name, worker in workers.items():
+        stage(f"{batch} x {length}: warming up {name}")
+        started = time.perf_counter()
+        try:
+            worker.ask("time", **request)
+        except FopeError as error:
+            refused[name] = str(error)
+        warm[name] = time.perf_counter() - started
+    running = [name for name in workers if name not in refused]
+    for number in range(config.rounds):
+        stage(f"{batch} x {length}: round {number + 1} of {config.rounds}")
+        timed = {}
+        for name in _turned(running, number):
+            timed[name] = workers[name].ask("time", **request)
+            time.sleep(PAUSE)
+        rounds.append(timed)
+    for name in workers:
+        if name in refused:
+            yield Cell(name, length, batch, refused=refused[name])
+            continue
+        first, later, peaks = (tuple(r[name][what] for r in rounds) for what in ("first", "next", "peak"))
+        peak = max(peaks) if None not in peaks else None
+        yield Cell(name, length, batch, first, later, peak, warm[name])
+
+
+def _turned(names: Sequence[str], by: int) -> Sequence[str]:
+    start = by % len(names)
+    return [*names[start:], *names[:start]]

@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Measure bundles beside PyTorch, ONNX Runtime GenAI and Optimum, at the paper's 60M and 180M shapes.
+
+    scripts/bench_peers.py                   float32 and int4; writes scripts/results/bench_peers.json
+    scripts/bench_peers.py --shapes 60M --quantize none
+
+Weights are random; a bundle is timed after it was validated. Peers run a RoPE twin, exported by their own exporters.
+The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fope_export.bench_report import bench_record, print_bench
+from fope_export.benchmark.run import BenchConfig, benchmark
+from fope_export.benchmark.shapes import SHAPES, write_checkpoint
+from fope_export.config import ExportConfig
+from fope_export.graph.export import export
+from fope_export.parity.run import validate
+from fope_export.report import write_parity
+from fope_export.terminal import RESULTS, Stages, stages
+
+OUT = Path(__file__).parent / "results" / "bench_peers.json"
+KINDS = {"none": ExportConfig(), "int4": ExportConfig(quantize="int4")}
+
+
+def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
+    """One bundle: exported, validated, timed."""
+    stage("exporting")
+    bundle = export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind])
+    stage("validating")
+    parity = validate(bundle, lengths=(1, 64, 512))
+    bundle = write_parity(bundle, parity)
+    result = benchmark(bundle, config, stage=stage)
+    stage.finish()
+    print_bench(result, RESULTS)
+    return bench_record(bundle, result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["60M", "180M"])
+    parser.add_argument("--quantize", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 1024])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    config = BenchConfig(
+        lengths=tuple(args.lengths), batch=tuple(args.batch), rounds=args.rounds, threads=args.threads,
+        peers=("genai", "optimum"),
+    )  # fmt: skip
+    records: dict[str, dict[str, Any]] = {}
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as name:
+            checkpoint = Path(name) / "checkpoint"
+            parameters = write_checkpoint(shape, "fope", checkpoint) // 4
+            for kind in args.quantize:
+                with stages(f"{shape}, quantize {kind}") as stage:
+                    record = measure(checkpoint, kind, config, stage)
+                records[f"{shape}, {kind}"] = {"shape": shape, "quantize": kind, "parameters": parameters} | record
+                args.out.parent.mkdir(exist_ok=True)
+                args.out.write_text(json.dumps(records, indent=2) + "\n")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

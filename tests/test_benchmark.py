@@ -1,0 +1,246 @@
+"""Only what is proven right is timed, everybody in turn, and the report says who was not and why."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from rich.console import Console
+
+from fope_export.backends.choose import load_backend
+from fope_export.backends.eager import EagerBackend
+from fope_export.bench_report import bench_page, bench_record, print_bench, read_old, write_bench
+from fope_export.benchmark import run
+from fope_export.benchmark.compiled import Compiled, LastPosition
+from fope_export.benchmark.contenders import ALLOWED, COMPILED, CONTENDERS, EAGER, PEERS, TWIN, Stepping
+from fope_export.benchmark.greedy import answer, distance, scores
+from fope_export.benchmark.process import Worker
+from fope_export.benchmark.run import BenchConfig, BenchResult, benchmark, prompt, require_green
+from fope_export.benchmark.twin import write_twin
+from fope_export.bundle import MANIFEST, Bundle, complete, sha256
+from fope_export.cli import main
+from fope_export.errors import BackendError, BundleError, ConfigError
+from fope_export.model.checkpoint import load_checkpoint, source_of
+from fope_export.parity.run import validate
+from fope_export.report import write_parity
+
+SMALL = BenchConfig(lengths=(8, 16), batch=(1, 2), rounds=2, decoded=2, threads=1, backends=("onnxruntime",))
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def green(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    copy = Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("green") / "bundle"))
+    return write_parity(copy, validate(copy, lengths=(1, 64)))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch.compile, which takes its time."""
+    monkeypatch.delitem(CONTENDERS, COMPILED)
+
+
+@pytest.fixture(scope="module")
+def measured(green: Bundle) -> BenchResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(CONTENDERS, COMPILED)
+        return benchmark(green, SMALL)
+
+
+def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
+    timed = {(cell.contender, cell.length, cell.batch) for cell in measured.cells}
+    assert timed == {(name, n, b) for name in (EAGER, "onnxruntime") for n in (8, 16) for b in (1, 2)}
+    for cell in measured.cells:
+        assert not cell.refused and len(cell.first) == len(cell.next) == SMALL.rounds
+        assert min(cell.first + cell.next) > 0 and cell.peak > 1 << 20 and measured.share(cell) > 0
+        assert (measured.speed(cell, "next") == 1) == (cell.contender == EAGER)
+    assert all(entry.away <= ALLOWED["fp32"] and entry.weight_bytes for entry in measured.entries)
+
+
+def test_ratios_are_medians_of_rounds(measured: BenchResult) -> None:
+    def cell(name: str, seconds: tuple[float, ...]) -> run.Cell:
+        return run.Cell(name, 8, 2, seconds, seconds, 1)
+
+    cells = (cell(EAGER, (1.0, 30.0, 6.0)), cell("onnxruntime", (1.0, 10.0, 1.0)))
+    result = msgspec.structs.replace(SMALL, rounds=3), 1, {"read": 1e9}, measured.entries, cells, measured.model, 4
+    assert BenchResult(*result).speed(cells[1], "next") == 3.0
+    assert BenchResult(*result).tokens_per_second(cells[0], "first") == 16 / 6
+
+
+def test_the_record_the_page_and_the_table(green: Bundle, measured: BenchResult, tmp_path: Path) -> None:
+    record = json.loads(msgspec.json.encode(bench_record(green, measured)))
+    assert record["model_sha256"] == green.manifest.files["model.onnx"] and record["machine"]["processor"]
+    assert len(record["cells"]) == 8 and record["bandwidth_GB_per_s"]["read"] > 0
+    page = bench_page(green, measured)
+    loaded = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
+    assert all(link.startswith("#") for link in loaded) and "<script" not in page
+    assert page.count("<svg") == 2 and "onnxruntime" in page
+    assert write_bench(green, measured, tmp_path / "new").parent == tmp_path / "new"
+    old = read_old(tmp_path / "new" / "bench.json")
+    console = Console(width=200, file=(written := io.StringIO()))
+    print_bench(measured, console, old)
+    told = written.getvalue()
+    assert "decode / old" in told and told.count("1.00") >= 8
+    write_bench(green, measured)
+    assert "reports/bench.json" in Bundle.open(green.path).manifest.files
+
+
+def test_reports_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "parity.json").write_text('{"cases": []}')
+    with pytest.raises(ConfigError, match=r"parity.json is not a benchmark's record"):
+        read_old(tmp_path / "parity.json")
+
+
+def test_what_is_not_validated_is_not_timed(spoilable: Bundle, capsys: Capture) -> None:
+    assert main(["bench", str(spoilable.path)]) == 2
+    told = capsys.readouterr().err
+    assert "was not validated" in told and f"fope-export validate {spoilable.path}" in "".join(told.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"passed": False}, "FAILED"),
+        ({"passed": None}, "FAILED"),
+        ({"files": {}}, "other files"),
+        ({"files": {"model.onnx": "0"}}, "other files"),
+        (None, "is not a report"),
+    ],
+)
+def test_what_was_not_proven_is_not_timed(change: dict[str, object] | None, message: str, green: Bundle) -> None:
+    path = green.path / "reports/parity.json"
+    kept = path.read_text()
+    path.write_text("nonsense" if change is None else json.dumps(json.loads(kept) | change))
+    try:
+        with pytest.raises(BundleError, match=message) as caught:
+            require_green(green)
+        assert "fope-export validate" in caught.value.hint
+    finally:
+        path.write_text(kept)
+    require_green(green)
+
+
+def test_a_wrong_contender_is_not_timed(green: Bundle, tmp_path: Path, uncompiled: None) -> None:
+    """Even where a report that is not true says that it is right."""
+    folder = Path(shutil.copytree(green.path, tmp_path / "bundle"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "sin_pad":
+                attribute.f = 0.0
+    onnx.save(model, folder / "model.onnx")
+    forged = json.loads((folder / "reports/parity.json").read_text())
+    forged["files"]["model.onnx"] = sha256(folder / "model.onnx")
+    (folder / "reports/parity.json").write_text(json.dumps(forged))
+    (folder / MANIFEST).unlink()
+    complete(folder, green.manifest)
+    result = benchmark(Bundle.open(folder), msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), rounds=1))
+    entry = next(entry for entry in result.entries if entry.name == "onnxruntime")
+    assert entry.refused == "it does not compute what eager PyTorch computes" and entry.away > entry.allowed
+    assert {cell.contender for cell in result.cells} == {EAGER}
+
+
+def test_a_model_is_near_itself_and_away_from_another(bundle: Bundle, rope_bundle: Bundle) -> None:
+    referee = Stepping(EagerBackend(source_of(bundle).model))
+    prompts = np.array(prompt(2, 24, 256))
+
+    def away(other: Bundle) -> float:
+        contender = Stepping(load_backend(other))
+        tokens = answer(contender, prompts, 8)
+        return distance(scores(referee, prompts, tokens), scores(contender, prompts, tokens), tokens)
+
+    assert away(bundle) <= ALLOWED["fp32"] < 30 * ALLOWED["fp32"] < away(rope_bundle)
+
+
+def test_tokens_that_nobody_would_choose_are_away_whatever_the_logits() -> None:
+    logits = np.zeros((1, 2, 8), np.float32)
+    logits[..., 3] = 1
+    assert distance(logits, logits, np.array([[3, 3]])) == 0
+    assert distance(logits, logits, np.array([[3, 4]])) == 0.5
+    assert distance(logits, -logits, np.array([[3, 3]])) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 515], ids=lambda n: f"{n} tokens")
+def test_the_compiled_contender_computes_what_eager_does(length: int, bundle: Bundle) -> None:
+    """Its own arithmetic; that it compiles is another test."""
+    model, other = source_of(bundle).model, source_of(bundle).model
+    model.lm_head = LastPosition(model.lm_head)
+    prompts, eager, contender = np.array(prompt(3, length, 256)), Stepping(EagerBackend(model)), Compiled(other)
+    torch.compiler.set_stance("force_eager")
+    try:
+        tokens = answer(contender, prompts, 6)
+        assert distance(scores(eager, prompts, tokens), scores(contender, prompts, tokens), tokens) < 1e-5
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_torch_compile_takes_the_whole_step(green: Bundle) -> None:
+    checked = {"lengths": (run.CHECKED,), "batch": (2,), "decoded": run.ANSWERED - 1}  # no more shapes to compile
+    result = benchmark(green, msgspec.structs.replace(SMALL, rounds=1, **checked))
+    entry = next(entry for entry in result.entries if entry.name == COMPILED)
+    assert not entry.refused and {cell.contender for cell in result.cells} == {EAGER, COMPILED, "onnxruntime"}
+
+
+def test_a_size_without_room_says_so(static_bundle: Bundle, tmp_path: Path, uncompiled: None) -> None:
+    bundle = Bundle.open(shutil.copytree(static_bundle.path, tmp_path / "bundle"))
+    bundle = write_parity(bundle, validate(bundle, lengths=(1, 64)))
+    config = msgspec.structs.replace(SMALL, lengths=(8, 250), batch=(1,), rounds=1)
+    result = benchmark(bundle, config)
+    found = {(cell.contender, cell.length): cell.refused for cell in result.cells}
+    assert "there is room for 200" in found["onnxruntime", 250] and not found["onnxruntime", 8]
+    assert not found[EAGER, 250] and "room for 200" in bench_page(bundle, result)
+
+
+def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: None) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")
+    pytest.importorskip("optimum.onnxruntime", reason="needs fope-export[peers]")
+    result = benchmark(green, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
+    peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
+    assert peers.keys() == {TWIN, "genai fp32", "genai int4", "optimum fp32"}
+    assert {name: entry.refused for name, entry in peers.items()} == dict.fromkeys(peers, "")
+    assert peers["genai fp32"].away <= ALLOWED["fp32"] and peers["optimum fp32"].away <= ALLOWED["fp32"]
+    assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes
+    assert "genai int4 *" in bench_page(green, result)
+
+
+def test_the_twin_is_a_model_of_the_same_sizes(bundle: Bundle, tmp_path: Path) -> None:
+    config = bundle.manifest.decoder()
+    twin = load_checkpoint(write_twin(config, tmp_path / "twin")).config
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        assert getattr(twin, name) == getattr(config, name)
+    assert twin.spectrum.sin_pad == 0 and twin.spectrum.frequencies == twin.spectrum.head_dim // 2
+    with pytest.raises(ConfigError, match="no norm of queries"):
+        write_twin(msgspec.structs.replace(config, qk_norm=True), tmp_path / "other")
+
+
+def test_a_worker_tells_why_and_how_it_ended() -> None:
+    with Worker(1) as worker:
+        with pytest.raises(BackendError, match="AttributeError"):
+            worker.ask("dance")
+        worker._process.kill()
+        with pytest.raises(BackendError, match="ended with -9"):
+            worker.ask("bandwidth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backends", "tpu"], "there is no 'tpu'"),
+        (["--backends", "torch"], "there is no 'torch'"),
+        (["--peers", "vllm"], "there is no 'vllm'"),
+        (["--lengths", "0"], "lengths"),
+        (["--rounds", "0"], "rounds"),
+        (["--compare", "nowhere.json"], "nowhere.json"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_misuse(arguments: list[str], message: str, bundle: Bundle, capsys: Capture) -> None:
+    assert main(["bench", str(bundle.path), *arguments]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and "\nhint:  " in told.err and not told.out
