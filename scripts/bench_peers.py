@@ -19,6 +19,7 @@ from fope_export.benchmark.run import BenchConfig, benchmark
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
+from fope_export.graph.optimise import optimise
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
 from fope_export.terminal import RESULTS, Stages, stages
@@ -30,9 +31,9 @@ KINDS = {"none": ExportConfig(), "int4": ExportConfig(quantize="int4")}
 def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
     """One bundle: exported, validated, timed."""
     stage("exporting")
-    bundle = export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind])
+    bundle = optimise(export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind]))
     stage("validating")
-    parity = validate(bundle, lengths=(1, 64, 512))
+    parity = validate(bundle, lengths=(1, 64))
     bundle = write_parity(bundle, parity)
     result = benchmark(bundle, config, stage=stage)
     stage.finish()
@@ -44,9 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["60M", "180M"])
     parser.add_argument("--quantize", nargs="+", choices=KINDS, default=[*KINDS])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 1024])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 1024, 2048])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

@@ -10,13 +10,15 @@ import msgspec
 import numpy as np
 
 from fope_export.backends.base import Backend, Ids, Logits, feeds_for
-from fope_export.backends.choose import BACKENDS, Machine, load_backend
+from fope_export.backends.choose import BACKENDS, Machine, Settings, load_backend
 from fope_export.benchmark.greedy import Contender, Greedy
-from fope_export.bundle import Bundle
-from fope_export.config import ModelConfig
+from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.config import ExportConfig, ModelConfig
+from fope_export.errors import BackendError
 from fope_export.generation import prefill
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
+ORT, OURS = "onnxruntime", "onnxruntime, optimised"
 ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int4": 0.5}
 """How far a contender may be from eager PyTorch (`greedy.distance`), by what its arithmetic rounds to: int4 is held to
 what rounding does to random weights. Another model is about 1 away.
@@ -55,26 +57,26 @@ class Stepping(Greedy):
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002
+    def begin(self, prompts: Ids, new: int) -> Logits:
         """See `Contender`."""
         self._mask = np.ones_like(prompts)
-        logits, self._cache = prefill(self._backend, feeds_for(prompts))
+        batch, length = prompts.shape
+        cache = self._backend.empty_cache(batch, length + new)
+        logits, self._cache = prefill(self._backend, feeds_for(prompts), cache=cache)
         return logits[:, -1]
 
     def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
         self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
-        logits, self._cache = self._backend.step(feeds_for(tokens[:, None], self._mask), self._cache)
+        logits, self._cache = self._backend.step(feeds_for(tokens[:, None], self._mask), self._cache, last=True)
         return logits[:, -1]
 
 
 def _eager(job: Job) -> Loaded:
     from fope_export.backends.eager import EagerBackend
-    from fope_export.benchmark.compiled import LastPosition
 
     model = _model(job)
     size = _read_by_a_token(model.config, sum(p.nbytes for p in model.parameters()), model.embed.weight.itemsize)
-    model.lm_head = LastPosition(model.lm_head)
     return Loaded(Stepping(EagerBackend(model)), size)
 
 
@@ -100,11 +102,14 @@ def _model(job: Job) -> Any:
     return model
 
 
-def _backend(name: str, job: Job) -> Loaded:
-    bundle = Bundle.open(job.bundle, verify=False)
+def _backend(name: str, optimised: bool, job: Job) -> Loaded:
+    bundle = Bundle.open(job.product if job.product.exists() else job.bundle, verify=False)
+    if optimised and OPTIMISED not in bundle.manifest.files:
+        raise BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
     width = {"fp32": 4}.get(bundle.manifest.export.dtype, 2)
     size = _read_by_a_token(bundle.manifest.decoder(), _bytes(bundle.path.glob("model.onnx*")), width)
-    return Loaded(Stepping(load_backend(bundle, name)), size)
+    settings = Settings(optimised=optimised, threads=job.threads)
+    return Loaded(Stepping(load_backend(bundle, name, settings)), size)
 
 
 def _genai(job: Job) -> Loaded:
@@ -133,6 +138,14 @@ def _read_by_a_token(config: ModelConfig, weights: int, width: int) -> int:
     return weights if config.tie_embeddings else weights - config.vocab_size * config.hidden_size * width
 
 
+def _export_ours(job: Job) -> None:
+    from fope_export.graph.export import export
+    from fope_export.graph.optimise import optimise
+
+    like = Bundle.open(job.bundle, verify=False).manifest.export
+    optimise(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize)))
+
+
 def _build_genai(precision: str, job: Job) -> None:
     from fope_export.benchmark.peers import build_genai
 
@@ -148,6 +161,9 @@ def _export_optimum(job: Job) -> None:
 def _without(package: str) -> Callable[[Machine], str]:
     reason = f"{package} is not installed: pip install 'fope-export[peers]'"
     return lambda machine: "" if package in machine.packages else reason
+
+
+_without_ort = BACKENDS[ORT].missing
 
 
 @dataclass(frozen=True)
@@ -168,12 +184,18 @@ class Row:
 CONTENDERS: dict[str, Row] = {
     EAGER: Row("the checkpoint in PyTorch, eager; logits of the last position", _eager),
     COMPILED: Row("the same with torch.compile: static cache written in place, a graph for each shape", _compiled),
+    ORT: Row("the bundle in ONNX Runtime, its portable file", partial(_backend, ORT, False), _without_ort),
+    OURS: Row("its optimised file", partial(_backend, ORT, True), _without_ort),
     **{
-        name: Row(row.what, partial(_backend, name), row.missing)
+        name: Row(row.what, partial(_backend, name, True), row.missing)
         for name, row in BACKENDS.items()
-        if name != EAGER
+        if name not in (EAGER, ORT)
     },
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", rounds="fp32"),
+    f"{OURS}, RoPE twin": Row(
+        "the twin, exported and optimised as the bundle was", partial(_backend, ORT, True), _without_ort, "any",
+        _export_ours,
+    ),
     "genai fp32": Row(
         "the twin in ONNX Runtime GenAI, by its model builder", _genai, _without("onnxruntime-genai"), "genai",
         partial(_build_genai, "fp32"), "fp32",

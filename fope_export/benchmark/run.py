@@ -180,7 +180,8 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
         if row.peer:
             wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
         else:
-            wanted = name not in BACKENDS or name == EAGER or not config.backends or name in config.backends
+            backend = name.partition(",")[0]
+            wanted = backend not in BACKENDS or backend == EAGER or not config.backends or backend in config.backends
         if wanted:
             yield name
 
@@ -211,7 +212,7 @@ def _enter(
         if job.contender == EAGER:
             raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
         return Entry(job.contender, row.what, str(error))
-    allowed = ALLOWED[row.rounds or bundle.manifest.export.dtype]
+    allowed = ALLOWED[row.rounds or ("int4" if bundle.manifest.export.quantize else bundle.manifest.export.dtype)]
     if not away <= allowed:
         del workers[job.contender]
         return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)
