@@ -5,7 +5,8 @@
     scripts/bench_peers.py --shapes 60M --quantize none
 
 Weights are random; a bundle is timed after it was validated. Peers run a RoPE twin, exported by their own exporters.
-The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it.
+The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; what is not measured
+again stays.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
         lengths=tuple(args.lengths), batch=tuple(args.batch), rounds=args.rounds, threads=args.threads,
         peers=("genai", "optimum"),
     )  # fmt: skip
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
             checkpoint = Path(name) / "checkpoint"

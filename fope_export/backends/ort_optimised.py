@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,15 @@ class SharedCache:
 
     tensors: list[Tensor]
     lengths: Ids  # [B]
+    binding: Any = None
+    """Of all rows to a session, once there was a step with them; good until the tensors are replaced."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for as many tokens in every row; what is there stays."""
         have = self.tensors[0].shape[2]
         if tokens <= have:
             return
+        self.binding = None
         room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
         for i, old in enumerate(self.tensors):
             self.tensors[i] = new = zeros((*old.shape[:2], room, old.shape[3]), old)
@@ -92,29 +96,39 @@ class OptimisedOrtBackend:
             )
         cache.reserve(int((past + counts).max()))
         if new == 1 and counts.all():
-            logits = self._run(feeds.input_ids, feeds.position_ids, past, cache.tensors, 1)
+            cache.binding = cache.binding or self._bind(cache.tensors)
+            logits = self._run(feeds.input_ids, feeds.position_ids, past, cache.binding, 1)
         else:
             logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
             for row, count in enumerate(counts):
                 if count:
                     kept = 1 if last else count
                     ids, positions = (x[row : row + 1, new - count :] for x in (feeds.input_ids, feeds.position_ids))
-                    tensors = [tensor[row : row + 1] for tensor in cache.tensors]
-                    logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], tensors, kept)
-        return logits, SharedCache(cache.tensors, past + counts)
+                    binding = self._bind([tensor[row : row + 1] for tensor in cache.tensors])
+                    logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], binding, kept)
+        return logits, SharedCache(cache.tensors, past + counts, cache.binding)
 
-    def _run(self, ids: Ids, positions: Ids, past: Ids, tensors: list[Tensor], kept: int) -> Logits:
-        """Rows of equally many new tokens [B, S], each after `past` [B] others, whose keys and values are written."""
-        totals = past + ids.shape[1]
-        mask = (np.arange(totals.max()) < totals[:, None]).astype(np.int64)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, KEPT: np.array([kept])}
+    def _bind(self, tensors: list[Tensor]) -> Any:
+        """Keys and values, read and written where they are."""
         binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
         for past_name, present_name, tensor in zip(self._past, self._present, tensors, strict=True):
             place = (self._device, 0, self._type, tuple(tensor.shape), tensor.data_ptr())
             binding.bind_input(past_name, *place)
             binding.bind_output(present_name, *place)
+        return binding
+
+    def _run(self, ids: Ids, positions: Ids, past: Ids, binding: Any, kept: int) -> Logits:
+        """Rows of equally many new tokens [B, S], each after `past` [B] others, on the cache that is bound."""
+        places, longest = np.arange(past.max() + ids.shape[1]), past.max()
+        mask = (places < past[:, None]) | (places >= longest)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask.astype(np.int64),
+            "position_ids": positions,
+            KEPT: np.array([kept]),
+        }
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
         binding.bind_output(LOGITS)
         try:
             self._session.run_with_iobinding(binding)

@@ -102,7 +102,7 @@ class Optimise(InPlacePass):
     """Rewrite a decoder with a dynamic cache. Its names of inputs and outputs stay; `logits_to_keep` joins them.
 
     A cache may be longer than the tokens in it: past and present are then the same memory. Rows of different lengths
-    are padded on the right; a mask with padding anywhere else makes the run fail.
+    are padded on the right; a prompt that is padded anywhere else makes the run fail.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -147,23 +147,32 @@ class Optimise(InPlacePass):
         return self._constant(f"numbers.{'_'.join(map(str, numbers))}", np.array(numbers, np.int64))
 
     def _steps(self) -> None:
-        """What all layers share: the length of every row and of the longest, and the sizes B and S."""
+        """What all layers share: the sizes B and S, the last slot that each row writes, and the longest row's length.
+
+        New tokens that are padding are written too, after the real ones: those that come next overwrite them.
+        """
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
         self.rows = self._op("steps/Shape", ids, start=0, end=1)
         self.new = self._op("steps/Shape.new", ids, start=1, end=2)
-        self.total = self._op("steps/Shape.total", mask, start=1, end=2)
-        self.lengths = self._op("steps/ReduceSum", mask, self._numbers(1), keepdims=1)  # [B, 1]
-        last = self._op("steps/Sub", self.lengths, self._numbers(1))
+        total = self._op("steps/Shape.total", mask, start=1, end=2)
+        before = self._op("steps/Sub", total, self.new)
+        self.fed = self._op("steps/Slice", mask, before, total, self._numbers(1))  # [B, S], the new tokens' mask
+        self.counts = self._op("steps/ReduceSum.fed", self.fed, self._numbers(1))  # [B, 1]
+        lengths = self._op("steps/ReduceSum", mask, self._numbers(1))
+        past = self._op("steps/Sub.past", lengths, self.counts)
+        last = self._op("steps/Sub.last", self._op("steps/Add", past, self.new), self._numbers(1))
         flat = self._op("steps/Reshape", last, self._numbers(-1))
         self.last_slot = self._op("steps/Cast", flat, to=int(ir.DataType.INT32))
-        self.longest = self._op("steps/Cast.total", self.total, to=int(ir.DataType.INT32))
+        self.longest = self._op("steps/Cast.total", total, to=int(ir.DataType.INT32))
 
     def _tables(self, layers: Sequence[Layer]) -> list[tuple[ir.Value, ir.Value]]:
         """sign * S and C of every layer, each [1, B * S * G, R / 2]; one product for all that share frequencies."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for i, layer in enumerate(layers):
             freq, coef, _ = layer.numbers()
-            alike.setdefault((freq.tobytes(), coef.shape, layer.setting("rotary_dim")), []).append(i)
+            alike.setdefault(
+                (freq.tobytes(), coef.shape, layer.setting("rotary_dim"), layer.setting("compute_dtype")), []
+            ).append(i)
         tables: dict[int, tuple[ir.Value, ir.Value]] = {}
         for turn, members in enumerate(alike.values()):
             made = self._series([layers[i] for i in members], f"series.{turn}" if turn else "series")
@@ -196,29 +205,26 @@ class Optimise(InPlacePass):
             table = self._op(f"{name}/Reshape.{wave}", table, self._numbers(len(stack), -1, half))
             if to != ir.DataType.FLOAT:
                 table = self._op(f"{name}/Cast.{wave}", table, to=to)
-            split = len(stack) > 1
             pieces.append(
                 self._ops(f"{name}/Split.{wave}", table, outputs=len(stack), axis=0, num_outputs=len(stack))
-                if split
+                if len(stack) > 1
                 else [table]
             )
         return [(pieces[0][place], pieces[1][place]) for place in places]
 
     def _attend(self, layer: Layer, sin: ir.Value, cos: ir.Value) -> None:
         """Rotation, cache and attention of one layer."""
-        q, k = (
-            self._turn(f"{layer.name}.rotary", x, layer, value, (sin, cos))
-            for x, value in zip(("q", "k"), layer.rotary.inputs[:2], strict=True)
-        )
-        v = self._op(f"{layer.name}/Reshape.v", layer.v, self._numbers(0, 0, -1))
-        sizes = {"num_heads": _extent(layer.rotary.inputs[0], 2), "kv_num_heads": _extent(layer.rotary.inputs[1], 2)}
-        scale = {
-            name: layer.attention.attributes[name].value for name in ("scale",) if name in layer.attention.attributes
-        }
+        q, k = layer.rotary.inputs[:2]
+        heads, kv_heads = _extent(q, 2), _extent(k, 2)
+        q, k, v = self._flat(layer)
+        q = self._turn(layer, "q", q, heads, sin, cos)
+        k = self._turn(layer, "k", k, kv_heads, sin, cos)
+        known = layer.attention.attributes
+        scale = {"scale": known["scale"].value} if "scale" in known else {}
         pasts = [node.inputs[0] for node in (layer.key, layer.value)]
         out, *presents = self._ops(
             f"{layer.name}/GroupQueryAttention", q, k, v, *pasts, self.last_slot, self.longest,
-            outputs=3, domain=MICROSOFT, **sizes, **scale,
+            outputs=3, domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads, **scale,
         )  # fmt: skip
         layer.out.replace_all_uses_with(out)
         for past, new, old in zip(pasts, presents, (layer.key.outputs[0], layer.value.outputs[0]), strict=True):
@@ -228,29 +234,35 @@ class Optimise(InPlacePass):
             old.name = f"{old.name}.replaced"
             self.graph.outputs[self.graph.outputs.index(old)] = new
 
-    def _turn(
-        self, name: str, x: str, layer: Layer, value: ir.Value | None, tables: tuple[ir.Value, ir.Value]
-    ) -> ir.Value:
-        """q or k [B, S, H, E] rotated, as [B, S, H * E]. RotaryEmbedding shares one table between heads, so groups of
-        heads with coefficients of their own lie along its sequence.
+    def _flat(self, layer: Layer) -> Sequence[ir.Value | None]:
+        """q, k and v, the last as [B, S, K * E]; where nothing norms q and k, all three straight off the projection."""
+        split = _maker(layer.v, "Split")
+        q, k = layer.rotary.inputs[:2]
+        if q is not split.outputs[0] or k is not split.outputs[1]:
+            return q, k, self._op(f"{layer.name}/Reshape.v", layer.v, self._numbers(0, 0, -1))
+        projected = _maker(split.inputs[0], "Reshape").inputs[0]
+        widths = self._numbers(*(_extent(value, 2) * _extent(value, 3) for value in split.outputs))
+        return self._ops(f"{layer.name}/Split.flat", projected, widths, outputs=3, axis=-1)
+
+    def _turn(self, layer: Layer, x: str, value: ir.Value | None, heads: int, sin: ir.Value, cos: ir.Value) -> ir.Value:
+        """q or k rotated, as [B, S, H * E]. RotaryEmbedding shares one table between heads, so groups of heads with
+        coefficients of their own lie along its sequence.
         """
-        assert value is not None and value.dtype is not None
-        heads, width, to = _extent(value, 2), _extent(value, 3), layer.setting("compute_dtype")
-        together = layer.setting("heads_per_group" if x == "q" else "kv_heads_per_group")
-        sizes = {"num_heads": together, "rotary_embedding_dim": layer.setting("rotary_dim")}
+        name, dtype, to = f"{layer.name}.rotary", layer.v.dtype, layer.setting("compute_dtype")
+        assert dtype is not None
+        together, width = (
+            layer.setting("heads_per_group" if x == "q" else "kv_heads_per_group"),
+            layer.setting("head_dim"),
+        )
         turned = self._op(f"{name}/Reshape.{x}_grouped", value, self._numbers(1, -1, together * width))
-        if value.dtype != to:
+        if dtype != to:
             turned = self._op(f"{name}/Cast.{x}", turned, to=to)
         turned = self._op(
-            f"{name}/RotaryEmbedding.{x}",
-            turned,
-            tables[1],
-            tables[0],
-            **sizes,
-            interleaved=layer.setting("interleaved"),
-        )
-        if value.dtype != to:
-            turned = self._op(f"{name}/Cast.{x}_turned", turned, to=int(value.dtype))
+            f"{name}/RotaryEmbedding.{x}", turned, cos, sin, num_heads=together,
+            rotary_embedding_dim=layer.setting("rotary_dim"), interleaved=layer.setting("interleaved"),
+        )  # fmt: skip
+        if dtype != to:
+            turned = self._op(f"{name}/Cast.{x}_turned", turned, to=int(dtype))
         return self._op(f"{name}/Reshape.{x}", turned, self._rows_of(heads * width))
 
     def _rows_of(self, width: int) -> ir.Value:
@@ -262,8 +274,8 @@ class Optimise(InPlacePass):
     def _last_logits(self) -> None:
         """Final norm and output projection see only the last tokens that each row has among the new ones.
 
-        A mask that is no run of ones followed by zeros has its last 1 elsewhere than their number says: the gather is
-        then sent nowhere, and ONNX Runtime ends the run.
+        Where these are no ones followed by zeros in the mask, the last 1 is elsewhere than their number says: the
+        gather is then sent nowhere, and ONNX Runtime ends the run.
         """
         logits = self.graph.outputs[0]
         norm = _maker(_maker(logits, "MatMul", OPERATOR).inputs[0], "RMSNormalization")
@@ -272,26 +284,20 @@ class Optimise(InPlacePass):
         self.graph.inputs.append(kept)
         self.graph.register_initializer(kept)
         zero, one = self._scalar(0), self._scalar(1)
-        places = self._op("steps/Range", one, self._op("steps/Add", self._scalar_of("total", self.total), one), one)
-        ends = self._op("steps/Mul", self.inputs["attention_mask"], places)
-        last = self._op("steps/ReduceMax", ends, self._numbers(1), keepdims=1)  # [B, 1]
-        whole = self._op("steps/Equal", last, self.lengths)
-        past = self._op("steps/Sub.past", self.total, self.new)
-        end = self._op("steps/Sub.end", self.lengths, past)  # one after each row's last token among the new ones
-        back = self._op("steps/Range.kept", self._op("steps/Neg", self._scalar_of("kept", kept)), zero, one)
-        index = self._op("steps/Clip", self._op("steps/Add.index", end, back), zero)  # [B, kept]
-        index = self._op("steps/Where", whole, index, self._scalar(NOWHERE))
+        after = self._op("steps/Add.one", self._op("steps/Squeeze.new", self.new), one)
+        places = self._op("steps/Mul", self.fed, self._op("steps/Range", one, after, one))
+        whole = self._op("steps/Equal", self._op("steps/ReduceMax", places, self._numbers(1)), self.counts)
+        back = self._op("steps/Neg", self._op("steps/Squeeze.kept", kept))
+        index = self._op("steps/Add.index", self.counts, self._op("steps/Range.kept", back, zero, one))  # [B, kept]
+        index = self._op("steps/Where", whole, self._op("steps/Clip", index, zero), self._scalar(NOWHERE))
         index = self._op("steps/Unsqueeze", index, self._numbers(-1))
         picked = self._op("padding_belongs_on_the_right/GatherND", norm.inputs[0], index, batch_dims=1)
         norm.replace_input_with(0, picked)
         assert logits.shape is not None
-        logits.shape = ir.Shape([logits.shape[0], "kept", logits.shape[2]])
+        logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # as by default, which GenAI goes by
 
     def _scalar(self, number: int) -> ir.Value:
         return self._constant(f"number.{number}", np.array(number, np.int64))
-
-    def _scalar_of(self, name: str, value: ir.Value) -> ir.Value:
-        return self._op(f"steps/Squeeze.{name}", value)
 
 
 def _extent(value: ir.Value | None, axis: int) -> int:
@@ -309,7 +315,7 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
 
     Raises ConfigError for a static cache, ExportError where the file is not as this package writes it.
     """
-    export = bundle.manifest.export
+    config, export = bundle.manifest.decoder(), bundle.manifest.export
     if export.cache == "static":
         raise ConfigError(
             f"{bundle.path} has a static cache, and what is optimised is the growing one",
@@ -327,6 +333,6 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     try:
         ir.save(model, partial)
         check(partial)
-        return bundle.add({OPTIMISED: partial, **for_genai(bundle.manifest.decoder(), export, optimised=True)})
+        return bundle.add({OPTIMISED: partial, **for_genai(config, export, optimised=True)})
     finally:
         partial.unlink(missing_ok=True)

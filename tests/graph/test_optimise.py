@@ -151,7 +151,7 @@ def test_the_weights_are_not_stored_twice(optimised: Bundle) -> None:
 
 
 def test_nodes_of_a_layer(optimised: Bundle) -> None:
-    """Two norms, four linear layers, two sums and the gate are 12; rotation, cache and attention take ten."""
+    """Two norms, four linear layers, two sums and the gate are 12; rotation, cache and attention take eight."""
     counts = []
     for name in ("model.onnx", OPTIMISED):
         model = onnx.load(optimised.path / name, load_external_data=False)
@@ -159,7 +159,7 @@ def test_nodes_of_a_layer(optimised: Bundle) -> None:
         body = len(model.functions[0].node) - 1 if model.functions else 0
         counts.append(len(nodes) + body)
         assert [f.name for f in model.functions] == (["FopeRotary"] if body else [])
-    assert counts == [91, 22]
+    assert counts == [91, 20]
 
 
 def test_only_a_growing_cache_is_optimised(static_bundle: Bundle) -> None:
