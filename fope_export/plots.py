@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ STYLE: dict[Any, Any] = {
 
 Losses = Mapping[str, Mapping[int, float]]
 """Model -> context length -> nats per token."""
+Speeds = dict[str, dict[int, float]]
+"""Contender -> tokens of the prompt -> tokens a second."""
 
 
 def as_svg(figure: Figure) -> str:
@@ -125,30 +128,36 @@ def draw_loss(axes: Axes, losses: Losses, training_length: int) -> None:
 
 def speed_figure(result: BenchResult, batch: int) -> Figure:
     """Tokens a second by length for one batch size, a line for each contender: prompts, and one by one after them."""
+    sides: dict[What, Speeds] = {"first": {}, "next": {}}
+    for what, speeds in sides.items():
+        for cell in result.cells:
+            if cell.batch == batch and not cell.refused:
+                speeds.setdefault(cell.contender, {})[cell.length] = result.tokens_per_second(cell, what)
+    return speeds_figure(sides["first"], sides["next"])
+
+
+def speeds_figure(prefill: Speeds, decode: Speeds) -> Figure:
+    """The same of any tokens a second; contenders on a RoPE twin are dashed."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        draw_speed(left, result, batch, "first")
-        draw_speed(right, result, batch, "next")
+        draw_speeds(left, prefill, "prefill", "tokens of the prompt")
+        draw_speeds(right, decode, "decode", "tokens before")
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=9)
     return figure
 
 
-def draw_speed(axes: Axes, result: BenchResult, batch: int, what: What) -> None:
-    """One side of `speed_figure`; contenders on the RoPE twin are dashed."""
-    for color, entry in zip(PALETTE, result.entries, strict=False):
-        cells = [c for c in result.cells if (c.contender, c.batch) == (entry.name, batch) and not c.refused]
-        lengths = [cell.length for cell in cells]
-        values = [result.tokens_per_second(cell, what) for cell in cells]
-        style = "s--" if CONTENDERS[entry.name].peer else "o-"
-        if cells:
-            axes.plot(lengths, values, style, color=color, lw=1.8, ms=5, label=entry.name)
-    ticks = sorted({cell.length for cell in result.cells})
+def draw_speeds(axes: Axes, speeds: Speeds, title: str, label: str) -> None:
+    """One side of `speeds_figure`."""
+    for color, (name, by_length) in zip(cycle(PALETTE), speeds.items()):
+        style = "s--" if CONTENDERS[name].peer else "o-"
+        axes.plot(list(by_length), list(by_length.values()), style, color=color, lw=1.8, ms=5, label=name)
+    ticks = sorted({length for by_length in speeds.values() for length in by_length})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
-    axes.set_xlabel("tokens of the prompt" if what == "first" else "tokens before")
+    axes.set_xlabel(label)
     axes.set_ylabel("tokens a second")
-    axes.set_title("prefill" if what == "first" else "decode", loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11)

@@ -5,8 +5,8 @@
     scripts/bench_peers.py --shapes 60M --quantize none
 
 Weights are random; a bundle is timed after it was validated. Peers run a RoPE twin, exported by their own exporters.
-The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; what is not measured
-again stays.
+The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; parts that are not
+measured again stay.
 """
 
 import argparse

@@ -1,9 +1,12 @@
 #!/usr/bin/env python
-"""Measure the shipped models for the README: loss by length of context, in PyTorch and from the ONNX, and parity.
+"""Draw the README's pictures.
 
-scripts/figures.py          writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
+scripts/figures.py loss     measures the shipped models: loss by length of context, in PyTorch and from the ONNX, and
+                            parity; writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
+scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png
 """
 
+import argparse
 import json
 import tempfile
 from importlib.resources import files
@@ -16,6 +19,7 @@ from rich.console import Console
 
 from fope_export import plots
 from fope_export.backends.choose import load_backend, read_machine
+from fope_export.benchmark.contenders import OURS
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import NAMES, shipped
 from fope_export.evaluation import loss_by_length
@@ -26,9 +30,25 @@ from fope_export.parity.run import ParityResult, validate
 SCORED = 1 << 18
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("torch", "onnxruntime")
+SHOWN = ("torch", "torch.compile", "onnxruntime", OURS, "genai fp32", "optimum fp32")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", choices=("loss", "speed"))
+    {"loss": loss, "speed": speed}[parser.parse_args().picture]()
+
+
+def speed() -> None:
+    cells = json.loads((ROOT / "scripts/results/bench_peers.json").read_text())["60M, none"]["cells"]
+    prefill, decode = (
+        {name: {c["length"]: c[speed] for c in cells if c["contender"] == name} for name in SHOWN}
+        for speed in ("prefill_tokens_per_s", "decode_tokens_per_s")
+    )
+    plots.save(plots.speeds_figure(prefill, decode), ROOT / "docs/speed.png")
+
+
+def loss() -> None:
     text = as_tokens(python_source(held_out=True))[: SCORED + 1]
     console = Console(stderr=True)
     losses: dict[str, dict[str, dict[int, float]]] = {}
