@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -166,10 +167,13 @@ def benchmark(
             write_twin(model, jobs[0].twin)
         workers: dict[str, Worker] = {}
         entries = [_enter(job, machine, bundle, workers, stack, stage) for job in jobs]
-        stage("measuring memory")
-        bandwidth = workers[EAGER].ask("bandwidth")
-        sizes = [(length, batch) for length in config.lengths for batch in config.batch]
-        cells = [cell for size in sizes for cell in _measure(workers, *size, model.vocab_size, config, stage)]
+        bandwidth = {"read": 0.0, "copy": 0.0}
+        cells: list[Cell] = []
+        for length, batch in product(config.lengths, config.batch):
+            cells += _measure(workers, length, batch, model.vocab_size, config, stage)
+            stage("measuring memory")  # again and again, because others may use it too
+            measured = workers[EAGER].ask("bandwidth")
+            bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
     width = {"fp32": 4}.get(export.dtype, 2)
     return BenchResult(config, threads, bandwidth, tuple(entries), tuple(cells), model, width)
 
