@@ -129,10 +129,15 @@ class OptimisedOrtBackend:
         }
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
-        binding.bind_output(LOGITS)
+        logits = np.empty((len(ids), 1, self.vocab_size), self._type)
+        if kept == 1:
+            binding.bind_output(LOGITS, "cpu", 0, self._type, logits.shape, logits.ctypes.data)
+        else:  # the file declares one, so that no other number may be bound
+            binding.bind_output(LOGITS)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as cause:
             raise failure("run", self._path, cause) from cause
-        logits: Logits = binding.get_outputs()[-1].numpy().astype(np.float32, copy=False)
-        return logits
+        if kept > 1:
+            logits = binding.get_outputs()[-1].numpy()
+        return logits.astype(np.float32, copy=False)

@@ -67,7 +67,7 @@ class Stepping(Greedy):
 
     def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
-        self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        self._mask = np.ones((len(tokens), self._mask.shape[1] + 1), np.int64)
         logits, self._cache = self._backend.step(feeds_for(tokens[:, None], self._mask), self._cache, last=True)
         return logits[:, -1]
 
