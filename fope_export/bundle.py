@@ -19,6 +19,8 @@ MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
 OPTIMISED = "model.cpu.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
+KEPT = "logits_to_keep"
+"""Its input, int64 [1]: of how many of each row's last tokens logits are wanted. Who does not give it gets one."""
 REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")

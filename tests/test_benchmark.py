@@ -17,7 +17,7 @@ from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import bench_page, bench_record, print_bench, read_old, write_bench
 from fope_export.benchmark import run
-from fope_export.benchmark.compiled import Compiled, LastPosition
+from fope_export.benchmark.compiled import Compiled
 from fope_export.benchmark.contenders import ALLOWED, COMPILED, CONTENDERS, EAGER, OURS, PEERS, TWIN, Stepping
 from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
@@ -172,7 +172,6 @@ def test_tokens_that_nobody_would_choose_are_away_whatever_the_logits() -> None:
 def test_the_compiled_contender_computes_what_eager_does(length: int, bundle: Bundle) -> None:
     """Its own arithmetic; that it compiles is another test."""
     model, other = source_of(bundle).model, source_of(bundle).model
-    model.lm_head = LastPosition(model.lm_head)
     prompts, eager, contender = np.array(prompt(3, length, 256)), Stepping(EagerBackend(model)), Compiled(other)
     torch.compiler.set_stance("force_eager")
     try:

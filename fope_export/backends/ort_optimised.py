@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,24 +10,21 @@ from torch import Tensor
 
 from fope_export.backends.base import Feeds, Ids, Logits, Part, empty_past, widest
 from fope_export.backends.ort import TYPES, failure, session_of
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import KEPT, OPTIMISED, Bundle
 from fope_export.errors import BackendError, require
 
 BLOCK = 256
 """Tokens that a cache grows by at least."""
-LOGITS, KEPT = "logits", "logits_to_keep"
+LOGITS = "logits"
 
 
 @dataclass
-class SharedCache:
-    """Keys and values [B, K, C, E] of every layer, written in place, and the tokens in each row, which are C at most.
-    What grows is replaced in the list, for every cache that shares it.
-    """
+class Memory:
+    """Keys and values [B, K, C, E] of every layer, written in place, for all caches that come from one another."""
 
     tensors: list[Tensor]
-    lengths: Ids  # [B]
     binding: Any = None
-    """Of all rows to a session, once there was a step with them; good until the tensors are replaced."""
+    """Of all rows to a session, once there was a step with them; it goes when the tensors do."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for as many tokens in every row; what is there stays."""
@@ -39,6 +36,13 @@ class SharedCache:
         for i, old in enumerate(self.tensors):
             self.tensors[i] = new = zeros((*old.shape[:2], room, old.shape[3]), old)
             new[:, :, :have] = old
+
+
+class SharedCache(NamedTuple):
+    """A memory, and how many tokens of each of its rows are this cache's."""
+
+    memory: Memory
+    lengths: Ids  # [B]
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -71,21 +75,20 @@ class OptimisedOrtBackend:
 
     def empty_cache(self, batch: int, room: int = 0) -> SharedCache:
         shapes = empty_past(self._manifest, batch).values()
-        tensors = [zeros(shape, self._like) for shape in shapes]
-        cache = SharedCache(tensors, np.zeros(batch, np.int64))
-        cache.reserve(room)
-        return cache
+        memory = Memory([zeros(shape, self._like) for shape in shapes])
+        memory.reserve(room)
+        return SharedCache(memory, np.zeros(batch, np.int64))
 
     def assemble(self, parts: Sequence[Part], room: int = 0) -> SharedCache:
         cache = self.empty_cache(len(parts), max(room, widest(parts)))
         for row, part in enumerate(parts):
             cache.lengths[row] = count = part.end - part.start
-            for tensor, source in zip(cache.tensors, part.cache.tensors, strict=True):
+            for tensor, source in zip(cache.memory.tensors, part.cache.memory.tensors, strict=True):
                 tensor[row, :, :count] = source[part.row, :, :count]
         return cache
 
     def step(self, feeds: Feeds, cache: SharedCache, *, last: bool = False) -> tuple[Logits, SharedCache]:
-        batch, new = feeds.input_ids.shape
+        memory, (batch, new) = cache.memory, feeds.input_ids.shape
         real = feeds.attention_mask[:, -new:] != 0
         counts = real.sum(axis=1)
         past = (feeds.attention_mask[:, :-new] != 0).sum(axis=1)
@@ -94,19 +97,19 @@ class OptimisedOrtBackend:
                 "the attention mask does not fit the cache",
                 hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
             )
-        cache.reserve(int((past + counts).max()))
+        memory.reserve(int((past + counts).max()))
         if new == 1 and counts.all():
-            cache.binding = cache.binding or self._bind(cache.tensors)
-            logits = self._run(feeds.input_ids, feeds.position_ids, past, cache.binding, 1)
+            memory.binding = memory.binding or self._bind(memory.tensors)
+            logits = self._run(feeds.input_ids, feeds.position_ids, past, memory.binding, 1)
         else:
             logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
             for row, count in enumerate(counts):
                 if count:
                     kept = 1 if last else count
                     ids, positions = (x[row : row + 1, new - count :] for x in (feeds.input_ids, feeds.position_ids))
-                    binding = self._bind([tensor[row : row + 1] for tensor in cache.tensors])
+                    binding = self._bind([tensor[row : row + 1] for tensor in memory.tensors])
                     logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], binding, kept)
-        return logits, SharedCache(cache.tensors, past + counts, cache.binding)
+        return logits, SharedCache(memory, past + counts)
 
     def _bind(self, tensors: list[Tensor]) -> Any:
         """Keys and values, read and written where they are."""

@@ -1,8 +1,8 @@
-"""The checkpoint in PyTorch, as fast as eager and torch.compile make it."""
+"""The checkpoint in PyTorch, as fast as torch.compile makes it."""
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fope_export.backends.base import Ids, Logits
 from fope_export.backends.eager import in_numpy
@@ -10,18 +10,6 @@ from fope_export.benchmark.greedy import Greedy
 from fope_export.fope.rotary import rotated
 from fope_export.generation import CHUNK
 from fope_export.model.decoder import Cache, Decoder, Step, static_mask
-
-
-class LastPosition(nn.Module):
-    """A head that computes the last position's logits only: [B, S, hidden] to [B, 1, V]."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x[:, -1:])
-        return logits
 
 
 def write_in_place(past: Tensor, new: Tensor, written: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a contender is, and the loop that those have in common that have none of their own."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -27,16 +28,16 @@ class Contender(Protocol):
         ...
 
 
-class Greedy:
+class Greedy(ABC):
     """`first` and `next` by `begin` and `feed`."""
 
+    @abstractmethod
     def begin(self, prompts: Ids, new: int) -> Logits:
         """See `Contender`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
-        raise NotImplementedError
 
     def first(self, prompts: Ids, new: int) -> Ids:
         """See `Contender`."""

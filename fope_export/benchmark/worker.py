@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from fope_export.benchmark.contenders import CONTENDERS, Job, Loaded
 from fope_export.benchmark.greedy import answer, scores
@@ -32,7 +33,7 @@ class Answers:
 
     def load(self, job: dict[str, Any]) -> dict[str, Any]:
         known = msgspec.convert(job, Job)
-        _use_threads(known.threads)
+        torch.set_num_threads(known.threads)
         self._loaded: Loaded = CONTENDERS[known.contender].load(known)
         return {"weight_bytes": self._loaded.weight_bytes}
 
@@ -58,8 +59,6 @@ class Answers:
 
     def bandwidth(self) -> dict[str, Any]:
         """Bytes a second that torch reads (a sum) and copies (read and written bytes), the best of five."""
-        import torch
-
         source = torch.ones(ARRAY)
         target = torch.empty_like(source)
         tasks = {"read": (1, source.sum), "copy": (2, lambda: target.copy_(source))}
@@ -70,25 +69,6 @@ def _seconds(task: Any) -> float:
     started = time.perf_counter()
     task()
     return time.perf_counter() - started
-
-
-def _use_threads(count: int) -> None:
-    """For torch, and for every session of ONNX Runtime that is made without saying how many."""
-    import torch
-
-    torch.set_num_threads(count)
-    try:
-        import onnxruntime
-    except ImportError:
-        return
-    options = onnxruntime.SessionOptions
-
-    class Options(options):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            super().__init__()
-            self.intra_op_num_threads = count
-
-    onnxruntime.SessionOptions = Options
 
 
 def _forget_peak() -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassError, PassResult, PreconditionError, Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
-from fope_export.bundle import MODEL, OPTIMISED, Bundle
+from fope_export.bundle import KEPT, MODEL, OPTIMISED, Bundle
 from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.graph.companions import for_genai
@@ -27,8 +27,6 @@ from fope_export.graph.passes import NUMBERS
 from fope_export.graph.quantise import INT8, OPERATOR, Products
 
 MICROSOFT = "com.microsoft"
-KEPT = "logits_to_keep"
-"""Input, int64 [1]: of how many of each row's last tokens logits are wanted. Who does not give it gets one."""
 CAPACITY = "capacity"
 """A cache's room for tokens."""
 NOWHERE = 1 << 40

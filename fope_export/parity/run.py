@@ -132,6 +132,7 @@ def validate(
     total = len(cases) + len(mistakes)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
     rounded: list[CaseResult] = []
+    failing: list[Case] = []
     results, cost, reach, broken = [], None, None, ""
     try:
         used = load_backend(bundle, chosen)
@@ -144,6 +145,7 @@ def validate(
             report(case.name, done, total)
             compared = judging.compare(case, *files.values())
             results += [replace(each, name=case.name + which) for which, each in zip(files, compared, strict=True)]
+            failing += [case] if any(not each.verdict.passed for each in compared) else []
     except BackendError as error:
         broken = str(error)
     folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
@@ -158,8 +160,6 @@ def validate(
     )
     if found.passed:
         return found
-    failures = {result.name.partition(", optimised")[0] for result in results if not result.verdict.passed}
-    failing = [case for case in cases if case.name in failures]
     searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
     return replace(found, place=_place(bundle, source.model, yardstick, searched, cost))
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from fope_export.backends.base import Feeds, feeds_for
 from fope_export.backends.choose import BACKENDS, Settings, load_backend
@@ -89,12 +90,25 @@ def test_a_cache_grows_and_is_written_in_place(pair: tuple[Any, Any]) -> None:
     backend = pair[1]
     ids = np.ones((1, 300), np.int64)
     cache = backend.empty_cache(1, 64)
-    assert cache.tensors[0].shape[2] == 256
+    assert cache.memory.tensors[0].shape[2] == 256
     _, filled = backend.step(feeds_for(ids[:, :100]), cache)
-    assert filled.tensors is cache.tensors and filled.lengths.tolist() == [100]
+    assert filled.memory.tensors is cache.memory.tensors and filled.lengths.tolist() == [100]
     _, grown = backend.step(feeds_for(ids[:, 100:], np.ones((1, 300), np.int64)), filled)
-    assert grown.tensors[0].shape[2] == 512 and grown.lengths.tolist() == [300]
-    assert grown.tensors[0][0, :, :300].any(2).any(0).all() and not grown.tensors[0][:, :, 300:].any()
+    assert grown.memory.tensors[0].shape[2] == 512 and grown.lengths.tolist() == [300]
+    assert grown.memory.tensors[0][0, :, :300].any(2).any(0).all() and not grown.memory.tensors[0][:, :, 300:].any()
+
+
+def test_an_old_cache_is_good_after_another_grew_what_they_share(pair: tuple[Any, Any]) -> None:
+    """It must not go on with the memory that was given back."""
+    backend, caches = pair[1], []
+    _, cache = backend.step(feeds_for(np.arange(1, 255)[None]), pair[1].empty_cache(1, 256))
+    for total in (255, 256, 257):  # the last does not fit any more
+        caches.append(cache)
+        _, cache = backend.step(feeds_for(np.array([[7]]), np.ones((1, total), np.int64)), cache)
+    assert cache.memory.tensors[0].shape[2] == 512
+    before = cache.memory.tensors[0][0, :, 255].clone()
+    backend.step(feeds_for(np.array([[9]]), np.ones((1, 256), np.int64)), caches[1])
+    assert not torch.equal(cache.memory.tensors[0][0, :, 255], before)
 
 
 def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> None:
