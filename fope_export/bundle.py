@@ -20,7 +20,9 @@ MODEL = "model.onnx"
 OPTIMISED = "model.cpu.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
 KEPT = "logits_to_keep"
-"""Its input, int64 [1]: of how many of each row's last tokens logits are wanted. Who does not give it gets one."""
+"""Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it
+gets those of the last, -1.
+"""
 REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")

@@ -156,7 +156,7 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
     sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
-    sub.add_argument("--chunk", type=_natural, default=512, help="prompt tokens fed at once; 0 is all (default: 512)")
+    sub.add_argument("--chunk", type=_natural, help="prompt tokens fed at once; 0 is all (default: the backend's best)")
     sub.add_argument("--max-batch", type=_natural, default=8, help="prompts at work at once; 0 is all (default: 8)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
@@ -165,6 +165,7 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
         "--optimized", action=argparse.BooleanOptionalAction, default=True, help="use what `optimize` wrote, if it did"
     )
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
+    sub.add_argument("--cuda-graph", action="store_true", help="onnxruntime-cuda captures decoding in a CUDA graph")
     _backend(sub)
 
 
@@ -346,7 +347,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
-        backend = load_backend(bundle, args.backend, Settings(optimised=args.optimized, threads=args.threads))
+        settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
+        backend = load_backend(bundle, args.backend, settings)
     eos = bundle.manifest.decoder().eos_token_id
     if args.prompt_ids:
         if args.stop:

@@ -27,8 +27,6 @@ class Sampling(Checked, frozen=True, kw_only=True):
     seed: Size = 0
 
 
-CHUNK = 512
-"""Tokens of a prompt that are fed at once: attention over a chunk takes less time and memory than over the whole."""
 SHARED = 16
 """Tokens that all prompts must begin with for these to be fed only once."""
 
@@ -53,16 +51,16 @@ def generate(
     sampling: Sampling,
     *,
     eos: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     max_batch: int = 0,
 ) -> Generator[list[int | None], Collection[int] | None]:
     """Yield one token for each prompt and step; None for a prompt that has met `eos` (which itself is yielded), or that
     still waits.
 
-    `max_batch` prompts are at work at once (0: all), and when one ends another takes its place. Each is fed alone,
-    `chunk` tokens at a time (0: whole), and what all begin with only once; then they go on together, padded on the
-    left. Each draws with its own generator, from `seed` and its number, so that a prompt's text does not depend on the
-    prompts beside it. Send a list of numbers to end those prompts early.
+    `max_batch` prompts are at work at once (0: all), and when one ends another takes its place. Each is fed alone, and
+    what all begin with only once; then they go on together, padded on the left. `chunk` is as for `prefill`. Each draws
+    with its own generator, from `seed` and its number, so that a prompt's text does not depend on the prompts beside
+    it. Send a list of numbers to end those prompts early.
 
     Raises ConfigError for an empty prompt.
     """
@@ -124,15 +122,16 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def prefill(
-    backend: Backend, feeds: Feeds, chunk: int = CHUNK, cache: Any = None, start: int = 0
+    backend: Backend, feeds: Feeds, chunk: int | None = None, cache: Any = None, start: int = 0
 ) -> tuple[Logits, Any]:
-    """Feed a prompt, `chunk` tokens at a time (0: at once), but for the `start` tokens that `cache` already has; the
-    last token's logits [B, 1, V], and the cache.
+    """Feed a prompt, but for the `start` tokens that `cache` already has; the last token's logits [B, 1, V], and the
+    cache. `chunk` tokens are fed at a time: 0 is all, None what suits the backend.
     """
     rows, length = feeds.input_ids.shape
     cache = backend.empty_cache(rows, length) if cache is None else cache
-    for begin in range(start, length, chunk or length):
-        logits, cache = backend.step(feeds.part(begin, begin + (chunk or length)), cache, last=True)
+    size = (backend.chunk if chunk is None else chunk) or length
+    for begin in range(start, length, size):
+        logits, cache = backend.step(feeds.part(begin, begin + size), cache, last=True)
     return logits, cache
 
 
@@ -144,7 +143,7 @@ def complete(
     *,
     stop: Sequence[str] = (),
     eos: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     max_batch: int = 0,
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of a prompt, text that became certain, perhaps none) for every token; `stop` strings end it."""

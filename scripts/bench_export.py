@@ -6,7 +6,7 @@ and against itself with its padding folded).
     scripts/bench_export.py --shape 180M --out FILE
 
 Weights are random. ONNX Runtime has the optimised file, and all compute the logits of the last position only; prompts
-of 2048 tokens are fed at once, and in chunks of 512 as `fope-export run` does. All backends run in turn within each
+of 2048 tokens are fed at once, and in chunks as `fope-export run` does. All backends run in turn within each
 round, and ratios are medians over all rounds. A process keeps the memory it was given, and some is faster than other,
 so the rounds are spread over several sittings: fresh processes, in which the backends are made in turning order.
 """
@@ -60,8 +60,8 @@ def prompt(length: int) -> Feeds:
     return feeds_for(np.random.default_rng(0).integers(0, VOCABULARY, (1, length)))
 
 
-def timed_prefill(backend: Backend, length: int, chunk: int) -> float:
-    """Seconds for `length` tokens, `chunk` at a time (0: at once)."""
+def timed_prefill(backend: Backend, length: int, chunk: int | None) -> float:
+    """Seconds for `length` tokens, fed as `prefill` does."""
     feeds = prompt(length)
     started = time.perf_counter()
     prefill(backend, feeds, chunk)
@@ -83,7 +83,7 @@ CASES: dict[str, Callable[[Backend], float]] = {
     "decode, past 1024": lambda backend: timed_decode(backend, 1024),
     "prefill 512": lambda backend: timed_prefill(backend, 512, 0),
     "prefill 2048, at once": lambda backend: timed_prefill(backend, 2048, 0),
-    "prefill 2048, by 512": lambda backend: timed_prefill(backend, 2048, 512),
+    "prefill 2048, in chunks": lambda backend: timed_prefill(backend, 2048, None),
 }
 
 

@@ -27,7 +27,7 @@ def test_it_is_the_cross_entropy_of_the_windows() -> None:
 class Uniform:
     """Knows nothing, and counts what it is asked."""
 
-    name, vocab_size = "uniform", 256
+    name, vocab_size, chunk = "uniform", 256, 512
 
     def __init__(self) -> None:
         self.asked: Counter[int] = Counter()

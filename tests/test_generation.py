@@ -65,7 +65,7 @@ def test_chunks_give_the_logits_of_the_whole(chunk: int, backend: Backend) -> No
 class Scripted:
     """A backend whose rows say what the script says: a prompt that ends in 1 the first line, in 2 the second."""
 
-    name, vocab_size = "scripted", 8
+    name, vocab_size, chunk = "scripted", 8, 512
 
     def __init__(self, script: list[list[int]]) -> None:
         self.script, self.fed = script, []

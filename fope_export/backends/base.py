@@ -13,6 +13,10 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.floating[Any]]
 
 
+CHUNK = 512
+"""Tokens of a prompt that are fed at once: attention over a chunk takes less time and memory than over the whole."""
+
+
 class Feeds(NamedTuple):
     """One step's inputs: B rows of S new tokens after a past that makes T tokens in total."""
 
@@ -62,6 +66,8 @@ class Backend(Protocol):
 
     name: str
     vocab_size: int
+    chunk: int
+    """Tokens of a long prompt that it takes fastest."""
 
     def empty_cache(self, batch: int, room: int = 0) -> Any:
         """A cache of `batch` rows with no past; `room` is a guess of how many tokens each of them will have."""

@@ -97,6 +97,8 @@ class Settings:
     """With what `fope-export optimize` wrote, where the bundle has it."""
     threads: int = 0
     """For one operator; 0 leaves it to the backend."""
+    cuda_graph: bool = False
+    """ONNX Runtime on a GPU captures decoding in a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _load_ort_cuda(bundle: Bundle, settings: Settings) -> Backend:
             f"{bundle.path} has no optimised file in float16, which is what ONNX Runtime's attention takes on a GPU",
             hint="fope-export export --dtype fp16, then fope-export optimize.",
         )
-    return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda")
+    return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
 def _load_trt(bundle: Bundle, settings: Settings) -> Backend:  # noqa: ARG001

@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 
-from fope_export.backends.base import Feeds, Logits, Part, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Logits, Part, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
 
@@ -17,6 +17,8 @@ def in_numpy(tensor: torch.Tensor) -> Logits:
 
 class EagerBackend:
     """A decoder in PyTorch, in the dtype its weights have and where they are."""
+
+    chunk = CHUNK
 
     def __init__(self, model: Decoder, *, name: str = "torch") -> None:
         self.name, self.model = name, model

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import MODEL, Bundle
 from fope_export.errors import BackendError, require
 
@@ -26,6 +26,8 @@ class OrtBackend:
     ONNX Runtime's CPU has no kernels for bfloat16: such a bundle runs as a copy with the same weights in float32, which
     shows that the graph is right, and not what bfloat16 rounds.
     """
+
+    chunk = CHUNK
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, exact: bool = False) -> None:
         """`threads` compute one operator; 0 are as many as there are cores. `exact` takes the rounding of inputs out of
@@ -102,22 +104,26 @@ def session_of(
     device: str = "cpu",
     spoken: bool = True,
     exact: bool = False,
+    cuda_graph: bool = False,
 ) -> Any:
-    """A session of the bundle's file `name` on the cpu or on cuda; without `spoken` it keeps warnings to itself.
-    `exact` leaves the inputs of products as they are where the file has them rounded.
+    """A session of the bundle's file `name` on the cpu or on cuda; without `spoken` it keeps warnings to itself, with
+    `cuda_graph` it captures the runs that name a graph. `exact` leaves the inputs of products as they are where the
+    file has them rounded.
 
     Raises BackendError when ONNX Runtime is not there, does not load the file, or finds no such device.
     """
     try:
         with runnable(bundle, name, exact=exact) as path:
-            return open_session(path, threads=threads, device=device, spoken=spoken)
+            return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
     except BackendError:
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
         raise failure("load", bundle.path / name, cause) from cause
 
 
-def open_session(path: Path, *, threads: int = 0, device: str = "cpu", spoken: bool = True) -> Any:
+def open_session(
+    path: Path, *, threads: int = 0, device: str = "cpu", spoken: bool = True, cuda_graph: bool = False
+) -> Any:
     """A session of any file, as of a bundle's. Raises BackendError without the device, and what ONNX Runtime raises."""
     ort = require("onnxruntime", "cpu")
     _has(PROVIDERS[device][0], ort.get_available_providers())
@@ -126,7 +132,9 @@ def open_session(path: Path, *, threads: int = 0, device: str = "cpu", spoken: b
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # kernels for int8 saturate on some processors
     options.intra_op_num_threads = threads
     options.log_severity_level = -1 if spoken else 3
-    session = ort.InferenceSession(path, options, providers=PROVIDERS[device])
+    graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
+    settings = [graphs if name == PROVIDERS["cuda"][0] else {} for name in PROVIDERS[device]]
+    session = ort.InferenceSession(path, options, providers=PROVIDERS[device], provider_options=settings)
     _has(PROVIDERS[device][0], session.get_providers())  # without an error it falls back to another
     return session
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from fope_export.errors import BackendError, require
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
+NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
 
 @dataclass
@@ -23,15 +25,15 @@ class Memory:
     """Keys and values [B, K, C, E] of every layer, written in place, for all caches that come from one another."""
 
     tensors: list[Tensor]
-    binding: Any = None
-    """Of all rows to a session, once there was a step with them; it goes when the tensors do."""
+    bound: "Bound | None" = None
+    """For single tokens in all rows, once there was such a step; it goes when the tensors do."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for as many tokens in every row; what is there stays."""
         have = self.tensors[0].shape[2]
         if tokens <= have:
             return
-        self.binding = None
+        self.bound = None
         room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
         for i, old in enumerate(self.tensors):
             self.tensors[i] = new = zeros((*old.shape[:2], room, old.shape[3]), old)
@@ -51,27 +53,102 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(shape, kind)).to(like.device)
 
 
+class Bound:
+    """All that a step of some shape reads and writes, bound to a session: to run another is to write its numbers.
+
+    On a GPU, steps through the same Bound are the same work at the same places, which a CUDA graph can repeat.
+    """
+
+    def __init__(
+        self, session: Any, tensors: Sequence[Tensor], tokens: int, width: int, vocab_size: int, *, last: bool,
+        graph: int | None = None,
+    ) -> None:  # fmt: skip
+        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E]. `graph` is the CUDA graph
+        to be captured, -1 for none, where the session captures any.
+        """
+        rows, like = len(tensors[0]), tensors[0]
+        shapes = {"input_ids": tokens, "attention_mask": width, "position_ids": tokens}
+        self._hosts: dict[str, Any] = {name: np.zeros((rows, size), np.int64) for name, size in shapes.items()}
+        self._hosts[KEPT] = np.arange(-1 if last else -tokens, 0)
+        self._inputs = {name: torch.from_numpy(host).to(like.device) for name, host in self._hosts.items()}
+        self._places, self._new = np.arange(width), np.arange(width) >= width - tokens
+        self._session, self._binding, self._options = session, session.io_binding(), None
+        for name, tensor in self._inputs.items():
+            self._binding.bind_input(name, *_place(tensor))
+        pasts = [port.name for port in session.get_inputs() if port.type in TYPES]
+        presents = [port.name for port in session.get_outputs() if port.name != LOGITS]
+        for past, present, tensor in zip(pasts, presents, tensors, strict=True):
+            self._binding.bind_input(past, *_place(tensor))
+            self._binding.bind_output(present, *_place(tensor))
+        self._logits = like.new_empty((rows, 1, vocab_size)) if last else None
+        if self._logits is not None:
+            self._binding.bind_output(LOGITS, *_place(self._logits))
+        else:  # the file declares one token's, so that no other number may be bound
+            self._binding.bind_output(LOGITS)
+        if graph is not None:
+            self._options = require("onnxruntime", "cpu").RunOptions()
+            self._options.add_run_config_entry("gpu_graph_id", str(graph))
+
+    def run(self, ids: Ids, positions: Ids, past: Ids) -> Logits:
+        """Tokens [B, S], each row's after `past` [B] others."""
+        self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, positions
+        self._hosts["attention_mask"][:] = (self._places < past[:, None]) | self._new
+        if self._inputs[KEPT].is_cuda:  # on a host they are the same memory
+            for name, tensor in self._inputs.items():
+                tensor.copy_(torch.from_numpy(self._hosts[name]))
+            torch.cuda.current_stream().synchronize()
+        self._session.run_with_iobinding(self._binding, self._options)
+        found: Logits
+        if self._logits is None:
+            found = self._binding.get_outputs()[-1].numpy()
+        elif self._logits.is_cuda:
+            found = self._logits.cpu().numpy()
+        else:  # it is the caller's; the next step's has a place of its own
+            found = self._logits.numpy()
+            self._logits = torch.empty_like(self._logits)
+            self._binding.bind_output(LOGITS, *_place(self._logits))
+        return found.astype(np.float32, copy=False)
+
+
+def _place(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """A tensor as ONNX Runtime's bindings take it."""
+    return tensor.device.type, tensor.device.index or 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+
+
 class OptimisedOrtBackend:
     """A bundle's optimised file in ONNX Runtime.
 
     Prompts run row by row without their padding; single tokens run together, each row at its own length.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, device: str = "cpu", exact: bool = False) -> None:
+    chunk = 256  # half of what it computes in a chunk's own triangle is thrown away
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        exact: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
         """`device` is cpu or cuda, and caches stay on it. `exact` does not round activations, if the file does, and
-        shows that nothing else is different.
+        shows that nothing else is different. `cuda_graph` captures a graph of decoding in each cache and repeats it.
 
         Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMISED
-        self._value = require("onnxruntime", "cpu").OrtValue.ortvalue_from_numpy
         # It would warn that an input has a default value.
-        self._session = session_of(bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact)
-        types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
-        self._past, self._type = list(types), next(iter(types.values()))
-        self._present = [port.name for port in self._session.get_outputs() if port.name != LOGITS]
-        self._device, self._like = device, torch.from_numpy(np.zeros(0, self._type)).to(device)
+        self._session = session_of(
+            bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("PyTorch finds no GPU, and caches are its tensors", hint="Install PyTorch for CUDA.")
+        self._graphs = count(1) if cuda_graph else None
+        kind = next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
+        self._like = torch.from_numpy(np.zeros(0, kind)).to(device)
 
     def empty_cache(self, batch: int, room: int = 0) -> SharedCache:
         shapes = empty_past(self._manifest, batch).values()
@@ -90,57 +167,35 @@ class OptimisedOrtBackend:
     def step(self, feeds: Feeds, cache: SharedCache, *, last: bool = False) -> tuple[Logits, SharedCache]:
         memory, (batch, new) = cache.memory, feeds.input_ids.shape
         real = feeds.attention_mask[:, -new:] != 0
-        counts = real.sum(axis=1)
-        past = (feeds.attention_mask[:, :-new] != 0).sum(axis=1)
-        if (past != cache.lengths).any() or (np.diff(real.astype(int), axis=1) < 0).any():
+        counts = np.count_nonzero(real, axis=1)
+        past = np.count_nonzero(feeds.attention_mask, axis=1) - counts
+        if (past != cache.lengths).any() or (real[:, :-1] > real[:, 1:]).any():
             raise BackendError(
                 "the attention mask does not fit the cache",
                 hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
             )
         memory.reserve(int((past + counts).max()))
         if new == 1 and counts.all():
-            memory.binding = memory.binding or self._bind(memory.tensors)
-            logits = self._run(feeds.input_ids, feeds.position_ids, past, memory.binding, 1)
+            if memory.bound is None:
+                graph = next(self._graphs) if self._graphs else None
+                memory.bound = self._bind(memory.tensors, 1, memory.tensors[0].shape[2], last=True, graph=graph)
+            logits = self._run(memory.bound, feeds.input_ids, feeds.position_ids, past)
         else:
             logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
-            for row, count in enumerate(counts):
-                if count:
-                    kept = 1 if last else count
-                    ids, positions = (x[row : row + 1, new - count :] for x in (feeds.input_ids, feeds.position_ids))
-                    binding = self._bind([tensor[row : row + 1] for tensor in memory.tensors])
-                    logits[row, -kept:] = self._run(ids, positions, past[row : row + 1], binding, kept)
+            for row, tokens in enumerate(counts):
+                if tokens:
+                    ids, positions = (x[row : row + 1, new - tokens :] for x in (feeds.input_ids, feeds.position_ids))
+                    tensors, before = [tensor[row : row + 1] for tensor in memory.tensors], past[row : row + 1]
+                    graph = -1 if self._graphs else None
+                    bound = self._bind(tensors, tokens, int(before[0] + tokens), last=last, graph=graph)
+                    logits[row, -1 if last else -tokens :] = self._run(bound, ids, positions, before)
         return logits, SharedCache(memory, past + counts)
 
-    def _bind(self, tensors: list[Tensor]) -> Any:
-        """Keys and values, read and written where they are."""
-        binding = self._session.io_binding()
-        for past_name, present_name, tensor in zip(self._past, self._present, tensors, strict=True):
-            place = (self._device, 0, self._type, tuple(tensor.shape), tensor.data_ptr())
-            binding.bind_input(past_name, *place)
-            binding.bind_output(present_name, *place)
-        return binding
+    def _bind(self, tensors: Sequence[Tensor], tokens: int, width: int, *, last: bool, graph: int | None) -> Bound:
+        return Bound(self._session, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
 
-    def _run(self, ids: Ids, positions: Ids, past: Ids, binding: Any, kept: int) -> Logits:
-        """Rows of equally many new tokens [B, S], each after `past` [B] others, on the cache that is bound."""
-        places, longest = np.arange(past.max() + ids.shape[1]), past.max()
-        mask = (places < past[:, None]) | (places >= longest)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask.astype(np.int64),
-            "position_ids": positions,
-            KEPT: np.array([kept]),
-        }
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self._value(np.ascontiguousarray(array)))
-        logits = np.empty((len(ids), 1, self.vocab_size), self._type)
-        if kept == 1:
-            binding.bind_output(LOGITS, "cpu", 0, self._type, logits.shape, logits.ctypes.data)
-        else:  # the file declares one, so that no other number may be bound
-            binding.bind_output(LOGITS)
+    def _run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
         try:
-            self._session.run_with_iobinding(binding)
+            return bound.run(ids, positions, past)
         except Exception as cause:
             raise failure("run", self._path, cause) from cause
-        if kept > 1:
-            logits = binding.get_outputs()[-1].numpy()
-        return logits.astype(np.float32, copy=False)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fope_export.backends.base import Feeds, Limits, Logits, Part, empty_past, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.engine import api
 from fope_export.engine.profiles import fitting
@@ -47,6 +47,8 @@ class TrtBackend:
     `cuda_graph` replays single-token steps of a static cache from a recording: its mask is as wide as the
     engine allows.
     """
+
+    chunk = CHUNK
 
     def __init__(self, bundle: Bundle, *, cuda_graph: bool = False) -> None:
         """Raises BackendError when there is no engine, no GPU, or when TensorRT does not take the plan."""

@@ -4,11 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fope_export.backends.base import Ids, Logits
+from fope_export.backends.base import CHUNK, Ids, Logits
 from fope_export.backends.eager import in_numpy
 from fope_export.benchmark.greedy import Greedy
 from fope_export.fope.rotary import rotated
-from fope_export.generation import CHUNK
 from fope_export.model.decoder import Cache, Decoder, Step, static_mask
 
 

@@ -10,7 +10,7 @@ frequencies, F rotated pairs, G coefficient groups.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -79,6 +79,20 @@ class Layer:
             made.append(weight.reshape(count + 1, -1))
         return [made[0] * np.float32(self.setting("sign")), made[1]]
 
+    def groups(self) -> NDArray[np.int64]:
+        """The coefficient group that each head of [q, k, v] turns by, [H + 2 * K]; -1 for values."""
+        sizes = (self.setting(name) for name in ("heads_per_group", "kv_heads_per_group"))
+        q, k = (np.repeat(np.arange(len(self.numbers()[1])), size) for size in sizes)
+        return np.concatenate([q, k, np.full_like(k, -1)])
+
+
+class Table(NamedTuple):
+    """What a layer rotates by: the rows [N, R / 2] of all tokens and layers, and which of them each head reads."""
+
+    sin: ir.Value  # sign * S
+    cos: ir.Value
+    rows: ir.Value  # [B * S, H + 2 * K]
+
 
 def _reader(value: ir.Value, op_type: str) -> ir.Node:
     """The one node of its kind that reads `value`."""
@@ -112,8 +126,9 @@ class Optimise(InPlacePass):
         self._steps()
         tables = self._tables(layers)
         for layer, table in zip(layers, tables, strict=True):
-            self._attend(layer, *table)
+            self._attend(layer, table)
         self._last_logits()
+        self._sum_and_norm()
         model.opset_imports[MICROSOFT] = 1
         del model.opset_imports[contract.DOMAIN]
         model.functions.clear()
@@ -145,7 +160,8 @@ class Optimise(InPlacePass):
         return self._constant(f"numbers.{'_'.join(map(str, numbers))}", np.array(numbers, np.int64))
 
     def _steps(self) -> None:
-        """What all layers share: the sizes B and S, the last slot that each row writes, and the longest row's length.
+        """What all layers share: the sizes B and S, the last slot that each row writes, and the mask's length. Sizes
+        come from shapes and counts from the mask, and never meet: on a GPU the ones are the host's, the others are not.
 
         New tokens that are padding are written too, after the real ones: those that come next overwrite them.
         """
@@ -153,75 +169,94 @@ class Optimise(InPlacePass):
         self.rows = self._op("steps/Shape", ids, start=0, end=1)
         self.new = self._op("steps/Shape.new", ids, start=1, end=2)
         total = self._op("steps/Shape.total", mask, start=1, end=2)
-        before = self._op("steps/Sub", total, self.new)
-        self.fed = self._op("steps/Slice", mask, before, total, self._numbers(1))  # [B, S], the new tokens' mask
+        self.fed = self._op("steps/Slice", mask, self._op("steps/Neg", self.new), total, self._numbers(1))  # [B, S]
         self.counts = self._op("steps/ReduceSum.fed", self.fed, self._numbers(1))  # [B, 1]
-        lengths = self._op("steps/ReduceSum", mask, self._numbers(1))
-        past = self._op("steps/Sub.past", lengths, self.counts)
-        last = self._op("steps/Sub.last", self._op("steps/Add", past, self.new), self._numbers(1))
-        flat = self._op("steps/Reshape", last, self._numbers(-1))
+        behind = self._op("steps/ReduceSum.padding", self._op("steps/Sub", self._scalar(1), self.fed), self._numbers(1))
+        last = self._op("steps/Sub.last", self._op("steps/ReduceSum", mask, self._numbers(1)), self._scalar(1))
+        flat = self._op("steps/Reshape", self._op("steps/Add", last, behind), self._numbers(-1))
         self.last_slot = self._op("steps/Cast", flat, to=int(ir.DataType.INT32))
         self.longest = self._op("steps/Cast.total", total, to=int(ir.DataType.INT32))
 
-    def _tables(self, layers: Sequence[Layer]) -> list[tuple[ir.Value, ir.Value]]:
-        """sign * S and C of every layer, each [1, B * S * G, R / 2]; one product for all that share frequencies."""
+    def _tables(self, layers: Sequence[Layer]) -> list[Table]:
+        """What each layer rotates by; one product for all that share frequencies."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for i, layer in enumerate(layers):
             freq, coef, _ = layer.numbers()
-            alike.setdefault(
-                (freq.tobytes(), coef.shape, layer.setting("rotary_dim"), layer.setting("compute_dtype")), []
-            ).append(i)
-        tables: dict[int, tuple[ir.Value, ir.Value]] = {}
+            settings = (layer.setting(name) for name in ("rotary_dim", "compute_dtype"))
+            alike.setdefault((freq.tobytes(), coef.shape, *settings), []).append(i)
+        tables: dict[int, Table] = {}
         for turn, members in enumerate(alike.values()):
             made = self._series([layers[i] for i in members], f"series.{turn}" if turn else "series")
             tables.update(zip(members, made, strict=True))
         return [tables[i] for i in range(len(layers))]
 
-    def _series(self, layers: Sequence[Layer], name: str) -> list[tuple[ir.Value, ir.Value]]:
-        freq, coef, _ = layers[0].numbers()
-        half, to = layers[0].setting("rotary_dim") // 2, layers[0].setting("compute_dtype")
-        padded = half > coef.shape[2]
-        distinct: dict[bytes, int] = {}
-        places: list[int] = []
-        stacked: tuple[list[NDArray[np.float32]], ...] = ([], [])
-        for layer in layers:
-            weights = layer.weights()
-            places.append(distinct.setdefault(weights[0].tobytes() + weights[1].tobytes(), len(distinct)))
-            if places[-1] == len(stacked[0]):
-                for stack, weight in zip(stacked, weights, strict=True):
-                    stack.append(weight if padded else weight[:-1])
-        column = self._op(f"{name}/Reshape", self.inputs["position_ids"], self._numbers(1, -1, 1))
-        positions = self._op(f"{name}/Cast", column, to=int(ir.DataType.FLOAT))
-        angles = self._op(f"{name}/Mul", positions, self._constant(f"{name}.freq", freq))
-        pieces = []
-        for wave, stack in zip(("Sin", "Cos"), stacked, strict=True):
-            basis = self._op(f"{name}/{wave}", angles)
-            if padded:
-                one = self._constant("numbers.one", np.array(1, np.float32))
-                basis = self._op(f"{name}/Pad.{wave}", basis, self._numbers(0, 1), one, self._numbers(-1))
-            table = self._op(f"{name}/MatMul.{wave}", basis, self._constant(f"{name}.{wave}", np.stack(stack)))
-            table = self._op(f"{name}/Reshape.{wave}", table, self._numbers(len(stack), -1, half))
-            if to != ir.DataType.FLOAT:
-                table = self._op(f"{name}/Cast.{wave}", table, to=to)
-            pieces.append(
-                self._ops(f"{name}/Split.{wave}", table, outputs=len(stack), axis=0, num_outputs=len(stack))
-                if len(stack) > 1
-                else [table]
-            )
-        return [(pieces[0][place], pieces[1][place]) for place in places]
+    def _series(self, layers: Sequence[Layer], name: str) -> list[Table]:
+        """A token has one row for each group of every distinct layer, then rows that turn nothing: ONNX Runtime wants
+        as many as there are heads, and values need one.
+        """
+        first = layers[0]
+        freq, coef, _ = first.numbers()
+        groups, half, to = len(coef), first.setting("rotary_dim") // 2, first.setting("compute_dtype")
+        keys = [b"".join(weight.tobytes() for weight in layer.weights()) for layer in layers]
+        distinct = {key: layer.weights() for key, layer in zip(keys, layers, strict=True)}
+        still = len(distinct) * groups
+        width = max(still + 1, len(first.groups()))
+        start = {key: i * groups for i, key in enumerate(distinct)}
+        reads = [
+            np.where(layer.groups() < 0, still, layer.groups() + start[key])
+            for key, layer in zip(keys, layers, strict=True)
+        ]
 
-    def _attend(self, layer: Layer, sin: ir.Value, cos: ir.Value) -> None:
-        """Rotation, cache and attention of one layer."""
-        q, k = layer.rotary.inputs[:2]
-        heads, kv_heads = _extent(q, 2), _extent(k, 2)
-        q, k, v = self._flat(layer)
-        q = self._turn(layer, "q", q, heads, sin, cos)
-        k = self._turn(layer, "k", k, kv_heads, sin, cos)
+        column = self._op(f"{name}/Reshape", self.inputs["position_ids"], self._numbers(-1, 1))
+        angles = self._op(f"{name}/Cast", column, to=int(ir.DataType.FLOAT))
+        angles = self._op(f"{name}/Mul", angles, self._constant(f"{name}.freq", freq))
+        one = self._constant("numbers.one", np.array(1, np.float32))
+        tables = []
+        for turn, wave in enumerate(("Sin", "Cos")):
+            rest = np.zeros((len(freq) + 1, (width - still) * half), np.float32)
+            rest[-1] = turn  # the sine is 0, the cosine 1
+            weight = np.concatenate([*(weights[turn] for weights in distinct.values()), rest], axis=1)
+            basis = self._op(f"{name}/{wave}", angles)
+            basis = self._op(f"{name}/Pad.{wave}", basis, self._numbers(0, 1), one, self._numbers(-1))
+            table = self._op(f"{name}/MatMul.{wave}", basis, self._constant(f"{name}.{wave}", weight))
+            table = self._op(f"{name}/Reshape.{wave}", table, self._numbers(-1, half))
+            tables.append(table if to == ir.DataType.FLOAT else self._op(f"{name}/Cast.{wave}", table, to=to))
+
+        count = self._op(f"{name}/Size", column)
+        end, step = self._op(f"{name}/Mul.end", count, self._scalar(width)), self._scalar(width)
+        starts = self._op(f"{name}/Range", self._scalar(0), end, step)
+        starts = self._op(f"{name}/Unsqueeze", starts, self._numbers(1))
+        every = self._op(f"{name}/Add", starts, self._constant(f"{name}.rows", np.concatenate(reads)))
+        each = (
+            self._ops(f"{name}/Split", every, outputs=len(reads), axis=1, num_outputs=len(reads))
+            if len(reads) > 1
+            else [every]
+        )
+        return [Table(tables[0], tables[1], rows) for rows in each]
+
+    def _attend(self, layer: Layer, table: Table) -> None:
+        """Rotation, cache and attention of one layer. Queries, keys and values stay one tensor: RotaryEmbedding shares
+        a table's row between heads, so heads are its batch of single tokens, and values turn by nothing.
+        """
+        name, dtype, to = f"{layer.name}.rotary", layer.v.dtype, layer.setting("compute_dtype")
+        assert dtype is not None
+        heads, kv_heads = (_extent(value, 2) for value in (layer.rotary.inputs[0], layer.v))
+        count, size = heads + 2 * kv_heads, layer.setting("head_dim")
+        packed = self._op(f"{name}/Reshape.heads", self._packed(layer), self._numbers(-1, count, size))
+        if dtype != to:
+            packed = self._op(f"{name}/Cast", packed, to=to)
+        packed = self._op(
+            f"{name}/RotaryEmbedding", packed, table.cos, table.sin, table.rows, num_heads=1,
+            rotary_embedding_dim=layer.setting("rotary_dim"), interleaved=layer.setting("interleaved"),
+        )  # fmt: skip
+        if dtype != to:
+            packed = self._op(f"{name}/Cast.back", packed, to=int(dtype))
+        packed = self._op(f"{name}/Reshape", packed, self._rows_of(count * size))
         known = layer.attention.attributes
         scale = {"scale": known["scale"].value} if "scale" in known else {}
         pasts = [node.inputs[0] for node in (layer.key, layer.value)]
         out, *presents = self._ops(
-            f"{layer.name}/GroupQueryAttention", q, k, v, *pasts, self.last_slot, self.longest,
+            f"{layer.name}/GroupQueryAttention", packed, None, None, *pasts, self.last_slot, self.longest,
             outputs=3, domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads, **scale,
         )  # fmt: skip
         layer.out.replace_all_uses_with(out)
@@ -232,36 +267,13 @@ class Optimise(InPlacePass):
             old.name = f"{old.name}.replaced"
             self.graph.outputs[self.graph.outputs.index(old)] = new
 
-    def _flat(self, layer: Layer) -> Sequence[ir.Value | None]:
-        """q, k and v, the last as [B, S, K * E]; where nothing norms q and k, all three straight off the projection."""
-        split = _maker(layer.v, "Split")
+    def _packed(self, layer: Layer) -> ir.Value | None:
+        """Queries, keys and values one after the other: the projection itself, where nothing norms q and k."""
         q, k = layer.rotary.inputs[:2]
-        if q is not split.outputs[0] or k is not split.outputs[1]:
-            return q, k, self._op(f"{layer.name}/Reshape.v", layer.v, self._numbers(0, 0, -1))
-        projected = _maker(split.inputs[0], "Reshape").inputs[0]
-        widths = self._numbers(*(_extent(value, 2) * _extent(value, 3) for value in split.outputs))
-        return self._ops(f"{layer.name}/Split.flat", projected, widths, outputs=3, axis=-1)
-
-    def _turn(self, layer: Layer, x: str, value: ir.Value | None, heads: int, sin: ir.Value, cos: ir.Value) -> ir.Value:
-        """q or k rotated, as [B, S, H * E]. RotaryEmbedding shares one table between heads, so groups of heads with
-        coefficients of their own lie along its sequence.
-        """
-        name, dtype, to = f"{layer.name}.rotary", layer.v.dtype, layer.setting("compute_dtype")
-        assert dtype is not None
-        together, width = (
-            layer.setting("heads_per_group" if x == "q" else "kv_heads_per_group"),
-            layer.setting("head_dim"),
-        )
-        turned = self._op(f"{name}/Reshape.{x}_grouped", value, self._numbers(1, -1, together * width))
-        if dtype != to:
-            turned = self._op(f"{name}/Cast.{x}", turned, to=to)
-        turned = self._op(
-            f"{name}/RotaryEmbedding.{x}", turned, cos, sin, num_heads=together,
-            rotary_embedding_dim=layer.setting("rotary_dim"), interleaved=layer.setting("interleaved"),
-        )  # fmt: skip
-        if dtype != to:
-            turned = self._op(f"{name}/Cast.{x}_turned", turned, to=int(dtype))
-        return self._op(f"{name}/Reshape.{x}", turned, self._rows_of(heads * width))
+        split = _maker(layer.v, "Split")
+        if q is split.outputs[0] and k is split.outputs[1]:
+            return _maker(split.inputs[0], "Reshape").inputs[0]
+        return self._op(f"{layer.name}.rotary/Concat", q, k, layer.v, axis=2)
 
     def _rows_of(self, width: int) -> ir.Value:
         """The shape [B, S, width]."""
@@ -270,29 +282,45 @@ class Optimise(InPlacePass):
         return self.shapes[width]
 
     def _last_logits(self) -> None:
-        """Final norm and output projection see only the last tokens that each row has among the new ones.
+        """Final norm and output projection see only some of the new tokens: those that are `logits_to_keep` from each
+        row's end, -1 being its last.
 
         Where these are no ones followed by zeros in the mask, the last 1 is elsewhere than their number says: the
         gather is then sent nowhere, and ONNX Runtime ends the run.
         """
         logits = self.graph.outputs[0]
         norm = _maker(_maker(logits, "MatMul", OPERATOR).inputs[0], "RMSNormalization")
-        kept = ir.Value(name=KEPT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-        kept.const_value = ir.Tensor(np.ones(1, np.int64), name=KEPT)
+        kept = ir.Value(name=KEPT, shape=ir.Shape(["kept"]), type=ir.TensorType(ir.DataType.INT64))
+        kept.const_value = ir.Tensor(np.array([-1]), name=KEPT)
         self.graph.inputs.append(kept)
         self.graph.register_initializer(kept)
         zero, one = self._scalar(0), self._scalar(1)
-        after = self._op("steps/Add.one", self._op("steps/Squeeze.new", self.new), one)
+        after = self._op("steps/Add.one", self._op("steps/Squeeze", self.new), one)
         places = self._op("steps/Mul", self.fed, self._op("steps/Range", one, after, one))
         whole = self._op("steps/Equal", self._op("steps/ReduceMax", places, self._numbers(1)), self.counts)
-        back = self._op("steps/Neg", self._op("steps/Squeeze.kept", kept))
-        index = self._op("steps/Add.index", self.counts, self._op("steps/Range.kept", back, zero, one))  # [B, kept]
-        index = self._op("steps/Where", whole, self._op("steps/Clip", index, zero), self._scalar(NOWHERE))
+        index = self._op("steps/Clip", self._op("steps/Add.index", self.counts, kept), zero)  # [B, kept]
+        index = self._op("steps/Where", whole, index, self._scalar(NOWHERE))
         index = self._op("steps/Unsqueeze", index, self._numbers(-1))
         picked = self._op("padding_belongs_on_the_right/GatherND", norm.inputs[0], index, batch_dims=1)
         norm.replace_input_with(0, picked)
         assert logits.shape is not None
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # as by default, which GenAI goes by
+
+    def _sum_and_norm(self) -> None:
+        """A residual sum and the norm that reads it are one operator."""
+        for norm in [node for node in self.graph if node.op_type == "RMSNormalization"]:
+            total, weight = norm.inputs
+            add = total.producer() if total is not None else None
+            if add is None or add.op_type != "Add" or any(x is None or x.is_initializer() for x in add.inputs):
+                continue
+            assert total is not None and total.name and norm.name
+            kind = "SkipSimplifiedLayerNormalization"
+            normed, *_, new = self._ops(
+                f"{norm.name.rpartition('/')[0]}/{kind}", *add.inputs, weight, outputs=4, domain=MICROSOFT,
+                epsilon=norm.attributes["epsilon"].value,
+            )  # fmt: skip
+            norm.outputs[0].replace_all_uses_with(normed)
+            total.replace_all_uses_with(new)
 
     def _scalar(self, number: int) -> ir.Value:
         return self._constant(f"number.{number}", np.array(number, np.int64))

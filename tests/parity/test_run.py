@@ -344,7 +344,7 @@ def test_inputs_that_are_none_are_refused(content: str, bundle: Bundle, tmp_path
 
 def test_a_case_keeps_its_last_positions() -> None:
     class Counting:
-        name, vocab_size = "counting", 1
+        name, vocab_size, chunk = "counting", 1, 512
 
         def empty_cache(self, batch: int) -> int:
             return 0
