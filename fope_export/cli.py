@@ -1,20 +1,16 @@
-"""The command line: parse, call, print. Heavy imports wait until a command needs them."""
+"""The command line: what can be asked, and how a failure is told."""
 
 import argparse
-import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fope_export.errors import ConfigError, FopeError
+from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
+from fope_export.errors import FopeError
 
-if TYPE_CHECKING:
-    from fope_export.bundle import Bundle
-
-PASSED, FAILED, MISUSED, BROKEN, INTERRUPTED = 0, 1, 2, 70, 130
+MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
 
 EPILOG = """\
 examples:
@@ -38,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="store_true", help="print the version")
-    commands = top.add_subparsers(metavar="command", title="commands")
+    subs = top.add_subparsers(metavar="command", title="commands")
     for function, summary, options in (
         (demo, "Export, validate, run and measure the model that comes along, in a minute or two.", _demo_options),
         (doctor, "Say what this machine can do, and why not.", _doctor_options),
@@ -50,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         (bench, "Time a bundle beside PyTorch, and beside other runtimes, and write a report into it.", _bench_options),
         (inspect, "Describe a checkpoint, a bundle or an ONNX file.", _inspect_options),
     ):
-        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub = subs.add_parser(function.__name__, help=summary, description=summary)
         sub.set_defaults(function=function)
         options(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -212,240 +208,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError("negative numbers make no sense here")
     return numbers
-
-
-def demo(args: argparse.Namespace) -> int:
-    """Run everything on the shipped models."""
-    from fope_export.demo import demo_record, demo_table, run_demo
-    from fope_export.terminal import RESULTS, stages
-
-    with stages("demo") as report:
-        result = run_demo(args.out, report)
-    if args.json:
-        _print_json(demo_record(result))
-    else:
-        RESULTS.print(demo_table(result))
-        RESULTS.print(f"report: {result.page}", markup=False)
-    return PASSED if result.passed else FAILED
-
-
-def doctor(args: argparse.Namespace) -> int:
-    """Describe the machine."""
-    from fope_export.backends.choose import abilities, read_machine
-    from fope_export.terminal import RESULTS, doctor_table, print_sections
-
-    machine = read_machine()
-    if args.json:
-        _print_json({"machine": machine, "abilities": abilities(machine)})
-        return PASSED
-    print_sections(
-        {
-            "machine": {"system": f"{machine.system}, {machine.cores} cores", "python": machine.python},
-            "libraries": machine.packages,
-            "hardware": {"GPUs": ", ".join(machine.gpus) or "none", "compiler": machine.compiler or "none"},
-        }
-    )
-    RESULTS.print("[bold]can it[/]")
-    RESULTS.print(doctor_table(abilities(machine)))
-    return PASSED
-
-
-def export(args: argparse.Namespace) -> int:
-    """Checkpoint to bundle."""
-    from fope_export.config import ExportConfig, convert
-    from fope_export.graph.export import export as export_bundle
-    from fope_export.terminal import RESULTS, stages
-
-    options = {name: getattr(args, name) for name in ExportConfig.__struct_fields__}
-    config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
-    with stages("export") as report:
-        bundle = export_bundle(
-            args.checkpoint, args.out, config, calibration=args.calibration, report=report, progress=report.progress
-        )
-    if args.json:
-        _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
-    else:
-        size = sum((bundle.path / name).stat().st_size for name in bundle.manifest.files)
-        RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, {bundle.manifest.export.described}", markup=False)
-        RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
-    return PASSED
-
-
-def optimize(args: argparse.Namespace) -> int:
-    """Bundle to optimised bundle."""
-    from fope_export.bundle import OPTIMISED, Bundle
-    from fope_export.graph.optimise import optimise
-    from fope_export.terminal import RESULTS, waiting
-
-    with waiting("optimizing"):
-        bundle = optimise(Bundle.open(args.bundle), int8_activations=args.int8_activations)
-    if args.json:
-        _print_json({"bundle": str(bundle.path), "file": OPTIMISED})
-    else:
-        RESULTS.print(f"{bundle.path / OPTIMISED}: the weights stay in model.onnx.data", markup=False)
-        RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
-    return PASSED
-
-
-def build(args: argparse.Namespace) -> int:
-    """Bundle to engine."""
-    from fope_export.bundle import Bundle
-    from fope_export.config import BuildConfig, convert
-    from fope_export.engine.build import build as build_engine
-    from fope_export.engine.record import plan_name
-    from fope_export.terminal import RESULTS, progress
-
-    options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}
-    config = convert(options, BuildConfig, where="build", hint="See fope-export build --help.")
-    with progress("build") as report:
-        bundle, record = build_engine(Bundle.open(args.bundle), config, report=report)
-    if args.json:
-        _print_json(record)
-    else:
-        place, seconds = bundle.path / plan_name(record.target), sum(record.seconds.values())
-        RESULTS.print(
-            f"{place}: {record.plan_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {record.library} {record.library_version}",
-            markup=False,
-        )
-        RESULTS.print(record.described, markup=False)
-    return PASSED
-
-
-def validate(args: argparse.Namespace) -> int:
-    """Bundle against checkpoint."""
-    from fope_export.bundle import Bundle
-    from fope_export.parity.run import validate as validate_bundle
-    from fope_export.report import parity_record, print_parity, write_parity
-    from fope_export.terminal import RESULTS, progress
-
-    bundle = Bundle.open(args.bundle, verify=False)
-    with progress("validate") as report:
-        result = validate_bundle(
-            bundle, checkpoint=args.checkpoint, backend=args.backend, lengths=args.lengths, seed=args.seed,
-            load=args.load_inputs, save=args.save_inputs, report=report,
-        )  # fmt: skip
-    if args.json:
-        _print_json(parity_record(bundle, result))
-    else:
-        print_parity(result, RESULTS)
-    bundle = write_parity(bundle, result)
-    if not args.json:
-        RESULTS.print(f"report: {bundle.path / 'reports/parity.html'}", markup=False)
-    return PASSED if result.passed else FAILED
-
-
-def run(args: argparse.Namespace) -> int:
-    """Generate from a prompt, a batch of prompts, or token ids."""
-    from fope_export.backends.choose import Settings, load_backend
-    from fope_export.bundle import Bundle
-    from fope_export.config import convert
-    from fope_export.generation import Sampling, complete, generate
-    from fope_export.terminal import report_speed, waiting
-    from fope_export.tokens import Text
-
-    options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
-    sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
-    with waiting("loading"):
-        bundle = Bundle.open(args.bundle)
-        settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
-        backend = load_backend(bundle, args.backend, settings)
-    eos = bundle.manifest.decoder().eos_token_id
-    if args.prompt_ids:
-        if args.stop:
-            raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
-        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=eos, chunk=args.chunk)
-        _print_ids((token for (token,) in steps), as_json=args.json)
-        return PASSED
-    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
-    pieces = complete(
-        backend, Text(bundle.path), prompts, sampling,
-        stop=args.stop, eos=eos, chunk=args.chunk, max_batch=args.max_batch,
-    )  # fmt: skip
-    texts = [""] * len(prompts)
-    with report_speed() as count:
-        for row, piece in pieces:
-            texts[row] += piece
-            count(piece)
-            if len(prompts) == 1 and not args.json:
-                print(piece, end="", flush=True)
-    if args.json:
-        _print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
-    elif len(prompts) == 1:
-        print()
-    else:
-        for prompt, written in zip(prompts, texts, strict=True):
-            print(f"--- {prompt}\n{written}")
-    return PASSED
-
-
-def bench(args: argparse.Namespace) -> int:
-    """Bundle beside PyTorch and peers, on the clock."""
-    from fope_export.bench_report import bench_record, print_bench, read_old, write_bench
-    from fope_export.benchmark.run import BenchConfig, benchmark
-    from fope_export.bundle import Bundle
-    from fope_export.config import convert
-    from fope_export.terminal import RESULTS, stages
-
-    options = {name: getattr(args, name) for name in BenchConfig.__struct_fields__}
-    config = convert(options, BenchConfig, where="bench", hint="See fope-export bench --help.")
-    old = read_old(args.compare) if args.compare else None
-    bundle = Bundle.open(args.bundle)
-    with stages("bench") as report:
-        result = benchmark(bundle, config, checkpoint=args.checkpoint, stage=report)
-    if args.json:
-        _print_json(bench_record(bundle, result))
-    else:
-        print_bench(result, RESULTS, old)
-    page = write_bench(bundle, result, args.out)
-    if not args.json:
-        RESULTS.print(f"report: {page}", markup=False)
-    return PASSED
-
-
-def inspect(args: argparse.Namespace) -> int:
-    """Describe what lies at a path."""
-    from fope_export.inspection import inspect as describe
-    from fope_export.terminal import print_sections, waiting
-
-    with waiting("reading"):
-        description = describe(args.path)
-    _print_json(description) if args.json else print_sections(description)
-    return PASSED
-
-
-def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:
-    vocabulary = bundle.manifest.decoder().vocab_size
-    if max(ids) >= vocabulary:
-        raise ConfigError(f"token {max(ids)} is outside the vocabulary of {vocabulary}", hint="Ids start at 0.")
-    return ids
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        prompts = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError) as cause:
-        raise ConfigError(
-            f"{path}: {cause}", hint="One prompt a line; in a .jsonl file, one JSON string a line."
-        ) from cause
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"{path}: no prompts", hint="One prompt a line; in a .jsonl file, one JSON string a line.")
-    return prompts
-
-
-def _print_ids(ids: Iterable[int | None], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(list(ids))
-        return
-    for i, token in enumerate(ids):
-        print(f"{',' if i else ''}{token}", end="", flush=True)
-    print()
-
-
-def _print_json(value: Any) -> None:
-    import msgspec
-
-    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=dict), indent=2).decode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
