@@ -90,7 +90,7 @@ def bench_page(bundle: Bundle, result: BenchResult) -> str:
 
 
 def _row(result: BenchResult, cell: Cell) -> list[str]:
-    name = cell.contender + (" *" if CONTENDERS[cell.contender].peer else "")
+    name = cell.contender + (" *" if CONTENDERS[cell.contender].twin else "")
     start = [name, f"{cell.length:,}"]
     if cell.refused:
         return [*start, "not timed: " + cell.refused, *[""] * (len(COLUMNS) - 3)]

@@ -171,6 +171,7 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lengths", type=_numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
     sub.add_argument("--batch", type=_numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
     sub.add_argument("--rounds", type=int, default=5, help="everybody in turn in each (default: 5)")
+    sub.add_argument("--sittings", type=int, default=1, help="all begin anew, in new processes (default: 1)")
     sub.add_argument("--decoded", type=int, default=24, help="tokens after each prompt (default: 24)")
     sub.add_argument("--threads", type=int, help="default: one for each core")
     sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")

@@ -150,7 +150,7 @@ def speeds_figure(prefill: Speeds, decode: Speeds) -> Figure:
 def draw_speeds(axes: Axes, speeds: Speeds, title: str, label: str) -> None:
     """One side of `speeds_figure`."""
     for color, (name, by_length) in zip(cycle(PALETTE), speeds.items()):
-        style = "s--" if CONTENDERS[name].peer else "o-"
+        style = "s--" if CONTENDERS[name].twin else "o-"
         axes.plot(list(by_length), list(by_length.values()), style, color=color, lw=1.8, ms=5, label=name)
     ticks = sorted({length for by_length in speeds.values() for length in by_length})
     axes.set_xscale("log", base=2)

@@ -48,12 +48,14 @@ def main() -> None:
     parser.add_argument("--quantize", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 1024, 2048])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sittings", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     config = BenchConfig(
-        lengths=tuple(args.lengths), batch=tuple(args.batch), rounds=args.rounds, threads=args.threads,
+        lengths=tuple(args.lengths), batch=tuple(args.batch), rounds=args.rounds, sittings=args.sittings,
+        threads=args.threads,
         peers=("genai", "optimum"),
     )  # fmt: skip
     records: dict[str, dict[str, Any]] = json.loads(args.out.read_text()) if args.out.is_file() else {}

@@ -65,6 +65,27 @@ def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
     assert all(entry.away <= ALLOWED["fp32"] and entry.weight_bytes for entry in timed)
 
 
+def test_sittings_begin_in_new_processes(
+    green: Bundle, measured: BenchResult, uncompiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Counted(run.Worker):
+        def __init__(self, threads: int) -> None:
+            begun.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(run, "Worker", Counted)
+    config = msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), sittings=3)
+    result = benchmark(green, config)
+    assert len(begun) == 3 * 3
+    assert [(cell.contender, len(cell.first), len(cell.next)) for cell in result.cells] == [
+        (name, 6, 6) for name in (EAGER, "onnxruntime", OURS)
+    ]
+    cells = [run.Cell(EAGER, 8, 1, (1.0,), (1.0,), 7), run.Cell(EAGER, 8, 1, refused="no memory")]
+    assert run._joined(cells).refused == "no memory"
+
+
 def test_ratios_are_medians_of_rounds(measured: BenchResult) -> None:
     def cell(name: str, seconds: tuple[float, ...]) -> run.Cell:
         return run.Cell(name, 8, 2, seconds, seconds, 1)
@@ -203,7 +224,7 @@ def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: No
     pytest.importorskip("optimum.onnxruntime", reason="needs fope-export[peers]")
     result = benchmark(green, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
     peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
-    assert peers.keys() == {TWIN, f"{OURS}, RoPE twin", "genai fp32", "genai int4", "optimum fp32"}
+    assert peers.keys() == {TWIN, f"{OURS}, RoPE twin", "genai", "genai fp32", "genai int4", "optimum fp32"}
     assert {name: entry.refused for name, entry in peers.items()} == dict.fromkeys(peers, "")
     assert peers["genai fp32"].away <= ALLOWED["fp32"] and peers["optimum fp32"].away <= ALLOWED["fp32"]
     assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes

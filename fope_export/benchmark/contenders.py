@@ -106,16 +106,26 @@ def _backend(name: str, optimised: bool, job: Job) -> Loaded:
     bundle = Bundle.open(job.product if job.product.exists() else job.bundle, verify=False)
     if optimised and OPTIMISED not in bundle.manifest.files:
         raise BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
-    width = {"fp32": 4}.get(bundle.manifest.export.dtype, 2)
-    size = _read_by_a_token(bundle.manifest.decoder(), _bytes(bundle.path.glob("model.onnx*")), width)
     settings = Settings(optimised=optimised, threads=job.threads)
-    return Loaded(Stepping(load_backend(bundle, name, settings)), size)
+    return Loaded(Stepping(load_backend(bundle, name, settings)), _of_bundle(bundle))
+
+
+def _of_bundle(bundle: Bundle) -> int:
+    width = {"fp32": 4}.get(bundle.manifest.export.dtype, 2)
+    return _read_by_a_token(bundle.manifest.decoder(), _bytes(bundle.path.glob("model.onnx*")), width)
 
 
 def _genai(job: Job) -> Loaded:
     from fope_export.benchmark.peers import GenAI
 
     return Loaded(GenAI(job.product, job.threads), _of_product(job))
+
+
+def _genai_ours(job: Job) -> Loaded:
+    from fope_export.benchmark.peers import GenAI
+
+    bundle = Bundle.open(job.bundle, verify=False)
+    return Loaded(GenAI(bundle.path, job.threads), _of_bundle(bundle))
 
 
 def _optimum(job: Job) -> Loaded:
@@ -169,14 +179,15 @@ _without_ort = BACKENDS[ORT].missing
 @dataclass(frozen=True)
 class Row:
     """A contender: what it is, how a worker makes it, and why a machine cannot. One with a `peer` is timed when that is
-    asked for, on the twin; `prepare` runs its own exporter first. `rounds` is what its arithmetic rounds to, where that
-    is not the bundle's dtype.
+    asked for; `prepare` runs the exporter that it has for the `twin`. `rounds` is what its arithmetic rounds to, where
+    that is not the bundle's dtype.
     """
 
     what: str
     load: Callable[[Job], Loaded]
     missing: Callable[[Machine], str] = lambda machine: ""
     peer: str = ""
+    twin: bool = False
     prepare: Callable[[Job], None] | None = None
     rounds: str = ""
 
@@ -191,22 +202,23 @@ CONTENDERS: dict[str, Row] = {
         for name, row in BACKENDS.items()
         if name not in (EAGER, ORT)
     },
-    TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", rounds="fp32"),
+    TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds="fp32"),
     f"{OURS}, RoPE twin": Row(
         "the twin, exported and optimised as the bundle was", partial(_backend, ORT, True), _without_ort, "any",
-        _export_ours,
+        True, _export_ours,
     ),
+    "genai": Row("the bundle in ONNX Runtime GenAI", _genai_ours, _without("onnxruntime-genai"), "genai"),
     "genai fp32": Row(
         "the twin in ONNX Runtime GenAI, by its model builder", _genai, _without("onnxruntime-genai"), "genai",
-        partial(_build_genai, "fp32"), "fp32",
+        True, partial(_build_genai, "fp32"), "fp32",
     ),
     "genai int4": Row(
-        "the same with int4 weights", _genai, _without("onnxruntime-genai"), "genai", partial(_build_genai, "int4"),
-        "int4",
+        "the same with int4 weights", _genai, _without("onnxruntime-genai"), "genai", True,
+        partial(_build_genai, "int4"), "int4",
     ),
     "optimum fp32": Row(
         "the twin in Optimum's ORTModelForCausalLM, by its exporter", _optimum, _without("optimum-onnx"), "optimum",
-        _export_optimum, "fp32",
+        True, _export_optimum, "fp32",
     ),
 }  # fmt: skip
 """In the order in which they are shown; eager PyTorch, which the others are compared with, comes first."""

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +38,9 @@ class BenchConfig(Checked, frozen=True, kw_only=True):
 
     lengths: tuple[Count, ...] = (128, 1024)
     batch: tuple[Count, ...] = (1,)
-    rounds: Count = 5
+    rounds: Count = 5  # of a sitting
+    sittings: Count = 1
+    """How often all begin anew, in new processes: one keeps the memory that it was given, and its luck with it."""
     decoded: Count = 24
     threads: Count | None = None  # None: one for each core
     backends: tuple[str, ...] = ()  # none: all that the machine can run
@@ -157,7 +159,10 @@ def benchmark(
     source_of(bundle, checkpoint)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
     threads = config.threads or machine.cores
-    with TemporaryDirectory(prefix="fope-export-") as folder, ExitStack() as stack:
+    entries: dict[str, Entry] = {}
+    bandwidth = {"read": 0.0, "copy": 0.0}
+    sittings: list[list[Cell]] = []
+    with TemporaryDirectory(prefix="fope-export-") as folder:
         place = str(checkpoint) if checkpoint else None
         jobs = [
             Job(contender=name, bundle=str(bundle.path), checkpoint=place, folder=folder, threads=threads)
@@ -165,17 +170,24 @@ def benchmark(
         ]
         if config.peers:
             write_twin(model, jobs[0].twin)
-        workers: dict[str, Worker] = {}
-        entries = [_enter(job, machine, bundle, workers, stack, stage) for job in jobs]
-        bandwidth = {"read": 0.0, "copy": 0.0}
-        cells: list[Cell] = []
-        for length, batch in product(config.lengths, config.batch):
-            cells += _measure(workers, length, batch, model.vocab_size, config, stage)
-            stage("measuring memory")  # again and again, because others may use it too
-            measured = workers[EAGER].ask("bandwidth")
-            bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
+        for _ in range(config.sittings):
+            with ExitStack() as stack:
+                workers: dict[str, Worker] = {}
+                for job in jobs:
+                    if job.contender not in entries:
+                        entries[job.contender] = _enter(job, machine, bundle, workers, stack, stage)
+                    elif not entries[job.contender].refused:
+                        stage(f"{job.contender}: loading again")
+                        workers[job.contender], _ = _seat(job, stack)
+                sittings.append([])
+                for length, batch in product(config.lengths, config.batch):
+                    sittings[-1] += _measure(workers, length, batch, model.vocab_size, config, stage)
+                    stage("measuring memory")  # again and again, because others may use it too
+                    measured = workers[EAGER].ask("bandwidth")
+                    bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
     width = {"fp32": 4}.get(export.dtype, 2)
-    return BenchResult(config, threads, bandwidth, tuple(entries), tuple(cells), model, width)
+    cells = tuple(_joined(same) for same in zip(*sittings, strict=True))
+    return BenchResult(config, threads, bandwidth, tuple(entries.values()), cells, model, width)
 
 
 def _chosen(config: BenchConfig) -> Iterator[str]:
@@ -195,21 +207,19 @@ def _enter(
 ) -> Entry:
     """Make a contender in a worker of its own, and let eager judge its answers; a reason in the place of failures."""
     row = CONTENDERS[job.contender]
-    if row.peer and job.contender != TWIN and TWIN not in workers:
+    if row.twin and job.contender != TWIN and TWIN not in workers:
         return Entry(job.contender, row.what, "the twin does not run in PyTorch")
     if reason := row.missing(machine):
         return Entry(job.contender, row.what, reason)
-    known = {"job": {name: getattr(job, name) for name in Job.__struct_fields__}}
     try:
         if row.prepare:
             stage(f"{job.contender}: exporting the twin")
             with Worker(job.threads) as exporter:
-                exporter.ask("prepare", **known)
+                exporter.ask("prepare", job=_told(job))
         stage(f"{job.contender}: loading and comparing")
-        worker = stack.enter_context(Worker(job.threads))
-        weight_bytes = worker.ask("load", **known)["weight_bytes"]
+        worker, weight_bytes = _seat(job, stack)
         workers[job.contender] = worker
-        referee, vocabulary = workers[TWIN if row.peer else EAGER], bundle.manifest.decoder().vocab_size
+        referee, vocabulary = workers[TWIN if row.twin else EAGER], bundle.manifest.decoder().vocab_size
         away = _compare(worker, referee, vocabulary, job.folder)
     except FopeError as error:
         workers.pop(job.contender, None)
@@ -221,6 +231,16 @@ def _enter(
         del workers[job.contender]
         return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)
     return Entry(job.contender, row.what, "", away, allowed, weight_bytes)
+
+
+def _seat(job: Job, stack: ExitStack) -> tuple[Worker, int]:
+    """A worker with the contender in it, and the bytes of weights that a token reads."""
+    worker = stack.enter_context(Worker(job.threads))
+    return worker, worker.ask("load", job=_told(job))["weight_bytes"]
+
+
+def _told(job: Job) -> dict[str, str | int | None]:
+    return {name: getattr(job, name) for name in Job.__struct_fields__}
 
 
 def _compare(worker: Worker, referee: Worker, vocabulary: int, folder: str) -> float:
@@ -270,6 +290,16 @@ def _measure(
         first, later, peaks = (tuple(r[name][what] for r in rounds) for what in ("first", "next", "peak"))
         peak = max(peaks) if None not in peaks else None
         yield Cell(name, length, batch, first, later, peak, warm[name])
+
+
+def _joined(cells: Sequence[Cell]) -> Cell:
+    """One contender's cells of one size in all sittings."""
+    for cell in cells:
+        if cell.refused:
+            return cell
+    first, later = (tuple(x for cell in cells for x in getattr(cell, what)) for what in ("first", "next"))
+    peaks = [cell.peak for cell in cells if cell.peak is not None]
+    return replace(cells[0], first=first, next=later, peak=max(peaks, default=None))
 
 
 def _turned(names: Sequence[str], by: int) -> Sequence[str]:
