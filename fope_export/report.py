@@ -12,7 +12,7 @@ from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
 from fope_export.bundle import MODEL, Bundle, judged_files
 from fope_export.config import ModelConfig
-from fope_export.parity.judge import FACTOR, FLOOR, METRICS
+from fope_export.parity.judge import FLOOR, METRICS
 from fope_export.parity.run import CaseResult, ParityResult
 
 LABELS = {
@@ -73,7 +73,12 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "source": manifest.source,
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),
-        "rule": {"factor": FACTOR, "floor": FLOOR, "truth": "PyTorch float64", "noise": f"PyTorch {result.dtype}"},
+        "rule": {
+            "factor": result.factor,
+            "floor": FLOOR,
+            "truth": "PyTorch float64",
+            "noise": f"PyTorch {result.dtype}",
+        },
         "cases": cases,
         "controls": controls,
         "quantisation": _cost_record(result),
@@ -94,7 +99,6 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         result=result,
         figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
-        factor=FACTOR,
         machine=read_machine(),
         place=place(result),
         cost=cost_line(result),

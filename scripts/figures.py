@@ -3,7 +3,7 @@
 
 scripts/figures.py loss     measures the shipped models: loss by length of context, in PyTorch and from the ONNX, and
                             parity; writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
-scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png
+scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png and prints the README's table
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from matplotlib import rc_context
@@ -29,8 +30,33 @@ from fope_export.parity.run import ParityResult, validate
 
 SCORED = 1 << 18
 ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "scripts/results/bench_peers.json"
 BACKENDS = ("torch", "onnxruntime")
-SHOWN = ("torch", "torch.compile", "onnxruntime", OURS, "genai fp32", "optimum fp32")
+SHOWN = ("torch", "torch.compile", "onnxruntime", OURS, "genai", "genai fp32", "optimum fp32")
+TABLE = {
+    "none": {
+        "torch.compile": "torch.compile",
+        "portable file": "onnxruntime",
+        "**optimised file**": OURS,
+        "**optimised file in GenAI**": "genai",
+        "RoPE twin, optimised file": f"{OURS}, RoPE twin",
+        "RoPE twin, GenAI": "genai fp32",
+        "RoPE twin, Optimum": "optimum fp32",
+    },
+    "int4": {
+        "**optimised file, int4**": OURS,
+        "**optimised file in GenAI, int4**": "genai",
+        "RoPE twin, GenAI int4": "genai int4",
+    },
+}
+"""Rows of the README's table, by the weights of the bundle that they were measured beside."""
+COLUMNS = (
+    ("60M", "decode_over_eager", (128, 1024)),
+    ("180M", "decode_over_eager", (128, 1024)),
+    ("60M", "prefill_over_eager", (512, 2048)),
+    ("180M", "prefill_over_eager", (512, 2048)),
+    ("60M", "peak_MiB", (128, 1024)),
+)
 
 
 def main() -> None:
@@ -40,12 +66,27 @@ def main() -> None:
 
 
 def speed() -> None:
-    cells = json.loads((ROOT / "scripts/results/bench_peers.json").read_text())["60M, none"]["cells"]
+    cells = json.loads(RESULT.read_text())["60M, none"]["cells"]
     prefill, decode = (
         {name: {c["length"]: c[speed] for c in cells if c["contender"] == name} for name in SHOWN}
         for speed in ("prefill_tokens_per_s", "decode_tokens_per_s")
     )
     plots.save(plots.speeds_figure(prefill, decode), ROOT / "docs/speed.png")
+    print_table(json.loads(RESULT.read_text()))
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """In Markdown."""
+    cells = {
+        (part["shape"], part["quantize"], cell["contender"], cell["length"]): cell
+        for part in record.values()
+        for cell in part["cells"]
+    }
+    for kind, rows in TABLE.items():
+        for label, name in rows.items():
+            found = [[cells[shape, kind, name, n][what] for n in lengths] for shape, what, lengths in COLUMNS]
+            told = [" / ".join(f"{x:,}" if isinstance(x, int) else f"{x:.2f}" for x in pair) for pair in found]
+            print("|", " | ".join([label, *told]), "|")
 
 
 def loss() -> None:

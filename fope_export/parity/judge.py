@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from fope_export.errors import ParityError
 
 FACTOR = 3.0
-"""How many times PyTorch's own error a backend's error may be. Another order of summation costs about 1."""
+"""How many times PyTorch's own error a backend's error may be. Another order of summation costs about 1, unless it adds
+without blocks (`quantised.factor_of`).
+"""
 FLOOR = 8 * float(np.finfo(np.float32).eps)
 """Errors below this share of the largest logit pass: for a few tokens PyTorch's own error is a matter of luck."""
 
@@ -103,13 +105,13 @@ class Verdict:
         return got / noise if noise else float("inf") if got else 0.0
 
 
-def limit(truth: Floats, noisy: Floats) -> float:
+def limit(truth: Floats, noisy: Floats, factor: float = FACTOR) -> float:
     """The largest absolute error allowed, where PyTorch in the tested dtype gives `noisy`."""
     truth = truth.astype(np.float64)
-    return max(FACTOR * float(np.abs(noisy - truth).max()), FLOOR * float(np.abs(truth).max()))
+    return max(factor * float(np.abs(noisy - truth).max()), FLOOR * float(np.abs(truth).max()))
 
 
-def judge(truth: Floats, noisy: Floats, got: Floats) -> Verdict:
+def judge(truth: Floats, noisy: Floats, got: Floats, factor: float = FACTOR) -> Verdict:
     """`truth` in float64, `noisy` from PyTorch in the tested dtype, `got` from the backend: logits [N, V] each."""
     noise = measure(truth, noisy, allowed=0.0)
     if noise.non_finite:
@@ -117,12 +119,12 @@ def judge(truth: Floats, noisy: Floats, got: Floats) -> Verdict:
     floor = FLOOR * float(np.abs(truth).max())
     relative = floor / float(np.sqrt(np.square(truth, dtype=np.float64).mean()))
     limits = {
-        "max_abs": limit(truth, noisy),
-        "relative": max(FACTOR * noise.relative, relative),
-        "cosine": max(FACTOR**2 * noise.cosine, relative**2 / 2),
-        "kl": max(FACTOR**2 * noise.kl, (2 * floor) ** 2 / 2),
+        "max_abs": limit(truth, noisy, factor),
+        "relative": max(factor * noise.relative, relative),
+        "cosine": max(factor**2 * noise.cosine, relative**2 / 2),
+        "kl": max(factor**2 * noise.kl, (2 * floor) ** 2 / 2),
         "flips": 0.0,
         "non_finite": 0.0,
     }
-    near_tie = np.maximum(FACTOR * np.abs(noisy - truth).max(axis=1), floor)
+    near_tie = np.maximum(factor * np.abs(noisy - truth).max(axis=1), floor)
     return Verdict(measure(truth, got, near_tie), noise, limits)

@@ -25,7 +25,7 @@ from fope_export.fope.contract import DOMAIN
 from fope_export.fope.replace import rotaries
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
-from fope_export.parity.judge import limit
+from fope_export.parity.judge import FACTOR, limit
 
 Outputs = dict[str, NDArray[np.floating[Any]]]
 Running = tuple[nn.Module, Callable[[], object]]
@@ -43,18 +43,20 @@ class Divergence:
     allowed: float
 
 
-def first_divergence(bundle: Bundle, single: EagerBackend, double: EagerBackend, feeds: Feeds) -> Divergence | None:
+def first_divergence(
+    bundle: Bundle, single: EagerBackend, double: EagerBackend, feeds: Feeds, factor: float = FACTOR
+) -> Divergence | None:
     """Compare every module's output on whole sequences `feeds` (no past): ONNX Runtime against PyTorch in float64."""
     single_run, double_run = (
         lambda backend=backend: backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
         for backend in (single, double)
     )
     inputs = graph_feeds(bundle.manifest, feeds)
-    return divergence_of(bundle, (single.model, single_run), (double.model, double_run), inputs)
+    return divergence_of(bundle, (single.model, single_run), (double.model, double_run), inputs, factor)
 
 
 def divergence_of(
-    bundle: Bundle, single: Running, double: Running, inputs: Mapping[str, NDArray[Any]]
+    bundle: Bundle, single: Running, double: Running, inputs: Mapping[str, NDArray[Any]], factor: float = FACTOR
 ) -> Divergence | None:
     """The same for any module and a way to run it on what the graph is given as `inputs`."""
     ending = _modules_that_end_themselves(single[0])
@@ -62,7 +64,7 @@ def divergence_of(
     truth, noisy = (_eager_outputs(*running, values) for running in (double, single))
     got = _bundle_outputs(bundle, list(truth), inputs) if truth else {}
     truth = {name: array for name, array in truth.items() if array.shape == got[name].shape}
-    allowed = {name: limit(truth[name], noisy[name]) for name in truth}
+    allowed = {name: limit(truth[name], noisy[name], factor) for name in truth}
     compare = SimpleCompareFunc(rtol=0.0, atol=allowed, check_error_stat="max")
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = compare(IterationResult(got), IterationResult(truth))

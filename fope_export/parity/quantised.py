@@ -1,5 +1,6 @@
 """What quantisation costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from fope_export.errors import BackendError, BundleError
 from fope_export.graph.qdq import rounded_layers
 from fope_export.graph.quantise import Quantised, Rounding, quantised_weights
 from fope_export.model.decoder import Decoder
-from fope_export.parity.judge import Floats, divergence, log_softmax
+from fope_export.parity.judge import FACTOR, Floats, divergence, log_softmax
 from fope_export.tokens import Text
 
 LIMITS = {"int4": 0.03, "int8": 0.005, "int8-qdq": 0.02, "fp8-qdq": 0.01}
@@ -30,6 +31,8 @@ LONGEST = 1024
 """Tokens of a window at most."""
 AT_ONCE = 1 << 22
 """Logits of one batch of windows, unless one window has more."""
+BLOCKED = 384
+"""Products that PyTorch adds one after the other before it adds the sums (oneDNN's and MKL's block of K)."""
 SAMPLE = 'def naïve():\n\treturn "…"\n'
 
 
@@ -91,6 +94,20 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
     perplexities = [float(each) for each in np.exp(np.concatenate(losses, axis=1).mean(axis=1))]
     perplexity, quantised = perplexities if known else (None, None)
     return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantised, tuple(_strays(bundle, model)))
+
+
+def factor_of(bundle: Bundle, model: Decoder) -> float:
+    """How many times PyTorch's own error a bundle's may be.
+
+    ONNX Runtime's product with small integers adds the K terms of a sum one after the other where it has several rows,
+    and rounding then grows with the square root of K, while PyTorch's grows with that of a block. What float16 rounds
+    outweighs both.
+    """
+    export = bundle.manifest.export
+    if not export.quantize or export.calibrated or export.precision != "float32":
+        return FACTOR
+    longest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    return FACTOR * max(1.0, math.sqrt(longest / BLOCKED))
 
 
 def place_weights(bundle: Bundle, model: Decoder) -> None:

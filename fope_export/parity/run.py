@@ -22,9 +22,9 @@ from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, FOLDED, Control
 from fope_export.parity.extended import Reach, reach_of
-from fope_export.parity.judge import Verdict, judge
+from fope_export.parity.judge import FACTOR, Verdict, judge
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
-from fope_export.parity.quantised import Cost, cost_of, place_weights, round_inputs
+from fope_export.parity.quantised import Cost, cost_of, factor_of, place_weights, round_inputs
 
 LOCALISED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
@@ -92,6 +92,8 @@ class ParityResult:
     """What extending did to the loss by length; stated, and not judged."""
     dtype: str = "float32"
     """Of PyTorch, whose error is the yardstick."""
+    factor: float = FACTOR
+    """How many times that error is allowed."""
 
     @property
     def passed(self) -> bool:
@@ -127,7 +129,8 @@ def validate(
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
-    yardstick = Yardstick(EagerBackend(source.model), EagerBackend.in_float64(source.model))
+    single, double = EagerBackend(source.model), EagerBackend.in_float64(source.model)
+    yardstick = Yardstick(single, double, factor_of(bundle, source.model))
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
     total = len(cases) + len(mistakes)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
@@ -153,11 +156,12 @@ def validate(
     controls = []
     for done, control in enumerate(mistakes, start=len(cases)):
         report(control.name, done, total)
-        controls.append(_refuse(control, reference, yardstick.single.model, truth, noisy))
+        controls.append(_refuse(control, reference, yardstick, truth, noisy))
     damaged = bundle.damaged() | contradictions(bundle, source)
     found = ParityResult(
-        chosen, (*folding, *rounded, *results), tuple(controls), damaged, broken, None, cost, reach, exported.precision
-    )
+        chosen, (*folding, *rounded, *results), tuple(controls), damaged, broken, None, cost, reach,
+        exported.precision, yardstick.factor,
+    )  # fmt: skip
     if found.passed:
         return found
     searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
@@ -174,16 +178,20 @@ def _files(bundle: Bundle, chosen: str) -> dict[str, Backend]:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """PyTorch in the tested dtype, and in float64."""
+    """PyTorch in the tested dtype and in float64, and how many times the error of the one a backend may be off."""
 
     single: EagerBackend
     double: EagerBackend
+    factor: float = FACTOR
+
+    def judge(self, truth: Floats, noisy: Floats, got: Floats) -> Verdict:
+        return judge(truth, noisy, got, self.factor)
 
     def compare(self, case: Case, *tested: Backend) -> list[CaseResult]:
         """Hold backends against the truth of one case."""
         truth, noisy = case.run_plainly(self.double), case.run(self.single)
         return [
-            CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), judge(truth, noisy, got))
+            CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), self.judge(truth, noisy, got))
             for got in map(case.run, tested)
         ]
 
@@ -227,12 +235,12 @@ def _round(
     return [compared], yardstick, OrtBackend(bundle, exact=True)
 
 
-def _refuse(control: Control, case: Case, model: Decoder, truth: Floats, noisy: Floats) -> ControlResult:
-    """Hold a deliberate mistake against the truth, where `model` can make it."""
-    if reason := control.reason(model):
+def _refuse(control: Control, case: Case, yardstick: Yardstick, truth: Floats, noisy: Floats) -> ControlResult:
+    """Hold a deliberate mistake against the truth, where the model can make it."""
+    if reason := control.reason(yardstick.single.model):
         return ControlResult(control.name, reason, None)
-    with control.applied(model) as wrong:
-        return ControlResult(control.name, "", judge(truth, noisy, case.run(wrong)))
+    with control.applied(yardstick.single.model) as wrong:
+        return ControlResult(control.name, "", yardstick.judge(truth, noisy, case.run(wrong)))
 
 
 def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
@@ -249,7 +257,8 @@ def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence
     try:
         tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
         tensors += cost.strays if cost else ()
-        found = (first_divergence(bundle, yardstick.single, yardstick.double, _excerpt(case)) for case in cases)
+        sticks = yardstick.single, yardstick.double
+        found = (first_divergence(bundle, *sticks, _excerpt(case), yardstick.factor) for case in cases)
         return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
     except DecodeError:  # no ONNX file any more
         return Place(None, (), ())

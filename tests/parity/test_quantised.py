@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from rich.console import Console
 
 from fope_export.backends.choose import load_backend
@@ -18,9 +21,11 @@ from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.graph import calibration
 from fope_export.graph.export import export
+from fope_export.graph.quantise import BLOCK, EXACT, OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity import quantised
-from fope_export.parity.quantised import LIMITS, SCORED, cost_of
+from fope_export.parity.judge import FACTOR
+from fope_export.parity.quantised import LIMITS, SCORED, cost_of, factor_of
 from fope_export.parity.run import validate
 from fope_export.report import parity_page, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
@@ -35,6 +40,45 @@ def made(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def spoilable(made: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(made.path, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("inputs", [384, 3072])
+def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bundle, inputs: int) -> None:
+    """Its error is as much larger than PyTorch's as the allowance says: no factor without a reason."""
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, 512, bias=False))
+    allowed = factor_of(made, model) / FACTOR
+    assert allowed == pytest.approx((inputs / 384) ** 0.5)
+    rng, blocks = np.random.default_rng(0), inputs // BLOCK
+    x = rng.standard_normal((16, inputs), np.float32)
+    integers = rng.integers(0, 256, (512, blocks, BLOCK // 2), np.uint8)
+    scales = rng.uniform(0.01, 0.03, (512, blocks)).astype(np.float32)
+    sizes = {"K": inputs, "N": 512, "bits": 4, "block_size": BLOCK, "accuracy_level": EXACT}
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(OPERATOR, ["x", "integers", "scales"], ["y"], domain="com.microsoft", **sizes)],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (16, 512))],
+        [onnx.numpy_helper.from_array(integers, "integers"), onnx.numpy_helper.from_array(scales, "scales")],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    content = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    levels = np.stack([integers & 15, integers >> 4], axis=-1).reshape(512, blocks, BLOCK).astype(np.float64)
+    weight = ((levels - 8) * scales[..., None]).reshape(512, inputs)
+    truth = x.astype(np.float64) @ weight.T
+    products = session.run(None, {"x": x})[0], (torch.from_numpy(x) @ torch.from_numpy(weight).float().T).numpy()
+    errors = [np.linalg.norm(got - truth) for got in products]
+    assert errors[0] / errors[1] < 1.5 * allowed
+    if allowed > 2:
+        assert errors[0] / errors[1] > 1.5  # where a newer operator adds in blocks, the allowance has to go
+
+
+def test_no_more_error_is_allowed_elsewhere(made: Bundle) -> None:
+    wide, narrow = (torch.nn.Sequential(torch.nn.Linear(inputs, 8)) for inputs in (4096, 64))
+    assert factor_of(made, narrow) == FACTOR < factor_of(made, wide)
+    for change in ({"quantize": None}, {"quantize": "int8-qdq"}, {"dtype": "fp16"}):
+        export = msgspec.structs.replace(made.manifest.export, **change)
+        assert factor_of(Bundle(made.path, msgspec.structs.replace(made.manifest, export=export)), wide) == FACTOR
 
 
 SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {
