@@ -222,17 +222,17 @@ class Optimise(InPlacePass):
             table = self._op(f"{name}/Reshape.{wave}", table, self._numbers(-1, half))
             tables.append(table if to == ir.DataType.FLOAT else self._op(f"{name}/Cast.{wave}", table, to=to))
 
-        count = self._op(f"{name}/Size", column)
-        end, step = self._op(f"{name}/Mul.end", count, self._scalar(width)), self._scalar(width)
-        starts = self._op(f"{name}/Range", self._scalar(0), end, step)
+        return [Table(tables[0], tables[1], rows) for rows in self._read(name, column, width, reads)]
+
+    def _read(self, name: str, tokens: ir.Value, width: int, reads: Sequence[NDArray[Any]]) -> Sequence[ir.Value]:
+        """The rows [B * S, heads] of the table that each layer reads, from those of a token with `width` rows."""
+        end = self._op(f"{name}/Mul.end", self._op(f"{name}/Size", tokens), self._scalar(width))
+        starts = self._op(f"{name}/Range", self._scalar(0), end, self._scalar(width))
         starts = self._op(f"{name}/Unsqueeze", starts, self._numbers(1))
         every = self._op(f"{name}/Add", starts, self._constant(f"{name}.rows", np.concatenate(reads)))
-        each = (
-            self._ops(f"{name}/Split", every, outputs=len(reads), axis=1, num_outputs=len(reads))
-            if len(reads) > 1
-            else [every]
-        )
-        return [Table(tables[0], tables[1], rows) for rows in each]
+        if len(reads) == 1:
+            return [every]
+        return self._ops(f"{name}/Split", every, outputs=len(reads), axis=1, num_outputs=len(reads))
 
     def _attend(self, layer: Layer, table: Table) -> None:
         """Rotation, cache and attention of one layer. Queries, keys and values stay one tensor: RotaryEmbedding shares
