@@ -197,15 +197,14 @@ class Optimise(InPlacePass):
         first = layers[0]
         freq, coef, _ = first.numbers()
         groups, half, to = len(coef), first.setting("rotary_dim") // 2, first.setting("compute_dtype")
-        keys = [b"".join(weight.tobytes() for weight in layer.weights()) for layer in layers]
-        distinct = {key: layer.weights() for key, layer in zip(keys, layers, strict=True)}
+        weights = [layer.weights() for layer in layers]
+        keys = [sin.tobytes() + cos.tobytes() for sin, cos in weights]
+        distinct = dict(zip(keys, weights, strict=True))
         still = len(distinct) * groups
-        width = max(still + 1, len(first.groups()))
+        heads = [layer.groups() for layer in layers]
+        width = max(still + 1, len(heads[0]))
         start = {key: i * groups for i, key in enumerate(distinct)}
-        reads = [
-            np.where(layer.groups() < 0, still, layer.groups() + start[key])
-            for key, layer in zip(keys, layers, strict=True)
-        ]
+        reads = [np.where(group < 0, still, group + start[key]) for key, group in zip(keys, heads, strict=True)]
 
         column = self._op(f"{name}/Reshape", self.inputs["position_ids"], self._numbers(-1, 1))
         angles = self._op(f"{name}/Cast", column, to=int(ir.DataType.FLOAT))
@@ -215,7 +214,7 @@ class Optimise(InPlacePass):
         for turn, wave in enumerate(("Sin", "Cos")):
             rest = np.zeros((len(freq) + 1, (width - still) * half), np.float32)
             rest[-1] = turn  # the sine is 0, the cosine 1
-            weight = np.concatenate([*(weights[turn] for weights in distinct.values()), rest], axis=1)
+            weight = np.concatenate([*(pair[turn] for pair in distinct.values()), rest], axis=1)
             basis = self._op(f"{name}/{wave}", angles)
             basis = self._op(f"{name}/Pad.{wave}", basis, self._numbers(0, 1), one, self._numbers(-1))
             table = self._op(f"{name}/MatMul.{wave}", basis, self._constant(f"{name}.{wave}", weight))

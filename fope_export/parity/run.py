@@ -152,14 +152,10 @@ def validate(
     except BackendError as error:
         broken = str(error)
     folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
-    truth, noisy = reference.run_plainly(yardstick.double), reference.run(yardstick.single)
-    controls = []
-    for done, control in enumerate(mistakes, start=len(cases)):
-        report(control.name, done, total)
-        controls.append(_refuse(control, reference, yardstick, truth, noisy))
+    controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
     damaged = bundle.damaged() | contradictions(bundle, source)
     found = ParityResult(
-        chosen, (*folding, *rounded, *results), tuple(controls), damaged, broken, None, cost, reach,
+        chosen, (*folding, *rounded, *results), controls, damaged, broken, None, cost, reach,
         exported.precision, yardstick.factor,
     )  # fmt: skip
     if found.passed:
@@ -233,6 +229,18 @@ def _round(
         return [], rounding, tested
     compared = replace(rounding.compare(case, tested)[0], name=f"{case.name}, inputs rounded", rounded=True)
     return [compared], yardstick, OrtBackend(bundle, exact=True)
+
+
+def _refusals(
+    mistakes: Sequence[Control], case: Case, yardstick: Yardstick, report: Callable[[str, int], None]
+) -> tuple[ControlResult, ...]:
+    """What the rule says to deliberate mistakes in one case."""
+    truth, noisy = case.run_plainly(yardstick.double), case.run(yardstick.single)
+    found = []
+    for done, control in enumerate(mistakes):
+        report(control.name, done)
+        found.append(_refuse(control, case, yardstick, truth, noisy))
+    return tuple(found)
 
 
 def _refuse(control: Control, case: Case, yardstick: Yardstick, truth: Floats, noisy: Floats) -> ControlResult:
