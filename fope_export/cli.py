@@ -174,6 +174,7 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sittings", type=int, default=1, help="all begin anew, in new processes (default: 1)")
     sub.add_argument("--decoded", type=int, default=24, help="tokens after each prompt (default: 24)")
     sub.add_argument("--threads", type=int, help="default: one for each core")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch (default: cpu)")
     sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
     sub.add_argument("--peers", type=_names, default=(), help="genai,optimum: on a RoPE twin of the same shape")
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
