@@ -10,6 +10,8 @@ import numpy as np
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import MODEL, Bundle
+from fope_export.config import ExportConfig
+from fope_export.engine.api import version_of
 from fope_export.errors import BackendError, require
 
 PROVIDERS = {
@@ -17,6 +19,8 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+OLDEST = {"opset 23": (1, 23), "opset 24": (1, 24), "a static cache": (1, 25)}
+"""The first ONNX Runtime that runs it; a static cache is written by TensorScatter."""
 
 
 class OrtBackend:
@@ -110,8 +114,11 @@ def session_of(
     `cuda_graph` it captures the runs that name a graph. `exact` leaves the inputs of products as they are where the
     file has them rounded.
 
-    Raises BackendError when ONNX Runtime is not there, does not load the file, or finds no such device.
+    Raises BackendError when ONNX Runtime is not there, is too old, does not load the file, or finds no such device.
     """
+    ort = require("onnxruntime", "cpu")
+    if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export):
+        raise BackendError(reason, hint="Or export with --cache dynamic, for which older ones do.")
     try:
         with runnable(bundle, name, exact=exact) as path:
             return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
@@ -119,6 +126,14 @@ def session_of(
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
         raise failure("load", bundle.path / name, cause) from cause
+
+
+def too_old(name: str, version: str, export: ExportConfig) -> str:
+    """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
+    what = "a static cache" if export.cache == "static" else f"opset {export.opset or 23}"
+    oldest = ".".join(map(str, OLDEST[what]))
+    fits = version_of(version) >= OLDEST[what]
+    return "" if fits else f"{name} is {version}, and {what} needs {oldest}: pip install '{name}>={oldest}'"
 
 
 def open_session(
@@ -149,8 +164,11 @@ def _has(provider: str, found: Sequence[str]) -> None:
 
 def failure(what: str, path: Path, cause: Exception) -> BackendError:
     """What ONNX Runtime said when it could not load or run a file."""
-    reason = " ".join(str(cause).split())
-    return BackendError(f"ONNX Runtime does not {what} {path}: {reason}", hint="Export the checkpoint again.")
+    version, reason = require("onnxruntime", "cpu").__version__, " ".join(str(cause).split())
+    return BackendError(
+        f"ONNX Runtime {version} does not {what} {path}: {reason}",
+        hint="Export the checkpoint again; where it was exported just now, a newer ONNX Runtime may run it.",
+    )
 
 
 @contextmanager

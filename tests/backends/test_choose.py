@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fope_export.backends.choose import Machine, abilities, choose, read_machine
+from fope_export.backends.choose import PORTABLE, Machine, abilities, choose, read_machine
+from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
 
 
@@ -17,11 +18,39 @@ EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "tensorrt", "tensorrt-rt
 BARE = machine("torch", "onnx", "onnxscript")
 
 
-def test_the_best_that_runs_is_chosen() -> None:
+def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
     assert choose(None, FULL) == "onnxruntime"
-    assert choose(None, BARE) == "torch"
-    assert choose("torch", FULL) == "torch"
+    assert choose("torch", BARE) == "torch"
     assert choose(None, machine("torch", "onnxruntime-gpu")) == "onnxruntime"
+
+
+@pytest.mark.parametrize("found", [BARE, replace(EVERYTHING, packages={"tensorrt": "10.13"})], ids=["bare", "GPU"])
+def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[cpu\]'") as caught:
+        choose(None, found)
+    assert "`run` can also take --backend " in caught.value.hint and "torch" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "export", "reason"),
+    [
+        ("1.22.1", PORTABLE, "onnxruntime is 1.22.1, and opset 23 needs 1.23: pip install 'onnxruntime>=1.23'"),
+        ("1.23.2", PORTABLE, ""),
+        ("1.23.2", ExportConfig(opset=24), "onnxruntime is 1.23.2, and opset 24 needs 1.24"),
+        ("1.24.4", ExportConfig(opset=24), ""),
+        ("1.24.4", ExportConfig(cache="static"), "onnxruntime is 1.24.4, and a static cache needs 1.25"),
+        ("1.25.0", ExportConfig(cache="static"), ""),
+    ],
+)
+def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: ExportConfig, reason: str) -> None:
+    found = replace(FULL, packages=FULL.packages | {"onnxruntime": version})
+    if not reason:
+        assert choose(None, found, export) == "onnxruntime"
+        return
+    with pytest.raises(BackendError, match=reason):
+        choose(None, found, export)
+    said = abilities(found)
+    assert said["run a static cache in ONNX Runtime"] and bool(said["validate a bundle"]) == (version == "1.22.1")
 
 
 def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
