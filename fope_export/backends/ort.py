@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,14 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-OLDEST = {"opset 23": (1, 23), "opset 24": (1, 24), "a static cache": (1, 25)}
-"""The first ONNX Runtime that runs it; a static cache is written by TensorScatter."""
+NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
+    ((1, 25), "a static cache", lambda export: export.cache == "static"),
+    ((1, 25), "fp8-qdq in fp16", lambda export: export.quantize == "fp8-qdq" and export.dtype == "fp16"),
+    ((1, 24), "opset 24", lambda export: export.opset == 24),
+    ((1, 24), "int8-qdq or fp8-qdq", lambda export: export.calibrated),
+    ((1, 23), "opset 23", lambda export: True),
+)
+"""The first ONNX Runtime that has the operators of a bundle, and by what it is known."""
 
 
 class OrtBackend:
@@ -118,7 +124,7 @@ def session_of(
     """
     ort = require("onnxruntime", "cpu")
     if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export):
-        raise BackendError(reason, hint="Or export with --cache dynamic, for which older ones do.")
+        raise BackendError(reason, hint="Or export as `fope-export export` does by default: older ones run that.")
     try:
         with runnable(bundle, name, exact=exact) as path:
             return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
@@ -130,10 +136,11 @@ def session_of(
 
 def too_old(name: str, version: str, export: ExportConfig) -> str:
     """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
-    what = "a static cache" if export.cache == "static" else f"opset {export.opset or 23}"
-    oldest = ".".join(map(str, OLDEST[what]))
-    fits = version_of(version) >= OLDEST[what]
-    return "" if fits else f"{name} is {version}, and {what} needs {oldest}: pip install '{name}>={oldest}'"
+    for oldest, what, concerned in NEEDS:
+        if concerned(export) and version_of(version) < oldest:
+            wanted = ".".join(map(str, oldest))
+            return f"{name} is {version}, and {what} needs {wanted}: pip install '{name}>={wanted}'"
+    return ""
 
 
 def open_session(

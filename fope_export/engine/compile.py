@@ -54,6 +54,7 @@ CPLUSPLUS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off")
 PLUGIN = Target("plugin", ("launch.cu", "plugin.cpp"), CUDA, cuda=True, tensorrt=True)
 KERNEL = Target("kernel", ("launch.cu",), CUDA, cuda=True)
 HOST = Target("host", ("host.cpp",), (*CPLUSPLUS, "-shared", "-fPIC"))
+THREADS = Target("threads", ("threads.cpp", "host.cpp"), (*CPLUSPLUS, "-g", "-pthread", "-fsanitize=thread"))
 HARNESS = Target("harness", ("harness.cpp",), (*CPLUSPLUS, "-ldl"), tensorrt=True)
 
 

@@ -325,6 +325,15 @@ def test_no_tokens_are_no_work(host: ctypes.CDLL) -> None:
     assert code_of(host.fope_rotary_host, {"tokens": 0, "q": None}, 0, 0, 0) == 0
 
 
+def mutated(folder: Path, old: str, new: str) -> Path:
+    """The sources with one thing changed in the kernel."""
+    sources = Path(shutil.copytree(compiling.SOURCES, folder / "sources"))
+    text = (sources / "rotary.cuh").read_text()
+    assert text.count(old) == 1
+    (sources / "rotary.cuh").write_text(text.replace(old, new))
+    return sources
+
+
 MUTATIONS = {
     "direction": ("-(right * by.sin)", "right * by.sin"),
     "sign": ("a.sign * sum.at[t].sin", "sum.at[t].sin"),
@@ -342,13 +351,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS])
 def test_a_broken_kernel_is_noticed(toolchain: compiling.Toolchain, tmp_path: Path, mutation: str | None) -> None:
-    sources = Path(shutil.copytree(compiling.SOURCES, tmp_path / "sources"))
-    text = (sources / "rotary.cuh").read_text()
-    if mutation:
-        old, new = MUTATIONS[mutation]
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    (sources / "rotary.cuh").write_text(text)
+    sources = mutated(tmp_path, *MUTATIONS[mutation]) if mutation else compiling.SOURCES
     built = compiling.build(compiling.HOST, toolchain, cache=tmp_path, flags=("-O0",), sources=sources)
     shape = SHAPES["two-key-heads-a-group"]
     call = make(shape, KINDS["fp32"], spectrum(shape, sign=-1, pairing="interleaved"))
