@@ -20,8 +20,8 @@ PROVIDERS = {
 }
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
+    ((1, 32), "int8-qdq or fp8-qdq in fp16", lambda export: export.calibrated and export.dtype == "fp16"),
     ((1, 25), "a static cache", lambda export: export.cache == "static"),
-    ((1, 25), "fp8-qdq in fp16", lambda export: export.quantize == "fp8-qdq" and export.dtype == "fp16"),
     ((1, 24), "opset 24", lambda export: export.opset == 24),
     ((1, 24), "int8-qdq or fp8-qdq", lambda export: export.calibrated),
     ((1, 23), "opset 23", lambda export: True),
