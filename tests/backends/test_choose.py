@@ -52,8 +52,15 @@ def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: Expor
         return
     with pytest.raises(BackendError, match=reason):
         choose(None, found, export)
-    said = abilities(found)
-    assert said["run a static cache in ONNX Runtime"] and bool(said["validate a bundle"]) == (version == "1.22.1")
+
+
+@pytest.mark.parametrize(
+    ("version", "portable", "static"), [("1.22", False, False), ("1.24", True, False), ("1.25", True, True)]
+)
+def test_abilities_tell_old_versions_apart(version: str, portable: bool, static: bool) -> None:
+    said = abilities(replace(FULL, packages=FULL.packages | {"onnxruntime": version}))
+    able = [not said[what] for what in ("validate a bundle", "run a static cache in ONNX Runtime")]
+    assert able == [portable, static]
 
 
 def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
