@@ -1,6 +1,7 @@
 """Fixtures: checkpoints on disk, a small decoder, exported bundles made once."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.export import export
 from fope_export.model import olmo
+from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.native import save
 from fope_export.tokens import byte_tokenizer
@@ -26,7 +28,7 @@ from fope_export.tokens import byte_tokenizer
 DATA = Path(__file__).parent / "data"
 VARIANTS = json.loads((DATA / "olmo_variants.json").read_text())
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FOPE_EXPORT_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +88,12 @@ def write_native(model: Decoder, folder: Path) -> Path:
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native FoPE checkpoint."""
     return write_native(small_decoder(), tmp_path_factory.mktemp("native") / "fope")
+
+
+@pytest.fixture(scope="session")
+def decoder(native: Path) -> Decoder:
+    """Its model."""
+    return load_checkpoint(native).model
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import pytest
 from fope_export.engine import compile as compiling
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
+from tests.support import magnitude
 
 ULPS = 4
 GUARD = 64  # elements on both sides of an output; a multiple of 16 bytes, so that outputs stay aligned
@@ -159,30 +160,6 @@ def run(library: ctypes.CDLL, call: Call, *plan: int, shift: int = 0) -> list[np
     for output in outputs:
         output.check()
     return [output.value for output in outputs]
-
-
-def magnitude(numbers: Spectrum, x: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-    """|left| * sum |cos * coef| + |right| * sum |sin * coef|, for each element of x [B, S, H, E]."""
-    c = numbers.config
-    angles = (position_ids[..., None].astype(np.float32) * numbers.freq).astype(np.float64)
-    sums = []
-    for basis, coef, pad in (
-        (np.sin(angles), numbers.sin_coef, c.sin_pad),
-        (np.cos(angles), numbers.cos_coef, c.cos_pad),
-    ):
-        table = np.full((*position_ids.shape, c.groups, c.rotary_dim // 2), abs(pad))
-        table[..., : c.pairs] = np.einsum("bsd,gdf->bsgf", abs(basis), abs(coef).astype(np.float64))
-        sums.append(np.repeat(table, x.shape[2] // c.groups, axis=2))
-    size = abs(x.astype(np.float64))
-    own = other = size[..., : c.rotary_dim]
-    if c.pairing == "interleaved":
-        sin, cos = (np.repeat(table, 2, axis=-1) for table in sums)
-        other = other.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(own.shape)
-    else:
-        sin, cos = (np.concatenate((table, table), axis=-1) for table in sums)
-        other = np.roll(other, c.rotary_dim // 2, axis=-1)
-    size[..., : c.rotary_dim] = own * cos + other * sin
-    return size
 
 
 def worst(call: Call, outputs: list[np.ndarray]) -> float:
