@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,7 +172,32 @@ def write_variant(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
+NO_GPU = "no NVIDIA GPU here"
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """What needs a GPU is skipped where there is none."""
     if "gpu" in item.keywords and not torch.cuda.is_available():
-        item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+        item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An environment that was made to have a part must not skip for want of it."""
+    parser.addoption(
+        "--may-skip", metavar="REGEX", help="a skip for another reason is a failure; want of a GPU is none"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test was skipped that may not be."""
+    allowed, reporter = (
+        session.config.getoption("may_skip"),
+        session.config.pluginmanager.get_plugin("terminalreporter"),
+    )
+    if allowed is None or reporter is None:
+        return
+    reasons = {str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])}
+    pattern = "|".join(filter(None, (NO_GPU, allowed)))
+    if missing := sorted(reason for reason in reasons if not re.search(pattern, reason)):
+        reporter.write_line(f"\nskipped, and may not be: {'; '.join(missing)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
