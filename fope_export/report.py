@@ -1,5 +1,6 @@
 """What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
 
+import re
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -15,6 +16,8 @@ from fope_export.config import ModelConfig
 from fope_export.parity.judge import FLOOR, METRICS
 from fope_export.parity.run import CaseResult, ParityResult
 
+UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 has no way to write: control characters, lone surrogates, two that are no characters."""
 LABELS = {
     "max_abs": "largest error",
     "relative": "relative error",
@@ -84,7 +87,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "quantisation": _cost_record(result),
         "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
-        "broken": result.broken or None,
+        "broken": encodable(result.broken) or None,
         "place": msgspec.to_builtins(result.place),
         "tool_version": manifest.tool_version,
         "machine": msgspec.to_builtins(read_machine()),
@@ -142,7 +145,12 @@ def render(template: str, **context: Any) -> str:
     environment = Environment(loader=PackageLoader("fope_export"), autoescape=True, undefined=StrictUndefined)
     environment.filters["short"] = short
     environment.filters["machine"] = machine_line
-    return environment.get_template(template).render(context)
+    return encodable(environment.get_template(template).render(context))
+
+
+def encodable(text: str) -> str:
+    """Text with \\ud800 in the place of lone surrogates, which a path may hold and no encoding does."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def short(value: float) -> str:
@@ -156,6 +164,11 @@ def machine_line(machine: Machine) -> str:
     return f"{machine.system}, {machine.cores} cores, Python {machine.python}; {packages}"
 
 
+def writable(text: str) -> str:
+    """Text with \\x1b and \\ud800 in the place of characters that XML 1.0 has no way to write."""
+    return UNWRITABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
     checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
@@ -166,11 +179,11 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
     failures = sum(bool(reason) for _, reason in checks)
     counts = {"tests": str(len(checks)), "failures": str(failures)}
-    suite = Xml.Element("testsuite", {"name": f"parity {bundle.path.name}"} | counts)
+    suite = Xml.Element("testsuite", {"name": writable(f"parity {bundle.path.name}")} | counts)
     for name, reason in checks:
-        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=name)
+        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=writable(name))
         if reason:
-            Xml.SubElement(case, "failure", message=reason).text = place(result)
+            Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))
     Xml.indent(suite)
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import onnx
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from fope_export.bundle import Bundle
 from fope_export.parity.run import ParityResult, validate
-from fope_export.report import LABELS, parity_page, parity_table, place, write_parity
+from fope_export.report import LABELS, parity_junit, parity_page, parity_record, parity_table, place, write_parity
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,23 @@ def test_junit_counts_failures_and_says_where(failed: tuple[Bundle, ParityResult
         suite.findall("testcase")
     )
     assert "largest error" in failures[0].get("message") and "layers.0.attention.rotary" in failures[0].text
+
+
+NOT_XML = "\x00\x1b[31m \x0b \ud800 \udcff \ufffe"
+
+
+def test_any_text_can_be_written(failed: tuple[Bundle, ParityResult]) -> None:
+    bundle, result = failed
+    strange = replace(bundle, path=bundle.path / f"a\x01{NOT_XML}")
+    told = replace(result, broken=f"it said {NOT_XML} é 😀\tx", cases=(replace(result.cases[0], name=NOT_XML),))
+    suite = ElementTree.fromstring(parity_junit(strange, told))
+    shown = r"\x00\x1b[31m \x0b \ud800 \udcff \ufffe"
+    assert suite.get("name") == rf"parity a\x01{shown}"
+    assert suite.find("testcase").get("name") == f"case: {shown}"
+    told_by = suite.find("testcase[@name='backend']/failure")
+    assert told_by is not None and told_by.get("message") == f"it said {shown} é 😀\tx"
+    assert parity_page(strange, told).encode()
+    assert "\\\\ud800" in json.dumps(parity_record(bundle, told)["broken"])
 
 
 def test_the_page_opens_offline(bundle: Bundle, passed: ParityResult) -> None:

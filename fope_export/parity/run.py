@@ -121,7 +121,7 @@ def validate(
     ParityError when the backend is PyTorch itself, or when inputs or lengths make no sense.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
-    if (chosen := choose(backend, read_machine())) == "torch":
+    if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     source, exported = source_of(bundle, checkpoint), bundle.manifest.export
     source.model.as_exported(exported)

@@ -9,6 +9,7 @@ from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
 from fope_export.model import olmo
 from tests.conftest import variant_flags
+from tests.support import EPS, FACTOR
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_the_floor_keeps_what_the_paper_keeps(head_dim: int, length: int, kept: 
 
 def test_the_affine_map() -> None:
     freq = frequencies.exponential(1e4, 8, upper=0.5, floor=0.1)
-    np.testing.assert_allclose(freq, 0.1 + 0.4 * 1e4 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
+    np.testing.assert_allclose(freq, 0.1 + 0.4 * 1e4 ** (-np.arange(0, 8, 2) / 8), rtol=FACTOR * EPS)
 
 
 def test_position_interpolation_squeezes() -> None:
@@ -60,7 +61,7 @@ def test_extending_a_floored_spectrum_is_what_the_papers_flags_do(name: str) -> 
         original_length=original,
         length=length,
     )
-    torch.testing.assert_close(got, wanted[wanted != 0], rtol=1e-7, atol=0)
+    torch.testing.assert_close(got, wanted[wanted != 0], rtol=FACTOR * EPS, atol=0)
 
 
 def test_frequencies_are_not_extended_twice_by_yarn() -> None:

@@ -18,11 +18,11 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import DATA, draw, small_decoder
 from tests.graph.test_export import Session
-from tests.model.test_olmo import last_logits
+from tests.model.test_olmo import IDS, last_logits, same_as_theirs
+from tests.support import same_function, truth_of
 
 VARIANTS = json.loads((DATA / "hf_variants.json").read_text())
 EXPECTED = np.load(DATA / "hf_variants.npz")
-IDS = np.random.default_rng(5).integers(0, 96, (2, 300))
 Tensors = dict[str, torch.Tensor]
 
 
@@ -43,9 +43,8 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
-def same(folder: Path, name: str, atol: float = 1e-5) -> None:
-    got = last_logits(load_checkpoint(folder).model, IDS, 4)
-    np.testing.assert_allclose(got, EXPECTED[name], rtol=0, atol=atol)
+def same(folder: Path, name: str) -> None:
+    same_as_theirs(load_checkpoint(folder).model, IDS, EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS["cases"])
@@ -65,9 +64,10 @@ def test_variants_give_their_own_codes_logits(name: str, tmp_path: Path) -> None
     ],
 )
 def test_variants_come_out_of_the_exported_model(name: str, tmp_path: Path) -> None:
-    session = Session(export(write(tmp_path / "in", config_of(name), tensors_of(name)), tmp_path / "out").path)
+    folder = write(tmp_path / "in", config_of(name), tensors_of(name))
+    session, truth = Session(export(folder, tmp_path / "out").path), truth_of(load_checkpoint(folder).model, IDS)
     for steps in ((300,), (290, 3, *[1] * 7)):
-        np.testing.assert_allclose(session.logits(IDS, steps)[:, -4:], EXPECTED[name], rtol=0, atol=1e-5)
+        same_function(session.logits(IDS, steps)[:, -4:], EXPECTED[name], truth[:, -4:])
 
 
 def test_experts_and_shared_coefficients_validate_in_half_precision(tmp_path: Path) -> None:
