@@ -177,8 +177,8 @@ class Decoder(nn.Module):
         """This decoder, now with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
         float32.
 
-        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded, and
-        ExportError where the dtype cannot hold a weight.
+        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded,
+        and ExportError where the dtype cannot hold a weight.
         """
         trained = self.config.training_length
         if config.extend and config.extend_to:

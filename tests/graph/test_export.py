@@ -303,14 +303,14 @@ def block_of(low: float, high: float) -> Callable[[Decoder], None]:
 
 
 def padded_channel(model: Decoder) -> None:
-    """A row of q that folding multiplies by the square root of 2; it holds the largest float16 that does not fit then."""
+    """A row of q that folding multiplies by the square root of 2, and that does not fit then."""
     model.layers[1].attention.att_proj.weight[7, 0] = 50_000.0
 
 
 OVERFLOWS: dict[str, tuple[Callable[[Decoder], None], ExportConfig, str]] = {
-    "float16": (block_of(0, 1e5), ExportConfig(dtype="fp16"), "lm_head.weight reaches 100000, and float16 ends at 65504"),
+    "float16": (block_of(0, 1e5), ExportConfig(dtype="fp16"), "weight reaches 100000, and float16 ends at 65504"),
     "float16, negative": (block_of(-65520, 0), ExportConfig(dtype="fp16"), "lm_head.weight reaches 65520"),
-    "bfloat16": (block_of(0, 3.4e38), ExportConfig(dtype="bf16"), "lm_head.weight reaches 3.4e[+]38, and bfloat16 ends"),
+    "bfloat16": (block_of(0, 3.4e38), ExportConfig(dtype="bf16"), "weight reaches 3.4e[+]38, and bfloat16 ends"),
     "float16, folded": (
         padded_channel, ExportConfig(dtype="fp16", fold_padding=True), "att_proj.weight reaches 70710.7, and float16"
     ),
