@@ -50,6 +50,24 @@ def assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pat
 
     Raises CheckpointError naming the first tensor that is missing, left over, or not what the plan says.
     """
+    _check_names(plan, tensors, path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = dict(plan.constants)
+    for name, sources in plan.sources.items():
+        state[name] = plan.adapt(name, [in_float32(plan, tensors, source, path) for source in sources])
+        _check(state[name], shapes[name], f"{path}: {sources[0]}")
+        if name.endswith(".freq"):
+            _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")
+    for name, value in plan.checksums.items():
+        if name in tensors:
+            _check_frequencies(tensors[name], value, f"{path}: {name}")
+    for name, original in plan.copies.items():
+        if name in tensors:
+            _check_copy(plan, tensors, name, original, path)
+    return state
+
+
+def _check_names(plan: Blueprint, tensors: Mapping[str, Tensor], path: Path) -> None:
     wanted = _wanted(plan)
     known = wanted | plan.copies.keys()
     known |= {name + SCALE for name in known} | plan.checksums.keys()
@@ -59,18 +77,6 @@ def assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pat
     ):
         if names:
             raise CheckpointError(f"{path}: {len(names)} tensors {what}: {_listed(names)}", hint=hint)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = dict(plan.constants)
-    for name, sources in plan.sources.items():
-        state[name] = plan.adapt(name, [in_float32(plan, tensors, source, path) for source in sources])
-        _check(state[name], shapes[name], f"{path}: {sources[0]}")
-    for name, value in plan.checksums.items():
-        if name in tensors:
-            _check_frequencies(tensors[name], value, f"{path}: {name}")
-    for name, original in plan.copies.items():
-        if name in tensors:
-            _check_copy(plan, tensors, name, original, path)
-    return state
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -89,7 +95,7 @@ def _next_step(wanted: Container[str], names: Iterable[str]) -> str:
 def in_float32(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
     """A stored tensor, multiplied out where it is of 8 bits."""
     tensor, scale = tensors[name], tensors.get(name + SCALE)
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+    if not tensor.is_floating_point() or any(x is not None and x.layout != torch.strided for x in (tensor, scale)):
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
             hint="Quantised (but for blockwise FP8) and sparse checkpoints are not read.",
@@ -109,6 +115,14 @@ def in_float32(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, path: 
     return plan.fp8.multiplied(name, tensor, scale, f"{path}: {name}")
 
 
+def _check_whole(stored: Tensor, where: str) -> None:
+    if stored.itemsize < torch.float32.itemsize:
+        raise CheckpointError(
+            f"{where} was rounded to {stored.dtype}, and angles need float32",
+            hint="Cast the weights, and leave what is under rotary as it is.",
+        )
+
+
 def _check_copy(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
     if not torch.equal(in_float32(plan, tensors, name, path), in_float32(plan, tensors, of, path)):
         raise CheckpointError(
@@ -119,7 +133,8 @@ def _check_copy(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, of: s
 
 def _check_frequencies(stored: Tensor, value: Tensor, where: str) -> None:
     """Frequencies agree as far as their dtype can hold them, and as a power computed elsewhere may be rounded."""
-    if not stored.is_floating_point() or stored.itemsize == 1 or stored.numel() != value.numel():
+    plain = stored.is_floating_point() and stored.itemsize > 1 and stored.layout == torch.strided
+    if not plain or stored.numel() != value.numel():
         raise CheckpointError(
             f"{where} is {stored.dtype} {tuple(stored.shape)}, expected {value.numel()} frequencies",
             hint="The configuration describes another head_dim, training length or kind of position embedding.",

@@ -225,7 +225,7 @@ def _plan_yaml(folder: Path) -> Blueprint:
     section = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")
-    return _plan(section, f"{path}: model")
+    return _plan(section, f"{path}: model", strict=False)  # as OmegaConf, which turns text into numbers and booleans
 
 
 def _plan_wrapper(folder: Path) -> Blueprint:
@@ -234,8 +234,8 @@ def _plan_wrapper(folder: Path) -> Blueprint:
     return _plan(data, str(path), prefix="model.")
 
 
-def _plan(section: Mapping[str, Any], where: str, prefix: str = "") -> Blueprint:
-    flags = convert(section, OlmoFlags, where=where, strict=False)
+def _plan(section: Mapping[str, Any], where: str, prefix: str = "", *, strict: bool = True) -> Blueprint:
+    flags = convert(section, OlmoFlags, where=where, strict=strict)
     try:
         return blueprint(flags, prefix)
     except ConfigError as cause:

@@ -150,6 +150,18 @@ def test_frequencies_of_another_length_or_kind_are_told(key: str, stored: Tensor
         load_checkpoint(write(tmp_path, config_of("intern_dense"), tensors_of("intern_dense") | {key: stored}))
 
 
+def test_our_own_frequencies_are_not_to_be_rounded(tmp_path: Path) -> None:
+    write_native(small_decoder(), tmp_path / "in")
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    halved = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halved, tmp_path / "in/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"rotary\.freq was rounded to torch\.bfloat16"):
+        load_checkpoint(tmp_path / "in")
+    kept = {name: tensor if name.endswith(".freq") else halved[name] for name, tensor in tensors.items()}
+    save_file(kept, tmp_path / "in/model.safetensors")
+    load_checkpoint(tmp_path / "in")
+
+
 Store = Callable[[Path, Callable[[Tensors, str, str], None]], Path]
 """Writes a tied checkpoint whose tensors were changed by a function of them and of the names of head and embedding."""
 
