@@ -90,6 +90,9 @@ def check(flags: PaperFlags) -> None:
             f"len_extra_type {flags.len_extra_type!r} is neither PI nor YARN": flags.len_extra
             and flags.len_extra_type not in ("PI", "YARN"),
             "len_extra needs len_extra_orig_length": flags.len_extra and not flags.len_extra_orig_length,
+            "YARN needs a rope_theta above 1": flags.len_extra
+            and flags.len_extra_type == "YARN"
+            and flags.rope_theta <= 1,
             "fourier_dim is odd": flags.fourier_dim % 2,
         }
     )

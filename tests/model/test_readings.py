@@ -240,6 +240,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_clamp_floor_freq": False, "rope_scaling": {"fope_init_factor": 0.5}}, "both describe"
     ),
     "ceiling": (PORT | {"rope_clamp_upper_freq": True}, "rope_clamp_upper_freq is True"),
+    "an extension without decay": (
+        PORT | {"len_extra": True, "len_extra_type": "YARN", "len_extra_orig_length": 64, "rope_theta": 1.0},
+        "YARN needs a rope_theta above 1",
+    ),
     "learnable frequencies": (PORT | {"rope_learnable": True}, "rope_learnable is True"),
     "a flag as text": (PORT | {"rope_full_precision": "false"}, "rope_full_precision: Expected `bool`, got `str`"),
     "a flag that is null": (PORT | {"rope_full_precision": None}, "rope_full_precision: Expected `bool`, got `null`"),
