@@ -1,6 +1,6 @@
 """Rotations inside modules that somebody else wrote: finding them, and putting FopeRotary in their place."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -53,21 +53,23 @@ def replace_rotary(
     return len(made)
 
 
-def _compare(path: str, part: nn.Module, new: nn.Module, calls: Sequence[Call]) -> None:
+def _compare(path: str, part: nn.Module, new: nn.Module, calls: Iterable[Call]) -> None:
     """Raises ConfigError where the two differ, or where no call is taken by both."""
-    old, made = alone(part), alone(new)
-    compared = [found for call in calls if (found := difference(old, made, call)) is not None]
+    old, made, compared = alone(part), alone(new), 0
+    for call in calls:
+        if (found := difference(old, made, call)) is None:
+            continue
+        compared += 1
+        if found.excess > 1:
+            raise ConfigError(
+                f"{path}: what replaces {type(part).__name__} is not the same: {found.described}",
+                hint="Compare pads, pairing, sign, the order of heads and axes, and positions. With `inputs` only the "
+                "module's own calls count, with same=False none.",
+            )
     if not compared:
         raise ConfigError(
             f"{path}: {type(part).__name__} cannot be compared with what replaces it",
             hint="Give `inputs`, with which the whole module runs and calls it; or same=False, to train it anew.",
-        )
-    worst = max(compared, key=lambda found: found.excess)
-    if worst.excess > 1:
-        raise ConfigError(
-            f"{path}: what replaces {type(part).__name__} is not the same: {worst.described}",
-            hint="Compare pads, pairing, sign, the order of heads and of axes, and positions. With `inputs` only the "
-            "module's own calls count, with same=False none.",
         )
 
 

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from fope_export.errors import ConfigError
 from fope_export.fope.rotary import FopeRotary
 
-LENGTHS = (1, 7, 60)
-STARTS = (0, 3)
+LENGTHS = (1, 7, 130)
+STARTS = (0, 3, 50)
 POSITIONS, START, LENGTH, UNKNOWN = "positions", "start", "length", "unknown"
 ROLES = {
     UNKNOWN: ("emb", "cos", "sin", "freq", "mask", "cache", "table"),
@@ -83,8 +83,14 @@ def difference(old: nn.Module, new: nn.Module, call: Call) -> Difference | None:
 
 
 def alone(part: nn.Module) -> nn.Module:
-    """A copy in float32, to be called as one likes."""
-    return copy.deepcopy(part).float().eval()
+    """A copy in float32, to be called as one likes. Raises ConfigError where it cannot be copied."""
+    try:
+        return copy.deepcopy(part).float().eval()
+    except Exception as cause:  # somebody else's code
+        raise ConfigError(
+            f"{type(part).__name__} cannot be copied, to be compared: {str(cause)[:200]}",
+            hint="Does copy.deepcopy take it? same=False compares nothing.",
+        ) from cause
 
 
 def _tried(part: nn.Module, call: Call) -> list[Tensor] | None:
@@ -101,11 +107,11 @@ def _tried(part: nn.Module, call: Call) -> list[Tensor] | None:
 def _copied(value: Any) -> Any:
     """For code that writes to what it is given; in float32."""
     if not isinstance(value, Tensor):
-        return value
+        return copy.deepcopy(value)
     return value.float().clone() if value.is_floating_point() else value.clone()
 
 
-def drawn_calls(old: nn.Module, new: nn.Module) -> list[Call]:
+def drawn_calls(old: nn.Module, new: nn.Module) -> Iterator[Call]:
     """Calls with random queries and keys of several lengths, at several positions, in every usual layout; as many
     queries' heads as keys', or a few times as many.
     """
@@ -113,15 +119,14 @@ def drawn_calls(old: nn.Module, new: nn.Module) -> list[Call]:
     rotary = next((part for part in new.modules() if isinstance(part, FopeRotary)), None)
     groups, width = (rotary.config.groups, rotary.config.head_dim) if rotary else (1, 16)
     heads = groups if groups > 1 else 2
-    calls: list[Call] = []
-    for length, share in itertools.product(LENGTHS, (1, 2, 4, 8)):
+    several = sum(not _role(name) for name in _parameters(old)) > 1
+    for length, share in itertools.product(LENGTHS, (1, 2, 4, 8) if several else (1,)):
         queries, keys = (
             ((2, each, length, width), (2, length, each, width), (2, length, each * width))
             for each in (share * heads, heads)
         )
         for shapes, numbers in itertools.product(zip(queries, keys, strict=True), _numbers(old, length)):
-            calls += _calls(old, shapes, numbers, generator)
-    return calls
+            yield from _calls(old, shapes, numbers, generator)
 
 
 def _numbers(part: nn.Module, length: int) -> list[dict[str, Any]]:
@@ -168,7 +173,10 @@ def _role(name: str) -> str:
 
 def _parameters(part: nn.Module) -> dict[str, inspect.Parameter]:
     """Those of its forward that have names; q, k and perhaps positions where it takes any."""
-    given = inspect.signature(part.forward).parameters
+    try:
+        given = inspect.signature(part.forward).parameters
+    except (TypeError, ValueError):  # compiled code has none
+        return {}
     if any(p.kind is p.VAR_POSITIONAL for p in given.values()):
         first = {name: inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("q", "k")}
         return first | {POSITIONS: inspect.Parameter(POSITIONS, inspect.Parameter.POSITIONAL_ONLY, default=None)}

@@ -29,8 +29,8 @@ def named(stored: Mapping[str, Tensor], layout: Format, plan: Blueprint, path: P
             raise CheckpointError(
                 f"{path}: {other} and {name} are both {short}", hint="Save the state_dict of one model alone."
             )
-    prefixes = _prefixes(_wanted(plan), bare)
-    if len(prefixes) == 1 and all(name.startswith(prefix := min(prefixes)) for name in bare):
+    prefix, *others = sorted(_prefixes(_wanted(plan), bare)) or [""]
+    if not others and all(name.startswith(prefix) for name in bare):
         bare = {name.removeprefix(prefix): original for name, original in bare.items()}
     return {name: stored[original] for name, original in bare.items() if not layout.foreign(name)}
 

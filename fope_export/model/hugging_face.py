@@ -320,18 +320,19 @@ def plan_of(data: Mapping[str, Any], where: str = "config.json", prefix: str = "
     port = {name: fields.pop(name) for name in sorted(PAPER_FIELDS & fields.keys())}
     flags = convert(fields, HfFlags, where=where)
     try:
-        return blueprint(flags, _rope(flags, where), _port(port, flags, where), kind, prefix)
+        rope = _rope(flags, where)
+        return blueprint(flags, rope, _port(port, rope.rope_theta, where), kind, prefix)
     except ConfigError as cause:
         message = str(cause)
         raise ConfigError(message if message.startswith(where) else f"{where}: {cause}", hint=cause.hint) from cause
 
 
-def _port(given: Mapping[str, Any], flags: HfFlags, where: str) -> PaperFlags | None:
+def _port(given: Mapping[str, Any], theta: float, where: str) -> PaperFlags | None:
     """The paper's flags, where a port of its code has any; silent about the floor, FoPE has one (D tells)."""
     if not given:
         return None
     floor = dict.fromkeys(("rope_clamp_floor_freq", "rope_clamp_floor_to_zero"), given.get("fourier", False))
-    known: dict[str, Any] = {"rope": True, "rope_theta": flags.rope_theta}
+    known: dict[str, Any] = {"rope": True, "rope_theta": theta}
     return convert(known | floor | dict(given), PaperFlags, where=where)
 
 

@@ -135,8 +135,14 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize(("kind", "forward"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("kind", "forward", "changes"),
+    [
+        *((*pair, CHANGES["pad of the sine"]) for pair in KINDS.values()),
+        *((Explicit, explicit, changes) for changes in CHANGES.values()),
+    ],
+    ids=[*KINDS, *CHANGES],
+)
 def test_another_rotation_is_refused(kind: type[nn.Module], forward: Forward, changes: dict[str, Any]) -> None:
     part = kind()
     model = around(part)
@@ -223,6 +229,28 @@ def test_the_models_own_calls_compare_what_nothing_else_can(inputs: Any) -> None
     before = model(X, X)
     assert replace_rotary(model, Attention, adapter(attention), inputs=inputs) == 2
     torch.testing.assert_close(model(X, X), before)
+
+
+class Uncopied(Explicit):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Uncopied":
+        raise RuntimeError("only leaves support the deepcopy protocol")
+
+
+def test_what_cannot_be_copied_is_told() -> None:
+    with pytest.raises(ConfigError, match="Uncopied cannot be copied, to be compared: only leaves"):
+        replace_rotary(around(Uncopied()), Uncopied, adapter(explicit))
+
+
+class Wrapping(Explicit):
+    """Positions beyond a table's end begin anew."""
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(q, k, position_ids % 512)
+
+
+def test_far_positions_are_compared_too() -> None:
+    with pytest.raises(ConfigError, match="what replaces Wrapping is not the same"):
+        replace_rotary(around(Wrapping()), Wrapping, adapter(explicit))
 
 
 def test_inputs_that_do_not_reach_a_part_or_do_not_run_are_told() -> None:

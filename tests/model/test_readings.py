@@ -139,6 +139,12 @@ def test_a_port_that_clamps_nothing_is_rope(flags: dict[str, bool], tmp_path: Pa
     assert distance(logits_of(saved(tmp_path, "llama", model, flags)), their_logits(model)) < MARGIN
 
 
+def test_a_ports_base_may_stand_among_the_parameters() -> None:
+    sizes = {name: value for name, value in SIZES.items() if name != "rope_theta"}
+    moved = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} | sizes | CLAMPS
+    assert plan_of(moved).config == plan_of({"model_type": "llama"} | SIZES | CLAMPS).config
+
+
 LENGTH, WIDTH, GROUPS = 128, 16, 2
 
 
