@@ -50,6 +50,9 @@ def assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pat
 
     Raises CheckpointError naming the first tensor that is missing, left over, or not what the plan says.
     """
+    # Of tensors that are one, a writer may keep either name (safetensors' save_model keeps the first of the alphabet).
+    kept = {original: name for name, original in plan.copies.items() if name in tensors and original not in tensors}
+    tensors = {**tensors, **{original: tensors[name] for original, name in kept.items()}}
     _check_names(plan, tensors, path)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = dict(plan.constants)

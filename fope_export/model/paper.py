@@ -90,6 +90,10 @@ def check(flags: PaperFlags) -> None:
             f"len_extra_type {flags.len_extra_type!r} is neither PI nor YARN": flags.len_extra
             and flags.len_extra_type not in ("PI", "YARN"),
             "len_extra needs len_extra_orig_length": flags.len_extra and not flags.len_extra_orig_length,
+            "len_extra_yarn_beta_fast and _slow are turns, and there are no such many": max(
+                flags.len_extra_yarn_beta_fast, flags.len_extra_yarn_beta_slow
+            )
+            > 1e30,
             "YARN needs a rope_theta above 1": flags.len_extra
             and flags.len_extra_type == "YARN"
             and flags.rope_theta <= 1,

@@ -194,7 +194,7 @@ TIED = [tied_hugging_face, tied_native, tied_olmo]
 
 
 @pytest.mark.parametrize("store", TIED, ids=lambda store: store.__name__)
-def test_a_tied_head_may_be_stored_too(store: Store, tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_too_or_alone(store: Store, tmp_path: Path) -> None:
     def equal(tensors: Tensors, head: str, embed: str) -> None:
         tensors[head] = tensors[embed].clone()
 
@@ -202,8 +202,12 @@ def test_a_tied_head_may_be_stored_too(store: Store, tmp_path: Path) -> None:
         equal(tensors, head, embed)
         tensors[head][0, 0] += 1
 
-    model = load_checkpoint(store(tmp_path / "equal", equal)).model
+    def alone(tensors: Tensors, head: str, embed: str) -> None:
+        tensors[head] = tensors.pop(embed)
+
+    model, other = (load_checkpoint(store(tmp_path / change.__name__, change)).model for change in (equal, alone))
     assert model.lm_head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, other.embed.weight)
     with pytest.raises(CheckpointError, match=r"(lm_head|ff_out)\.weight and .*(embed|wte).* differ"):
         load_checkpoint(store(tmp_path / "unequal", unequal))
 

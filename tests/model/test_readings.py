@@ -250,6 +250,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         PORT | {"len_extra": True, "len_extra_type": "YARN", "len_extra_orig_length": 64, "rope_theta": 1.0},
         "YARN needs a rope_theta above 1",
     ),
+    "turns without end": (
+        PORT
+        | {"len_extra": True, "len_extra_type": "YARN", "len_extra_orig_length": 64}
+        | {"len_extra_yarn_beta_fast": 1e308},
+        "beta_fast and _slow are turns",
+    ),
+    "a head without end": ({"head_dim": 10**30}, "a head has 1000000000000000000000000000000 channels"),
+    "frequencies without end": (PORT | {"fourier_dim": 10**12}, "a head has 1000000000000 channels"),
     "learnable frequencies": (PORT | {"rope_learnable": True}, "rope_learnable is True"),
     "a flag as text": (PORT | {"rope_full_precision": "false"}, "rope_full_precision: Expected `bool`, got `str`"),
     "a flag that is null": (PORT | {"rope_full_precision": None}, "rope_full_precision: Expected `bool`, got `null`"),
