@@ -1,9 +1,10 @@
 """Weights of 8 bits with a scale for each block of 128 x 128, as DeepSeek-V3 defined them and Qwen3 and Intern-S1-Pro
 store them: `<weight>` in float8, and `<weight>_scale_inv`, which it is multiplied by.
 
-With `scale_fmt` "ue8m0" every scale is a power of two. DeepSeek's own code (inference/kernel.py, weight_dequant) takes
-it as the number that it is, in a dtype that holds numbers; others store the byte of its exponent alone, as torch's
-float8_e8m0fnu or in uint8: 2 ** (byte - 127), and 255 is no number (OCP Microscaling Formats 1.0, section 5.4.1).
+With `scale_fmt` "ue8m0" (config.json of DeepSeek-V3.1 and of Intern-S1-Pro) every scale is a power of two. DeepSeek's
+own code (inference/kernel.py, weight_dequant) takes it as the number that it is, in a dtype that holds numbers; others
+store the byte of its exponent alone, as torch's float8_e8m0fnu or in uint8: 2 ** (byte - 127), and 255 is no number
+(OCP Microscaling Formats 1.0, section 5.4.1).
 """
 
 from collections.abc import Mapping

@@ -90,7 +90,7 @@ def check(flags: PaperFlags) -> None:
             f"len_extra_type {flags.len_extra_type!r} is neither PI nor YARN": flags.len_extra
             and flags.len_extra_type not in ("PI", "YARN"),
             "len_extra needs len_extra_orig_length": flags.len_extra and not flags.len_extra_orig_length,
-            "len_extra_yarn_beta_fast and _slow are turns, and there are no such many": max(
+            "len_extra_yarn_beta_fast or _slow is no number of turns": max(
                 flags.len_extra_yarn_beta_fast, flags.len_extra_yarn_beta_slow
             )
             > 1e30,

@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         PORT
         | {"len_extra": True, "len_extra_type": "YARN", "len_extra_orig_length": 64}
         | {"len_extra_yarn_beta_fast": 1e308},
-        "beta_fast and _slow are turns",
+        "beta_fast or _slow is no number of turns",
     ),
     "a head without end": ({"head_dim": 10**30}, "a head has 1000000000000000000000000000000 channels"),
     "frequencies without end": (PORT | {"fourier_dim": 10**12}, "a head has 1000000000000 channels"),
