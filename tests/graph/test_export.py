@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx_ir.passes import PostconditionError
 
 from fope_export.backends.base import feeds_for
@@ -292,3 +294,59 @@ def test_a_full_disk_is_noticed_before_the_work(native: Path, tmp_path: Path, mo
     with pytest.raises(ExportError, match=r"needs 0.0 GB, and 0.0 GB are free") as caught:
         export(native, tmp_path / "deep" / "out")
     assert "--dtype fp16" in caught.value.hint and not (tmp_path / "deep").exists()
+
+
+def block_of(low: float, high: float) -> Callable[[Decoder], None]:
+    """A head whose last row has both numbers among its first inputs."""
+
+    def change(model: Decoder) -> None:
+        model.lm_head.weight[-1, :2] = torch.tensor([low, high])
+
+    return change
+
+
+def padded_channel(model: Decoder) -> None:
+    """A row of q that folding multiplies by the square root of 2, and that does not fit then."""
+    model.layers[1].attention.att_proj.weight[7, 0] = 50_000.0
+
+
+OVERFLOWS: dict[str, tuple[Callable[[Decoder], None], ExportConfig, str]] = {
+    "float16": (block_of(0, 1e5), ExportConfig(dtype="fp16"), "weight reaches 100000, and float16 ends at 65504"),
+    "float16, negative": (block_of(-65520, 0), ExportConfig(dtype="fp16"), "lm_head.weight reaches 65520"),
+    "bfloat16": (block_of(0, 3.4e38), ExportConfig(dtype="bf16"), "weight reaches 3.4e[+]38, and bfloat16 ends"),
+    "float16, folded": (
+        padded_channel, ExportConfig(dtype="fp16", fold_padding=True), "att_proj.weight reaches 70710.7, and float16"
+    ),
+    "4 bits in float16": (
+        block_of(0, 65504), ExportConfig(dtype="fp16", quantize="int4"), "lm_head.weight.T in 4 bits reaches 65520"
+    ),
+    "8 bits in float16": (
+        block_of(0, 65504), ExportConfig(dtype="fp16", quantize="int8"), "lm_head.weight.T in 8 bits reaches 65535"
+    ),
+    "scales in float32": (block_of(-3e38, 3e38), ExportConfig(quantize="int4"), "in 4 bits reaches (inf|nan)"),
+    "8-bit layers in float16": (
+        block_of(0, 1e5), ExportConfig(dtype="fp16", quantize="int8-qdq"), "lm_head.weight reaches 100000"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_a_weight_that_the_dtype_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    spoil, config, message = OVERFLOWS[name]
+    model = small_decoder()
+    spoil(model)
+    checkpoint = write_native(model, tmp_path / "in")
+    with pytest.raises(ExportError, match=message) as caught:
+        export(checkpoint, tmp_path / "out", config)
+    assert caught.value.hint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExportConfig(dtype="fp16"), ExportConfig(dtype="fp16", quantize="int4"), ExportConfig(dtype="bf16")],
+    ids=str,
+)
+def test_the_largest_weights_that_fit_are_exported(config: ExportConfig, tmp_path: Path) -> None:
+    model = small_decoder()
+    block_of(-30_000, 60_000)(model)
+    assert export(write_native(model, tmp_path / "in"), tmp_path / "out", config).model.exists()

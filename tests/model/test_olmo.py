@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fope_export.errors import CheckpointError
+from fope_export.errors import CheckpointError, ConfigError
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.olmo import tensor_name
@@ -90,3 +90,12 @@ def test_the_hugging_face_wrapper(weights: str, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.dialect == "hf_olmo"
     same_as_theirs(checkpoint.model, IDS, EXPECTED["yarn_after"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("rope_clamp_floor_freq", "false"), ("fourier", 1), ("n_layers", "2")])
+def test_json_says_flags_by_their_types(field: str, value: Any, tmp_path: Path) -> None:
+    """The fork's code takes any text for true, and does not read it as YAML does."""
+    flags = {"model_type": "hf_olmo"} | variant_flags("yarn_after") | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(flags))
+    with pytest.raises(ConfigError, match=f"{field}: Expected"):
+        load_checkpoint(tmp_path)
