@@ -12,9 +12,15 @@ from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
 from fope_export.bundle import MODEL, Bundle, judged_files
 from fope_export.config import ModelConfig
-from fope_export.parity.judge import FLOOR, METRICS
-from fope_export.parity.run import CaseResult, ParityResult
+from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, ColumnVerdict, Verdict
+from fope_export.parity.run import ParityResult
 
+RATIOS = {
+    "rms": "all tokens",
+    "token": "worst token",
+    "logit": "worst logit",
+}
+"""Errors in units of rounding, which are judged."""
 LABELS = {
     "max_abs": "largest error",
     "relative": "relative error",
@@ -49,9 +55,11 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             "positions": case.positions,
             "steps": case.steps,
             "compared": case.compared,
-            "error": msgspec.to_builtins(case.verdict.got),
-            "pytorch_error": msgspec.to_builtins(case.verdict.noise),
+            "ratios": case.verdict.ratios,
             "limits": case.verdict.limits,
+            "members": case.verdict.members,
+            "error": msgspec.to_builtins(case.verdict.got),
+            "pytorch_error": msgspec.to_builtins(case.own),
         }
         for case in result.cases
     ]
@@ -61,6 +69,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             "passed": control.passed,
             "skipped": control.skipped or None,
             "refused_by": control.verdict.failed if control.verdict else [],
+            "ratios": control.verdict.ratios if control.verdict else None,
             "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
         }
         for control in result.controls
@@ -74,12 +83,16 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),
         "rule": {
-            "factor": result.factor,
-            "floor": FLOOR,
+            "limits": LIMITS,
+            "allowance": result.allowance,
             "truth": "PyTorch float64",
-            "noise": f"PyTorch {result.dtype}",
+            "noise": f"PyTorch {result.dtype}, one weight in eight moved by one unit in the last place",
         },
         "cases": cases,
+        "columns": [
+            {"name": each.name, "passed": each.verdict.passed} | msgspec.to_builtins(each.verdict)
+            for each in result.columns
+        ],
         "controls": controls,
         "quantisation": _cost_record(result),
         "extension": msgspec.to_builtins(result.reach),
@@ -99,6 +112,10 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         result=result,
         figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
+        ratios=RATIOS,
+        limits=LIMITS,
+        members=MEMBERS,
+        more=MORE,
         machine=read_machine(),
         place=place(result),
         cost=cost_line(result),
@@ -158,7 +175,8 @@ def machine_line(machine: Machine) -> str:
 
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
-    checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
+    checks = [(f"case: {c.name}", _why(c.verdict)) for c in result.cases]
+    checks += [(f"every logit: {c.name}", _why_column(c.verdict)) for c in result.columns]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
     if result.cost:
         checks += [(f"quantisation: {result.cost.kind}", "; ".join(result.cost.failed))]
@@ -175,9 +193,15 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _why(case: CaseResult) -> str:
-    got, limits = case.verdict.got, case.verdict.limits
-    return "; ".join(f"{LABELS[n]} {short(getattr(got, n))} > {short(limits[n])}" for n in case.verdict.failed)
+def _why(verdict: Verdict) -> str:
+    ratios, limits = verdict.ratios, verdict.limits
+    return "; ".join(f"{RATIOS[n]} {short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
+
+
+def _why_column(verdict: ColumnVerdict) -> str:
+    if verdict.passed:
+        return ""
+    return f"logit {verdict.logit} {short(verdict.ratio)} > {verdict.limit:g} times rounding over all cases"
 
 
 def _cost_record(result: ParityResult) -> dict[str, Any] | None:
@@ -206,8 +230,10 @@ def place(result: ParityResult) -> str:
         return ""
     parts = [result.broken] if result.broken else []
     if (first := found.divergence) is not None:
+        what = "over all tokens" if first.ratio == "rms" else "in one token"
         parts.append(
-            f"First module that diverges: {first.module} (error {first.error:.2g}, allowed {first.allowed:.2g})."
+            f"First module that diverges: {first.module} "
+            f"({short(first.error)} times rounding {what}, allowed {first.allowed:g})."
         )
     for what, names in (
         ("Tensors that differ from the checkpoint", found.tensors),
@@ -216,36 +242,48 @@ def place(result: ParityResult) -> str:
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what}: {names[0]}{others}.")
-    if not parts and not all(case.verdict.passed for case in result.cases):
-        where = "between them" if of_module(result) else "in how the graph uses its cache"
-        parts.append(f"On whole sequences every module agrees: the fault lies {where}.")
-    return " ".join(parts)
+    return " ".join(parts) or _without_place(result)
+
+
+def _without_place(result: ParityResult) -> str:
+    """What is known where no module stands out."""
+    failed = [case for case in result.cases if not case.verdict.passed]
+    if not failed and all(each.verdict.passed for each in result.columns):
+        return ""
+    agree = "On whole sequences every module of model.onnx is as close to float64 as rounding explains"
+    if failed and all(case.name.endswith(", optimised") for case in failed):
+        return f"{agree}: the fault lies in the optimised file."
+    if failed and all(case.steps > 1 for case in failed):
+        return f"{agree}: the fault lies in how the graph uses its cache."
+    return f"{agree}: no layer can be named."
 
 
 def parity_table(result: ParityResult) -> Table:
-    """The comparisons for a terminal."""
+    """The comparisons for a terminal: errors in units of rounding, then plain."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     size = "size" if of_module(result) else "tokens"
-    columns = ("case", size, "largest error", "allowed", "x PyTorch's", "KL", LABELS["flips"], "")
+    columns = ("case", size, *RATIOS.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
-        got, verdict = case.verdict.got, case.verdict
-        table.add_row(
-            case.name, str(case.length), short(got.max_abs), short(verdict.limits["max_abs"]), f"{verdict.ratio:.2f}",
-            short(got.kl), str(got.flips), "[green]pass[/]" if verdict.passed else f"[red]FAIL[/] {_why(case)}",
-        )  # fmt: skip
+        found = "[green]pass[/]" if case.verdict.passed else f"[red]FAIL[/] {_why(case.verdict)}"
+        table.add_row(case.name, str(case.length), *_numbers(case.verdict), found)
+    for each in result.columns:
+        found = "[green]pass[/]" if each.verdict.passed else f"[red]FAIL[/] {_why_column(each.verdict)}"
+        table.add_row(f"every logit, {each.name}", "", f"{each.verdict.ratio:.2f}", *[""] * 5, found)
     for control in result.controls:
         if control.verdict is None:
-            table.add_row(f"control: {control.name}", *[""] * 6, f"[dim]not possible: {control.skipped}[/]")
+            table.add_row(f"control: {control.name}", *[""] * 7, f"[dim]not possible: {control.skipped}[/]")
         else:
-            got, verdict = control.verdict.got, control.verdict
-            table.add_row(
-                f"control: {control.name}", "", short(got.max_abs), short(verdict.limits["max_abs"]),
-                f"{verdict.ratio:,.0f}", short(got.kl), str(got.flips),
-                "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]",
-            )  # fmt: skip
+            found = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
+            table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), found)
     return table
+
+
+def _numbers(verdict: Verdict) -> tuple[str, ...]:
+    got = verdict.got
+    ratios = (f"{ratio:,.2f}" if ratio < 100 else f"{ratio:,.0f}" for ratio in verdict.ratios.values())
+    return (*ratios, short(got.max_abs), short(got.kl), str(got.flips))
 
 
 def print_parity(result: ParityResult, console: Console) -> None:
@@ -263,4 +301,4 @@ def print_parity(result: ParityResult, console: Console) -> None:
     console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 
-assert set(LABELS) == set(METRICS)
+assert set(LABELS) == set(METRICS) and {*RATIOS, "column"} == set(LIMITS)
