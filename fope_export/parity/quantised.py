@@ -110,15 +110,16 @@ def allowance_of(bundle: Bundle, model: Decoder) -> float:
     return max(1.0, math.sqrt(longest / BLOCKED))
 
 
-def place_weights(bundle: Bundle, model: Decoder) -> None:
-    """Give the linear layers of `model` the weights that the bundle's small numbers stand for.
+def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
+    """Give the linear layers of `model` the weights that the bundle's small numbers stand for, in the `arithmetic` that
+    a backend computes it in (else its own dtype).
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
-    precision = getattr(torch, bundle.manifest.export.precision)
+    precision = getattr(torch, arithmetic or bundle.manifest.export.precision)
     for found in _layers(bundle):
         layer, weight = _layer(model, found.module), torch.from_numpy(found.weight)
-        if found.rounding:  # DequantizeLinear puts out the export's dtype; MatMulNBits multiplies by more digits
+        if found.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
         layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)

@@ -231,8 +231,9 @@ def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
     """
     cost = cost_of(bundle, yardstick.single.model, tested)
     yardstick.single.model = copy.deepcopy(yardstick.single.model)
+    arithmetic = str(yardstick.single.model.embed.weight.dtype).removeprefix("torch.")
     for backend in (yardstick.single, yardstick.double):
-        place_weights(bundle, backend.model)
+        place_weights(bundle, backend.model, arithmetic)
     return cost
 
 
@@ -270,7 +271,8 @@ def _refuse(control: Control, case: Case, model: Decoder, look: Look) -> Control
     if reason := control.reason(model):
         return ControlResult(control.name, reason, None)
     with control.applied(model) as wrong:
-        return ControlResult(control.name, "", look.judge(case.run(wrong)))
+        got = case.run(wrong)
+    return ControlResult(control.name, "", look.judge(got))
 
 
 def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
