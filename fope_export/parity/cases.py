@@ -101,7 +101,7 @@ def standard_cases(
         return rng.integers(0, config.vocab_size, (rows, length))
 
     def stepped(name: str, feeds: Feeds, steps: tuple[int, ...]) -> Case:
-        return Case(name, feeds, steps, _kept(sum(steps), config.vocab_size))
+        return Case(name, feeds, steps, _kept(feeds, config.vocab_size))
 
     wanted = lengths or (1, 7, trained // 2 + 1, *(trained * factor for factor in FACTORS))
     decoded, first, uneven = trained + 16, max(trained - 16, 1), (trained, 7, 1, 33, trained)
@@ -135,11 +135,12 @@ def prefill(config: ModelConfig, length: int, seed: int) -> Case:
 def _whole(name: str, feeds: Feeds, vocab_size: int, kept: int = 0) -> Case:
     rows, length = feeds.input_ids.shape
     largest = max(STEP_BYTES // (8 * rows * max(vocab_size, length)), 64)
-    return Case(name, feeds, _chunks(length, largest), kept or _kept(length, vocab_size))
+    return Case(name, feeds, _chunks(length, largest), kept or _kept(feeds, vocab_size))
 
 
-def _kept(length: int, vocab_size: int) -> int:
-    return min(length, KEPT, max(KEPT_LOGITS // vocab_size, 64))
+def _kept(feeds: Feeds, vocab_size: int) -> int:
+    rows, length = feeds.input_ids.shape
+    return min(length, KEPT, max(KEPT_LOGITS // (rows * vocab_size), 64))
 
 
 def _chunks(length: int, largest: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ ENOUGH = 64
 """Tokens that make a mean; where there are fewer, the missing ones count as if they were right."""
 CLEAR = 10.0
 """Times a limit from which on a refusal is beyond doubt: eight times as many members cannot lift it."""
-LAST = 0.25
-"""Of a dtype's eps: what rounding a result costs at least, as a share of it (root mean square)."""
+LAST = 0.5
+"""Of a dtype's eps: the most that rounding a result itself costs, as a share of it."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -92,8 +92,8 @@ def log_softmax(logits: Floats) -> Floats:
 class Noise:
     """What rounding does to each token and each logit of one case: mean squares of the members' errors.
 
-    None is below what rounding the results themselves costs, so that results which happen to be exact in PyTorch need
-    not be exact elsewhere.
+    None is below what rounding the results themselves may cost, so that results which happen to be exact in PyTorch
+    need not be exact elsewhere.
     """
 
     members: int
@@ -115,7 +115,7 @@ class Noise:
 
         Raises ParityError where they are not finite.
         """
-        tokens = np.mean([_squares(truth, got).sum(axis=1) for got in members], axis=0)
+        tokens = np.mean([_finite(_squares(truth, got)).sum(axis=1) for got in members], axis=0)
         tokens = np.maximum(tokens, _least(truth, eps).sum(axis=1))
         weights = np.divide(1.0, tokens, out=np.zeros_like(tokens), where=tokens > 0)
         nothing, columns = np.zeros_like(tokens), np.zeros(truth.shape[1])
@@ -126,11 +126,9 @@ class Noise:
         count = self.members
         tokens, peaks, columns = (count * known for known in (self.tokens, self.peaks, self.columns))
         for got in members:
-            squares = _squares(truth, got)
+            squares = _finite(_squares(truth, got))
             tokens, peaks = tokens + squares.sum(axis=1), peaks + squares.max(axis=1)
             columns, count = columns + self.weights @ squares, count + 1
-        if not np.isfinite(tokens).all():
-            raise ParityError("PyTorch itself gives values that are not finite", hint="The model cannot be validated.")
         least = _least(truth, self.eps)
         return replace(
             self,
@@ -161,8 +159,14 @@ def _squares(truth: Floats, got: Floats) -> Floats:
     return squares
 
 
+def _finite(squares: Floats) -> Floats:
+    if not np.isfinite(squares).all():
+        raise ParityError("PyTorch itself gives values that are not finite", hint="The model cannot be validated.")
+    return squares
+
+
 def _least(truth: Floats, eps: float) -> Floats:
-    """Squares [N, V] of what rounding the values themselves costs."""
+    """Squares [N, V] of what rounding the values themselves may cost."""
     least: Floats = np.square(LAST * eps * truth)
     return least
 
