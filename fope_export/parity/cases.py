@@ -140,7 +140,7 @@ def _whole(name: str, feeds: Feeds, vocab_size: int, kept: int = 0) -> Case:
 
 def _kept(feeds: Feeds, vocab_size: int) -> int:
     rows, length = feeds.input_ids.shape
-    return min(length, KEPT, max(KEPT_LOGITS // (rows * vocab_size), 64))
+    return int(min(length, KEPT, max(KEPT_LOGITS // (rows * vocab_size), 64)))
 
 
 def _chunks(length: int, largest: int) -> tuple[int, ...]:
