@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -117,6 +117,13 @@ class Row:
     load: Callable[[Bundle, "Settings"], Backend]
     limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
+    widened: Mapping[str, str] = field(default_factory=dict)
+    """Dtypes of a bundle that it computes in another one."""
+
+    def arithmetic(self, bundle: Bundle) -> str:
+        """The dtype that it computes the bundle in."""
+        precision = bundle.manifest.export.precision
+        return self.widened.get(precision, precision)
 
 
 def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
@@ -188,7 +195,14 @@ def _without_trt(machine: Machine) -> str:
 USUAL = "onnxruntime"
 """What runs a bundle unless another is asked for."""
 BACKENDS: dict[str, Row] = {
-    USUAL: Row("the bundle in ONNX Runtime on the CPU", _without_ort, _load_ort, _ort_limits, _without_ort),
+    USUAL: Row(
+        "the bundle in ONNX Runtime on the CPU",
+        _without_ort,
+        _load_ort,
+        _ort_limits,
+        _without_ort,
+        {"bfloat16": "float32"},
+    ),
     "onnxruntime-cuda": Row("its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, _load_ort_cuda),
     "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),
     "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", _load_eager),
