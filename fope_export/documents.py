@@ -42,9 +42,7 @@ def read_bytes(path: Path, *, most: int = TEXT, raises: type[FopeError] = Docume
     """
     check_file(path, raises=raises, hint=hint)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, "rb") as stream:
-            content = stream.read(most + 1)
+        content = _first(path, most + 1)
     except OSError as cause:
         raise raises(f"{path} cannot be read: {cause.strerror or cause}", hint=hint) from cause
     if len(content) > most:
@@ -61,13 +59,18 @@ def check_file(path: Path, *, raises: type[FopeError] = DocumentError, hint: str
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise raises(f"{path} is {_kind(found.st_mode)}, expected a file", hint=hint)
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            start = stream.read(len(POINTER))
+        start = _first(path, len(POINTER))
     except (OSError, ValueError) as cause:  # ValueError: a null character in the name
         raise raises(f"{path} cannot be read: {getattr(cause, 'strerror', cause)}", hint=hint) from cause
     if start == POINTER:
         raise raises(f"{path} is a pointer of git-lfs and not the file itself", hint=PULL)
     return found.st_size
+
+
+def _first(path: Path, count: int) -> bytes:
+    """The first bytes of a file; what became a pipe since it was looked at does not wait."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        return stream.read(count)
 
 
 def _kind(mode: int) -> str:
@@ -154,8 +157,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.YAMLError(f"line {mark.line + 1} refers to another place; write out what stands there")
+            raise yaml.YAMLError(f"line {self.line + 1} refers to another place; write out what stands there")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

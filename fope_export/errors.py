@@ -3,7 +3,6 @@
 import importlib
 from types import ModuleType
 
-
 VALUE = 200
 """Characters of a value from outside that a message shows."""
 MESSAGE, HINT = 1000, 500

@@ -125,7 +125,7 @@ def test_lines_end_at_line_feeds_and_nowhere_else(tmp_path: Path) -> None:
 
 def test_text_and_records(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    path.write_bytes(b"\xef\xbb\xbf" + '{"number": 3}'.encode())
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"number": 3}')
     assert read_text(path) == '{"number": 3}'
     assert read_record(path, Record).number == 3
     path.write_text(f'{{"{"x" * 5000}": 1}}')
