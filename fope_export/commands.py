@@ -95,12 +95,15 @@ def build(args: argparse.Namespace) -> int:
     from fope_export.config import BuildConfig, convert
     from fope_export.engine.build import build as build_engine
     from fope_export.engine.record import plan_name
+    from fope_export.graph.reading import check_graphs
     from fope_export.terminal import RESULTS, progress
 
     options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}
     config = convert(options, BuildConfig, where="build", hint="See fope-export build --help.")
+    bundle = Bundle.open(args.bundle)
+    check_graphs(bundle)
     with progress("build") as report:
-        bundle, record = build_engine(Bundle.open(args.bundle), config, report=report)
+        bundle, record = build_engine(bundle, config, report=report)
     if args.json:
         _print_json(record)
     else:
@@ -142,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.bundle import Bundle
     from fope_export.config import convert
     from fope_export.generation import Sampling, complete, generate
+    from fope_export.graph.reading import check_graphs
     from fope_export.terminal import report_speed, waiting
     from fope_export.tokens import Text
 
@@ -149,6 +153,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
+        check_graphs(bundle)
         settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
         backend = load_backend(bundle, args.backend, settings)
     eos = bundle.manifest.decoder().eos_token_id

@@ -25,6 +25,7 @@ from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.passes import NUMBERS
 from fope_export.graph.quantise import INT8, OPERATOR, Products
+from fope_export.graph.reading import load_onnx
 
 MICROSOFT = "com.microsoft"
 CAPACITY = "capacity"
@@ -350,7 +351,7 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     if int8_activations and export.quantize:
         passes.append(Products(INT8))
     try:
-        model = Sequential(*passes, ShapeInferencePass())(ir.load(bundle.model)).model
+        model = Sequential(*passes, ShapeInferencePass())(load_onnx(bundle.model)).model
     except PassError as cause:
         raise ExportError(f"{bundle.model} cannot be optimised: {cause.__cause__}", hint="Export it again.") from cause
     model.metadata_props["fope.optimised"] = bundle.manifest.files[MODEL]
