@@ -191,7 +191,11 @@ SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
 def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
     """The inputs that a decoder's graph has, by name: the new tokens, and the cache of each layer."""
     batch, sequence, past, total = SIZES
-    tokens: dict[str, list[int | str]] = {"input_ids": [batch, sequence], "attention_mask": [batch, total], "position_ids": [batch, sequence]}
+    tokens: dict[str, list[int | str]] = {
+        "input_ids": [batch, sequence],
+        "attention_mask": [batch, total],
+        "position_ids": [batch, sequence],
+    }
     dtype = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[export.dtype]
     room = export.capacity if export.cache == "static" else past
     if room is None:

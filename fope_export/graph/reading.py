@@ -17,7 +17,13 @@ from fope_export.errors import BundleError, cut
 LARGEST = (1 << 31) - 1
 """Bytes that protobuf allows a message."""
 AGAIN = "Export the checkpoint again, or copy the file again with all files beside it."
-BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2}
+BITS: dict[int, int] = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
 """Element types that share bytes."""
 VARIABLE = (TensorProto.UNDEFINED, TensorProto.STRING)
 
