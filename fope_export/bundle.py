@@ -134,8 +134,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in self.files:
             if not _stays(name):
                 raise ConfigError(f"files has {cut(name)}, which is no file of the folder", hint=AGAIN)
+        if self.export.opset is None:
+            raise ConfigError("export.opset is missing", hint=AGAIN)
         self._check_spectra()
         self._check_inputs()
+        self._check_outputs()
 
     def _check_spectra(self) -> None:
         if isinstance(self.model, ModelConfig):
@@ -145,6 +148,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         found = [len(each["freq"]) if each.keys() == SPECTRUM else None for each in self.spectra]
         if found != (wanted := [config.frequencies for config in configs]):
             raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
+
+    def _check_outputs(self) -> None:
+        found = [port.name for port in self.outputs]
+        wanted = found if isinstance(self.model, ModuleRecord) else decoder_outputs(self.model)
+        if len(set(found)) < len(found) or not found or {*found} != {*wanted}:
+            different = sorted({*found} ^ {*wanted}) or [*found, "any"]
+            raise ConfigError(f"outputs has or lacks {cut(different[-1])}", hint=AGAIN)
 
     def _check_inputs(self) -> None:
         found = {port.name: port for port in self.inputs}
@@ -204,6 +214,11 @@ def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
     names = (f"past_key_values.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
     ports = [Port(name=name, dtype="int64", shape=shape) for name, shape in tokens.items()]
     return {port.name: port for port in (*ports, *(Port(name=name, dtype=dtype, shape=cache) for name in names))}
+
+
+def decoder_outputs(model: ModelConfig) -> list[str]:
+    """The names of a decoder's outputs."""
+    return ["logits", *(f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))]
 
 
 def _stays(name: str) -> bool:

@@ -29,6 +29,8 @@ from fuzz_kinds import KINDS, Place, make_sources
 SECONDS, MEMORY, MESSAGE = 60.0, 2 << 30, 2000
 REAL = 20
 """Every so many inputs run in a process of their own."""
+CACHES = ("home/.cache/", "tmp/.ses")
+"""Where libraries keep what they know of the machine, whatever the input: fonts, ONNX Runtime's id of the device."""
 IMPORTED = (
     "fope_export.cli", "fope_export.commands", "fope_export.graph.export", "fope_export.graph.optimise",
     "fope_export.inspection", "fope_export.parity.run", "fope_export.report", "fope_export.generation",
@@ -68,16 +70,17 @@ def listing(place: Place) -> dict[str, tuple[int, int]]:
         if Path(folder) == place.out or place.out in Path(folder).parents or Path(folder) == place.logs:
             continue
         for name in names:
-            entry = Path(folder, name).lstat()
-            found[str(Path(folder, name).relative_to(place.root))] = entry.st_size, entry.st_mtime_ns
+            entry, known = Path(folder, name).lstat(), str(Path(folder, name).relative_to(place.root))
+            if not known.startswith(CACHES):
+                found[known] = entry.st_size, entry.st_mtime_ns
     return found
 
 
-def start(seed: int, number: int, root: Path, sources: Path) -> Trial:
+def start(args: argparse.Namespace, number: int, root: Path, sources: Path) -> Trial:
     """Damage an input and start the program on it."""
-    kind = list(KINDS)[number % len(KINDS)]
+    kind = args.kind or list(KINDS)[number % len(KINDS)]
     place = Place(root / str(number), sources)
-    argv = KINDS[kind](random.Random(f"{seed} {number}"), place)
+    argv = KINDS[kind](random.Random(f"{args.seed} {number}"), place)
     before = listing(place)
     pid = (spawn if number % REAL == REAL - 1 else fork)(argv, place)
     return Trial(number, kind, place, argv, pid, time.monotonic(), before)
@@ -192,7 +195,7 @@ def run(args: argparse.Namespace, root: Path) -> list[Outcome]:
     outcomes: list[Outcome] = []
     while waiting or working:
         while waiting and len(working) < args.jobs:
-            working.append(start(args.seed, waiting.pop(), root, sources))
+            working.append(start(args, waiting.pop(), root, sources))
         for trial in list(working):
             if outcome := finished(trial, args.seconds):
                 working.remove(trial)
@@ -232,6 +235,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="inputs at a time (default: 2)")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this input alone, with all it said")
+    parser.add_argument("--kind", choices=list(KINDS), help="this kind alone (default: all in equal shares)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which an input hangs (default: 60)")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -41,7 +41,7 @@ class Place:
 
 
 def make_sources(root: Path) -> Path:
-    """The same small model as Hugging Face checkpoints (one file, several, pickled), as the paper's, and as a bundle."""
+    """One small model as Hugging Face checkpoints (one file, several, pickled), one of the paper's, and a bundle."""
     from fope_export.cli import main
     from fope_export.tokens import byte_tokenizer
 
@@ -131,6 +131,12 @@ def on_bundle(rng: Rng, folder: Path) -> list[str]:
     return [command, str(folder), *options[command]]
 
 
+def calibrated(place: Place, file: Path) -> list[str]:
+    """An export that reads `file` for calibration."""
+    source = str(place.sources / "hugging_face")
+    return ["export", source, str(place.out), "--quantize", "int8-qdq", "--calibration", str(file)]
+
+
 def seal(folder: Path) -> None:
     """Make a bundle's manifest say what its files now are, so that no hash stops what reads them."""
     path = folder / MANIFEST
@@ -155,9 +161,7 @@ def document(rng: Rng, place: Place) -> tuple[Path, list[str]]:
     if which == "calibration":
         path = place.root / "ids.json"
         path.write_text(json.dumps([1, 2, 3] * 40))
-        return path, [
-            "export", str(place.sources / "hugging_face"), str(place.out), "--quantize", "int8-qdq", "--calibration", str(path),
-        ]  # fmt: skip
+        return path, calibrated(place, path)
     folder = place.copy("bundle")
     if which == "manifest":
         return folder / MANIFEST, on_bundle(rng, folder)
@@ -331,9 +335,7 @@ def promise_array(rng: Rng, place: Place) -> list[str]:
     path, shape = place.root / "ids.npy", rng.choice(((2**40,), (2**20, 2**20), (2**62, 4), (-1,), (2**31,)))
     text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(64))
-    return [
-        "export", str(place.sources / "hugging_face"), str(place.out), "--quantize", "int8-qdq", "--calibration", str(path),
-    ]  # fmt: skip
+    return calibrated(place, path)
 
 
 def promise_onnx(rng: Rng, place: Place) -> list[str]:
@@ -434,7 +436,7 @@ def external(rng: Rng, place: Place) -> list[str]:
     """Weights outside of the folder, missing, short or behind a link, and functions that never end."""
     folder = place.copy("bundle")
     path, data = folder / "model.onnx", folder / "model.onnx.data"
-    match rng.randrange(5):
+    match rng.randrange(6):
         case 0:
             data.unlink()
         case 1:
@@ -444,7 +446,7 @@ def external(rng: Rng, place: Place) -> list[str]:
             data.symlink_to(place.root / "moved")
         case 3:
             circle(path)
-        case 4:
+        case 4 | 5:
             shutil.copy(data, place.root / "moved")
             names = (
                 "../moved",

@@ -3,6 +3,7 @@
 Nothing in a file is executed, and what comes out is dense and strided with numbers behind every element.
 """
 
+import math
 import pickle
 import warnings
 import zipfile
@@ -119,9 +120,10 @@ def read_array(path: Path, *, hint: str) -> NDArray[Any]:
     """
     size = check_file(path, raises=ConfigError, hint=hint)
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as cause:
+        with np.errstate(over="raise"):
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError, ArithmeticError) as cause:
         raise ConfigError(f"{path}: not an array that was saved by NumPy: {cut(cause)}", hint=hint) from cause
-    if not isinstance(found, np.ndarray) or found.nbytes > size:
+    if not isinstance(found, np.ndarray) or math.prod(found.shape) * found.itemsize > size:
         raise ConfigError(f"{path}: not one array that was saved by NumPy", hint=hint)
     return found
