@@ -1,6 +1,5 @@
 """What the benchmark found, for machines (JSON), for a browser and for a terminal."""
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -16,7 +15,9 @@ from fope_export.backends.choose import read_machine
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, Cell, What
 from fope_export.bundle import MODEL, Bundle
-from fope_export.errors import ConfigError
+from fope_export.config import Positive
+from fope_export.documents import as_record, read_object
+from fope_export.errors import ConfigError, DocumentError
 
 COLUMNS = (
     "contender",
@@ -31,7 +32,19 @@ COLUMNS = (
     "memory",
 )
 JSON, PAGE = "bench.json", "bench.html"
-Old = Mapping[tuple[str, int, int], Mapping[str, Any]]
+
+
+class OldCell(msgspec.Struct):
+    """What an older record says about a cell, as far as it is compared."""
+
+    contender: str
+    length: int
+    batch: int
+    prefill_tokens_per_s: Positive
+    decode_tokens_per_s: Positive
+
+
+Old = Mapping[tuple[str, int, int], OldCell]
 """Cells of an older record by contender, length and batch."""
 
 
@@ -119,10 +132,12 @@ def write_bench(bundle: Bundle, result: BenchResult, out: Path | None = None) ->
 def read_old(path: Path) -> Old:
     """The cells of an older record. Raises ConfigError when it is none."""
     try:
-        cells = json.loads(path.read_text())["cells"]
-        return {(c["contender"], c["length"], c["batch"]): c for c in cells if "refused" not in c}
-    except (OSError, ValueError, KeyError, TypeError) as cause:
-        raise ConfigError(f"{path} is not a benchmark's record: {cause!r}", hint="Give its bench.json.") from cause
+        cells = as_record(read_object(path).get("cells"), list[dict[str, Any]], f"{path}: cells")
+        timed = [cell for cell in cells if "refused" not in cell]
+        old = as_record(timed, list[OldCell], f"{path}: cells")
+    except DocumentError as cause:
+        raise ConfigError(f"{path} is not a benchmark's record: {cause}", hint="Give its bench.json.") from cause
+    return {(cell.contender, cell.length, cell.batch): cell for cell in old}
 
 
 def print_bench(result: BenchResult, console: Console, old: Old | None = None) -> None:
@@ -146,7 +161,7 @@ def _over_old(result: BenchResult, cell: Cell, old: Old) -> list[str]:
     if before is None or cell.refused:
         return []
     pairs: tuple[tuple[str, What], ...] = (("prefill_tokens_per_s", "first"), ("decode_tokens_per_s", "next"))
-    return [f"{result.tokens_per_second(cell, what) / before[name]:.2f}" for name, what in pairs]
+    return [f"{result.tokens_per_second(cell, what) / getattr(before, name):.2f}" for name, what in pairs]
 
 
 def processor() -> str:

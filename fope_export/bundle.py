@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Self
 
 import msgspec
 
-from fope_export.config import ExportConfig, ModelConfig, SpectrumConfig
-from fope_export.errors import BundleError, ConfigError
+from fope_export.config import Count, ExportConfig, ModelConfig, Size, SpectrumConfig
+from fope_export.documents import as_record, read_object
+from fope_export.errors import BundleError, ConfigError, DocumentError, cut
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
@@ -25,16 +26,38 @@ gets those of the last, -1.
 """
 REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
+AGAIN = "Export the checkpoint again."
+DTYPES = frozenset(
+    "float float16 bfloat16 double int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
+)
+"""Element types of inputs and outputs."""
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""SHA-256 in hexadecimal."""
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
 """Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
+SUM = re.compile(rf"(?:{TERM.pattern} ?)+".replace("(\\d+)", "\\d{1,9}"))
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An input or output of the graph; named sizes are symbolic."""
 
-    name: str
+    name: Name
     dtype: str
-    shape: list[int | str]
+    shape: list[Size | Name]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{cut(self.name)} has the unknown dtype {cut(self.dtype)}", hint=AGAIN)
+
+    def names(self) -> set[str]:
+        """The symbolic sizes that its shape is made of. Raises ConfigError where a size is no sum of terms."""
+        found = set()
+        for size in (size for size in self.shape if isinstance(size, str)):
+            if not SUM.fullmatch(size):
+                raise ConfigError(f"{cut(self.name)} has the size {cut(size)}, expected a sum as past + 1", hint=AGAIN)
+            found |= {name for _, _, name in TERM.findall(size) if not name.isdigit()}
+        return found
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the symbolic sizes have these values."""
@@ -53,7 +76,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     path: str
     dialect: str
-    files: dict[str, str]
+    files: dict[Name, Digest]
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):
@@ -61,9 +84,13 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
     example's.
     """
 
-    least: int
-    example: int
-    most: int | None
+    least: Size
+    example: Size
+    most: Size | None
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.example <= (self.example if self.most is None else self.most):
+            raise ConfigError(f"{self.example} is not from {self.least} to {self.most}", hint=AGAIN)
 
 
 class ModuleRecord(
@@ -75,7 +102,14 @@ class ModuleRecord(
     sizes: dict[str, Extent]  # by symbolic name
     values: dict[str, tuple[float, float]]  # smallest and largest of each input's example
     rotations: dict[str, SpectrumConfig]  # constants of each FopeRotary, by the module's path
-    calls: int  # of FopeRotary in the graph; one that is used twice makes two
+    calls: Count  # of FopeRotary in the graph; one that is used twice makes two
+
+    def __post_init__(self) -> None:
+        if not self.rotations:
+            raise ConfigError("the module has no rotation", hint=AGAIN)
+        for name, (least, most) in self.values.items():
+            if not least <= most:
+                raise ConfigError(f"the values of {cut(name)} go from {least} to {most}", hint=AGAIN)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,14 +120,59 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     libraries: dict[str, str]
     source: Source
     model: ModelConfig | ModuleRecord
-    spectra: list[dict[str, Any]]
+    spectra: list[dict[str, list[float] | Digest]]
     """One a layer: `freq`, and the SHA-256 of the coefficients; `model.spectrum` (a module's `rotations`) has the
     constants.
     """
     export: ExportConfig
     inputs: list[Port]
     outputs: list[Port]
-    files: dict[str, str] = {}
+    files: dict[Name, Digest] = {}
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the parts contradict each other, or where a file lies outside of the folder."""
+        for name in self.files:
+            if not _stays(name):
+                raise ConfigError(f"files has {cut(name)}, which is no file of the folder", hint=AGAIN)
+        if self.export.opset is None:
+            raise ConfigError("export.opset is missing", hint=AGAIN)
+        self._check_spectra()
+        self._check_inputs()
+        self._check_outputs()
+
+    def _check_spectra(self) -> None:
+        if isinstance(self.model, ModelConfig):
+            configs = [self.model.spectrum] * self.model.num_layers
+        else:
+            configs = list(self.model.rotations.values())
+        found = [len(each["freq"]) if each.keys() == SPECTRUM else None for each in self.spectra]
+        if found != (wanted := [config.frequencies for config in configs]):
+            raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
+
+    def _check_outputs(self) -> None:
+        found = [port.name for port in self.outputs]
+        wanted = found if isinstance(self.model, ModuleRecord) else decoder_outputs(self.model)
+        if len(set(found)) < len(found) or not found or {*found} != {*wanted}:
+            different = sorted({*found} ^ {*wanted}) or [*found, "any"]
+            raise ConfigError(f"outputs has or lacks {cut(different[-1])}", hint=AGAIN)
+
+    def _check_inputs(self) -> None:
+        found = {port.name: port for port in self.inputs}
+        sizes = set(self.model.sizes if isinstance(self.model, ModuleRecord) else SIZES)
+        for port in self.inputs:
+            if unknown := port.names() - sizes:
+                raise ConfigError(f"{cut(port.name)} has the unknown size {cut(min(unknown))}", hint=AGAIN)
+        wanted: Mapping[str, Port | None] = (
+            dict.fromkeys(self.model.values)
+            if isinstance(self.model, ModuleRecord)
+            else decoder_inputs(self.model, self.export)
+        )
+        if len(found) < len(self.inputs) or found.keys() != wanted.keys():
+            different = sorted(found.keys() ^ wanted.keys()) or [*found]
+            raise ConfigError(f"inputs has or lacks {cut(different[0])}", hint=AGAIN)
+        for name, expected in wanted.items():
+            if expected is not None and expected != found[name]:
+                raise ConfigError(f"inputs has {cut(found[name])}, expected {expected}", hint=AGAIN)
 
     def decoder(self) -> ModelConfig:
         """The decoder that the bundle holds. Raises BundleError where it holds another module."""
@@ -112,6 +191,41 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             f"the bundle holds the decoder of {self.source.path}, and this needs a module's",
             hint="Compare it with `fope-export validate`.",
         )
+
+
+SPECTRUM = {"freq", "sin_coef_sha256", "cos_coef_sha256"}
+SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
+"""Symbolic sizes of a decoder's inputs."""
+
+
+def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
+    """The inputs that a decoder's graph has, by name: the new tokens, and the cache of each layer."""
+    batch, sequence, past, total = SIZES
+    tokens: dict[str, list[int | str]] = {
+        "input_ids": [batch, sequence],
+        "attention_mask": [batch, total],
+        "position_ids": [batch, sequence],
+    }
+    dtype = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[export.dtype]
+    room = export.capacity if export.cache == "static" else past
+    if room is None:
+        raise ConfigError("a static cache without a capacity", hint=AGAIN)
+    cache: list[int | str] = [batch, model.num_kv_heads, room, model.spectrum.head_dim]
+    names = (f"past_key_values.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
+    ports = [Port(name=name, dtype="int64", shape=shape) for name, shape in tokens.items()]
+    return {port.name: port for port in (*ports, *(Port(name=name, dtype=dtype, shape=cache) for name in names))}
+
+
+def decoder_outputs(model: ModelConfig) -> list[str]:
+    """The names of a decoder's outputs."""
+    return ["logits", *(f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))]
+
+
+def _stays(name: str) -> bool:
+    """Whether a file of this name lies inside of the bundle's folder, on any system."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    anchor = PurePosixPath(name).anchor or PureWindowsPath(name).anchor
+    return not anchor and ".." not in parts and "\0" not in name and name != MANIFEST
 
 
 @dataclass(frozen=True)
@@ -265,15 +379,15 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export`.")
     try:
-        version = msgspec.json.decode(path.read_bytes()).get("format_version")
-        if version != FORMAT_VERSION:
+        data = read_object(path)
+        if (version := data.get("format_version")) != FORMAT_VERSION:
             raise BundleError(
-                f"{path}: format version {version}, this program reads {FORMAT_VERSION}",
+                f"{path}: format version {cut(version)}, this program reads {FORMAT_VERSION}",
                 hint="Export the checkpoint again with this version.",
             )
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.MsgspecError, AttributeError, ConfigError) as cause:
-        raise BundleError(f"{path}: not a valid manifest: {cause}", hint="Export the checkpoint again.") from cause
+        return as_record(data, Manifest, str(path))
+    except DocumentError as cause:
+        raise BundleError(f"not a valid manifest: {cause}", hint=AGAIN) from cause
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

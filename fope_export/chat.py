@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fope_export.documents import read_json, read_text
 from fope_export.errors import BundleError, ConfigError
 from fope_export.tokens import read_object
 
 Message = Mapping[str, Any]
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What a template may name, of tokenizer_config.json or special_tokens_map.json."""
+NAMED = {"name", "template"}
+"""What each of several templates has."""
 SECONDS, MEMORY, OUTPUT = 5, 1 << 30, 1 << 20
 """Bounds on a template: processor time, bytes, and characters of its result."""
 TOLD = 200
@@ -31,7 +34,7 @@ class Chat:
         named = read_object(folder / "special_tokens_map.json") | config
         self._where, self._template = _template(folder, config)
         self._names: dict[str, Any] = {n: _content(named[n]) for n in SPECIAL if named.get(n) is not None}
-        if more := named.get("additional_special_tokens"):
+        if isinstance(more := named.get("additional_special_tokens"), list):
             self._names["additional_special_tokens"] = [_content(token) for token in more]
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -61,11 +64,11 @@ def _content(token: Any) -> str:
 def _template(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the template stands, and its text: a file of its own comes first, and of several named ones "default"."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path, path.read_text(encoding="utf-8")
+    if path.exists():
+        return path, read_text(path, raises=BundleError)
     found = config.get("chat_template")
     if isinstance(found, list):
-        named = {each["name"]: each["template"] for each in found if isinstance(each, dict) and len(each) == 2}
+        named = {each["name"]: each["template"] for each in found if isinstance(each, dict) and each.keys() == NAMED}
         found = named.get("default")
     if not isinstance(found, str):
         raise BundleError(
@@ -126,10 +129,7 @@ def _as_json(
 def read_messages(path: Path) -> list[Message]:
     """A list of {"role", "content"} in a JSON file. Raises ConfigError where it is none."""
     hint = 'As [{"role": "user", "content": "Hello"}].'
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as cause:
-        raise ConfigError(f"{path}: {str(cause)[:TOLD]}", hint=hint) from cause
+    found = read_json(path, raises=ConfigError, hint=hint)
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
         raise ConfigError(f"{path}: expected a list of messages with a role", hint=hint)
     return found

@@ -8,13 +8,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
-from fope_export.errors import FopeError
+from fope_export.errors import MESSAGE, FopeError, cut
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
 DIGITS = re.compile(r"[0-9]{1,18}")
 
+SMALLER = "Ask for less at once: a smaller batch, shorter lengths."
 EPILOG = """\
 examples:
   fope-export export checkpoint/ out/          checkpoint -> portable ONNX bundle
@@ -28,9 +30,16 @@ exit codes: 0 good, 1 a check failed, 2 bad input or misuse
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose messages are as short as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(cut(message, MESSAGE))
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="fope-export",
         description="Language models with FoPE (Fourier Position Embedding): to ONNX and TensorRT, validated, and run.",
         epilog=EPILOG,
@@ -241,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (FopeError, OSError) as error:
         return _refuse(error, traced=args.traceback)
+    except MemoryError:
+        return _refuse(FopeError("there is not enough memory for this", hint=SMALLER), traced=args.traceback)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:

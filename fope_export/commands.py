@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fope_export.documents import read_json_lines, read_text
 from fope_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,12 +97,15 @@ def build(args: argparse.Namespace) -> int:
     from fope_export.config import BuildConfig, convert
     from fope_export.engine.build import build as build_engine
     from fope_export.engine.record import plan_name
+    from fope_export.graph.reading import check_graphs
     from fope_export.terminal import RESULTS, progress
 
     options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}
     config = convert(options, BuildConfig, where="build", hint="See fope-export build --help.")
+    bundle = Bundle.open(args.bundle)
+    check_graphs(bundle)
     with progress("build") as report:
-        bundle, record = build_engine(Bundle.open(args.bundle), config, report=report)
+        bundle, record = build_engine(bundle, config, report=report)
     if args.json:
         _print_json(record)
     else:
@@ -143,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.bundle import Bundle
     from fope_export.config import convert
     from fope_export.generation import complete, generate
+    from fope_export.graph.reading import check_graphs
     from fope_export.sampling import Sampling
     from fope_export.terminal import report_speed, waiting
     from fope_export.tokens import Text
@@ -152,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
     _check_chat(args)
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
+        check_graphs(bundle)
         settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
         backend = load_backend(bundle, args.backend, settings)
     ends = bundle.manifest.decoder().ends
@@ -250,12 +256,11 @@ def _asked(args: argparse.Namespace, bundle: "Bundle", prompts: Sequence[str]) -
 def _read_prompts(path: Path) -> list[str]:
     """Lines end with a line feed alone, or with a carriage return before it: other separators belong to a prompt."""
     hint = "One prompt a line; in a .jsonl file, one JSON string a line; in UTF-8."
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        lines = [line for each in text.split("\n") if (line := each.removesuffix("\r")).strip(" \t")]
-        prompts = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError, RecursionError) as cause:
-        raise ConfigError(f"{path}: {str(cause)[:200]}", hint=hint) from cause
+    if path.suffix == ".jsonl":
+        prompts = read_json_lines(path, raises=ConfigError, hint=hint)
+    else:
+        lines = read_text(path, raises=ConfigError, hint=hint).split("\n")
+        prompts = [line for each in lines if (line := each.removesuffix("\r")).strip(" \t")]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"{path}: no prompts", hint=hint)
     return prompts

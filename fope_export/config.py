@@ -8,11 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from fope_export.errors import ConfigError
+from fope_export.errors import ConfigError, cut
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Size = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+Channels = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+"""Of one head. These two have far more than any model, and little enough to be made before weights are looked at."""
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+EXPERTS = 1 << 20
+"""Experts of all layers together, at most."""
 T = TypeVar("T")
 CONTRADICTION = "Compare with the configuration that the model was trained with."
 INCOMPLETE = "Is the file complete, and of the version this program reads?"
@@ -43,8 +48,8 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True):
     rotary_dim channels is left as it is.
     """
 
-    head_dim: Count
-    rotary_dim: Count
+    head_dim: Channels
+    rotary_dim: Channels
     frequencies: Size  # D
     pairs: Size  # F
     groups: Count  # G
@@ -79,6 +84,8 @@ class ExpertsConfig(Checked, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.count * len(self.layers) > EXPERTS:
+            raise ConfigError(f"{self.count} experts in {len(self.layers)} layers are too many", hint=CONTRADICTION)
         if self.count % self.groups or self.per_token % self.groups or self.per_token > self.count:
             raise ConfigError(
                 f"{self.per_token} of {self.count} experts cannot be taken evenly from {self.groups} groups",
@@ -92,7 +99,7 @@ class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", ta
     vocab_size: Count  # rows of the embedding, padding rows included
     hidden_size: Count
     intermediate_size: Count
-    num_layers: Count
+    num_layers: Layers
     num_heads: Count
     num_kv_heads: Count
     norm_eps: Positive
@@ -271,7 +278,7 @@ def convert(data: Mapping[str, Any], to: type[T], *, where: str, strict: bool = 
         message, _, path = str(cause).partition(" - at `$")
         field = path.strip(".`")
         raise ConfigError(
-            f"{where}: {field + ': ' if field else ''}{message}", hint=_similar(message, to) or hint
+            f"{where}: {cut(field) + ': ' if field else ''}{cut(message)}", hint=_similar(message, to) or hint
         ) from cause
     except ConfigError as cause:
         raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause

@@ -3,13 +3,35 @@
 import importlib
 from types import ModuleType
 
+VALUE = 200
+"""Characters of a value from outside that a message shows."""
+MESSAGE, HINT = 1000, 500
+"""Characters of a message and of a hint, whatever went into them."""
+
+
+def cut(value: object, most: int = VALUE) -> str:
+    """A value as a message shows it: what cannot be printed is escaped, and of a long one the middle is left out."""
+    shown = _middle_out(str(value), most)
+    escaped = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in shown)
+    return _middle_out("".join(escaped), most)
+
+
+def _middle_out(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2 - 2]} … {text[-(most // 2) + 1 :]}"
+
 
 class FopeError(Exception):
-    """One message that says where, what was expected and what came; `hint` is the next step."""
+    """One message that says where, what was expected and what came; `hint` is the next step. Neither is ever long, or
+    holds what a terminal would obey.
+    """
 
     def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(cut(message, MESSAGE))
+        self.hint = cut(hint, HINT)
+
+
+class DocumentError(FopeError):
+    """A file from outside that is not the document it should be."""
 
 
 class ConfigError(FopeError):

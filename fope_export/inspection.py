@@ -1,6 +1,5 @@
 """What a checkpoint, a bundle or an ONNX file is, as plain data."""
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,13 @@ from rich.filesize import decimal
 from fope_export.bundle import MANIFEST, Bundle, Manifest
 from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
-from fope_export.errors import FopeError
+from fope_export.errors import FopeError, cut
+from fope_export.graph.reading import promised_bytes, read_onnx
 
 Description = dict[str, dict[str, Any]]
 """Section -> what it says."""
+GIVE = "Give a checkpoint, a bundle or a .onnx file."
+DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
 
 
 def inspect(path: str | Path) -> Description:
@@ -23,7 +25,7 @@ def inspect(path: str | Path) -> Description:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return _bundle(Bundle.open(path, verify=False))
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return _onnx(path)
     return _checkpoint(path)
 
@@ -86,13 +88,11 @@ def _what(manifest: Manifest) -> Description:
 
 
 def _onnx(path: Path) -> Description:
+    model = read_onnx(path)
     try:
-        model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(path)
-    except Exception as cause:  # protobuf, the checker and the file system raise unrelated classes
-        raise FopeError(
-            f"{path}: not a valid ONNX file: {cause}", hint="Give a checkpoint, a bundle or a .onnx file."
-        ) from cause
+    except (onnx.checker.ValidationError, OSError) as cause:
+        raise FopeError(f"{path}: not a valid ONNX file: {cut(' '.join(str(cause).split()))}", hint=GIVE) from cause
     counted = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)
     return {
         "onnx": {
@@ -100,7 +100,7 @@ def _onnx(path: Path) -> Description:
             "size": _size(path),
             "made by": f"{model.producer_name} {model.producer_version}".strip(),
             "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
-            "weights": decimal(sum(_bytes(t) for t in model.graph.initializer)),
+            "weights": decimal(sum(promised_bytes(t) for t in model.graph.initializer)),
         },
         "inputs": {value.name: _value(value) for value in model.graph.input},
         "outputs": {value.name: _value(value) for value in model.graph.output},
@@ -131,12 +131,7 @@ def _port(dtype: str, shape: list[int | str]) -> str:
 def _value(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return _port(onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), shape)
-
-
-def _bytes(tensor: onnx.TensorProto) -> int:
-    size: int = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return size
+    return _port(DTYPES.get(tensor.elem_type, str(tensor.elem_type)), shape)
 
 
 def _size(path: Path) -> str:

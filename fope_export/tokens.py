@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fope_export import documents
 from fope_export.config import tokens_of
-from fope_export.errors import BundleError, ConfigError
+from fope_export.errors import BundleError, ConfigError, cut
 
 GENERATION = "generation_config.json"
 UNREADABLE = "\ufffd"
@@ -39,15 +40,7 @@ def _byte_vocabulary() -> dict[str, int]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of the bundle, empty where there is none. Raises BundleError where it is something else."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as cause:
-        raise BundleError(f"{path}: not JSON: {cause}", hint="Export the checkpoint again.") from cause
-    if not isinstance(found, dict):
-        raise BundleError(f"{path}: expected an object, found {type(found).__name__}", hint="Copy the file again.")
-    return found
+    return documents.read_object(path, raises=BundleError, hint="Copy the file again.") if path.exists() else {}
 
 
 class Text:
@@ -58,15 +51,16 @@ class Text:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise BundleError(
                 f"{folder} has no tokenizer.json, so it takes and gives token ids only",
                 hint="Use --prompt-ids, or put the tokenizer.json beside the checkpoint and export again.",
             )
+        documents.check_file(path, raises=BundleError)
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as cause:  # the library raises bare Exceptions
-            raise BundleError(f"{path}: not a tokenizer: {cause}", hint="Export the checkpoint again.") from cause
+            raise BundleError(f"{path}: not a tokenizer: {cut(cause)}", hint="Export the checkpoint again.") from cause
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.config = read_object(folder / "tokenizer_config.json")
@@ -109,7 +103,7 @@ def ends_of(folder: Path) -> tuple[int, ...]:
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if any(type(token) is not int or token < 0 for token in listed):
         raise ConfigError(
-            f"{path}: eos_token_id is {str(found)[:200]}, expected a token id or a list of them",
+            f"{path}: eos_token_id is {cut(found)}, expected a token id or a list of them",
             hint="Null means none.",
         )
     return tokens_of(listed)

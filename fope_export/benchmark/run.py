@@ -1,6 +1,5 @@
 """The benchmark: who may be timed, everybody in turn within every round, ratios within a round."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,8 @@ from fope_export.benchmark.process import Worker
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, judged_files
 from fope_export.config import Checked, Count, ModelConfig
-from fope_export.errors import BackendError, BundleError, ConfigError, FopeError
+from fope_export.documents import read_object
+from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.model.checkpoint import source_of
 
 CHECKED = 24
@@ -134,10 +134,10 @@ def require_green(bundle: Bundle) -> None:
     if not path.is_file():
         raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
     try:
-        report = json.loads(path.read_text())
-        files, passed = report.get("files"), report.get("passed")
-    except (ValueError, AttributeError) as cause:
+        report = read_object(path)
+    except DocumentError as cause:
         raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
+    files, passed = report.get("files"), report.get("passed")
     if files != judged_files(bundle.manifest):
         raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
     if passed is not True:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import msgspec
 
 from fope_export.bundle import Manifest, ModuleRecord, Port
-from fope_export.config import BuildConfig, usual_length
+from fope_export.config import BuildConfig, Size, usual_length
 from fope_export.errors import BackendError, ConfigError
 
 PREFILL = 512
@@ -15,9 +15,15 @@ PREFILL = 512
 class Range(msgspec.Struct, frozen=True, array_like=True):
     """The sizes from `least` to `most`, tuned for `best`."""
 
-    least: int
-    best: int
-    most: int
+    least: Size
+    best: Size
+    most: Size
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.best <= self.most:
+            raise ConfigError(
+                f"{[*msgspec.structs.astuple(self)]}, expected least, best and largest", hint="As 1,16,64."
+            )
 
 
 DECODER = "Its sizes follow from --max-batch and --max-length."

@@ -4,8 +4,9 @@ import msgspec
 
 from fope_export.bundle import MODEL, Bundle, sha256
 from fope_export.config import BuildConfig
+from fope_export.documents import check_file, read_record
 from fope_export.engine.profiles import Profile
-from fope_export.errors import BackendError
+from fope_export.errors import BackendError, ConfigError, DocumentError, cut
 
 FOLDER = "engines"
 BUILD_IT = "Build one with `fope-export build`."
@@ -34,6 +35,14 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     headers: str | None
     seconds: dict[str, float]
     options: BuildConfig
+
+    def __post_init__(self) -> None:
+        needed = {"batch", "total_sequence"} if self.decoder_layers else set[str]()
+        fitting = all(needed <= profile.keys() for profile in self.profiles.values())
+        if not self.profiles or not fitting or not (self.decoder_layers or "module" in self.profiles):
+            raise ConfigError(
+                f"profiles {cut(', '.join(self.profiles)) or 'missing'}: not those of such an engine", hint=BUILD_IT
+            )
 
     def most(self, size: str) -> int:
         """The largest value of a symbolic size that a profile holds."""
@@ -71,12 +80,14 @@ def records(bundle: Bundle) -> list[EngineRecord]:
     Raises BackendError for a record that is none.
     """
     names = [name for name in bundle.manifest.files if name.startswith(f"{FOLDER}/") and name.endswith(".json")]
-    found = []
-    for path in sorted((bundle.path / name for name in names), key=lambda path: path.stat().st_mtime):
+    paths, found = [bundle.path / name for name in names], []
+    for path in paths:
+        check_file(path, raises=BackendError, hint=BUILD_IT)
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:
-            found.append(msgspec.json.decode(path.read_bytes(), type=EngineRecord))
-        except msgspec.MsgspecError as cause:
-            raise BackendError(f"{path}: not an engine's record: {cause}", hint=BUILD_IT) from cause
+            found.append(read_record(path, EngineRecord))
+        except DocumentError as cause:
+            raise BackendError(f"not an engine's record: {cause}", hint=BUILD_IT) from cause
     return found
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -14,8 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fope_export.corpus import python_source
-from fope_export.errors import BundleError, ConfigError, ExportError, require
+from fope_export.documents import LISTING, read_bytes, read_json
+from fope_export.errors import BundleError, ConfigError, ExportError, cut, require
 from fope_export.model.decoder import Decoder
+from fope_export.model.tensors import read_array
 from fope_export.tokens import Text
 
 RECIPES = {"int8-qdq": "INT8_DEFAULT_CFG", "fp8-qdq": "FP8_DEFAULT_CFG"}
@@ -26,6 +27,8 @@ LONGEST = 1024
 """Tokens of a window at most."""
 BYTES_PER_TOKEN = 8
 """Of text that is read for each token; few tokenizers make longer ones."""
+SAMPLE_FILE = 1 << 28
+"""Bytes of text at most."""
 HINT = "Give --calibration FILE: text for the checkpoint's tokenizer, or token ids as .npy or .json."
 
 
@@ -79,7 +82,13 @@ def calibration_windows(checkpoint: Path, file: Path | None, vocabulary: int, le
     if file and file.suffix in (".npy", ".json"):
         ids = _read_ids(file)
     else:
-        ids = _sampled(checkpoint, file.read_bytes() if file else python_source(held_out=False), length)
+        ids = _sampled(
+            checkpoint,
+            read_bytes(file, most=SAMPLE_FILE, raises=ConfigError, hint=HINT)
+            if file
+            else python_source(held_out=False),
+            length,
+        )
     if ids.size == 0 or ids.min() < 0 or ids.max() >= vocabulary:
         source = file or f"Python's standard library with {checkpoint / 'tokenizer.json'}"
         raise ConfigError(f"{source} gives no token ids from 0 to {vocabulary - 1}", hint=HINT)
@@ -98,10 +107,14 @@ def _sampled(checkpoint: Path, text: bytes, length: int) -> NDArray[np.int64]:
 
 
 def _read_ids(file: Path) -> NDArray[np.int64]:
-    try:
-        found = np.load(file) if file.suffix == ".npy" else np.asarray(json.loads(file.read_text()))
-    except ValueError as cause:
-        raise ConfigError(f"{file}: {cause}", hint=HINT) from cause
+    if file.suffix == ".npy":
+        found = read_array(file, hint=HINT)
+    else:
+        listed = read_json(file, most=LISTING, raises=ConfigError, hint=HINT)
+        try:
+            found = np.asarray(listed)
+        except ValueError as cause:  # lists of different lengths
+            raise ConfigError(f"{file}: {cut(cause)}", hint=HINT) from cause
     if not np.issubdtype(found.dtype, np.integer):
         raise ConfigError(f"{file} holds {found.dtype}, expected integers", hint=HINT)
     return found.astype(np.int64).ravel()

@@ -5,9 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fope_export.bundle import MODEL, OPTIMISED
 from fope_export.config import ExportConfig, ModelConfig, as_written, usual_length
+from fope_export.documents import LISTING, as_record, read_object
+from fope_export.errors import CheckpointError
 from fope_export.tokens import GENERATION
+
+
+class AddedToken(msgspec.Struct):
+    """What a tokenizer.json says about a token that was added to its vocabulary, as far as it is read here."""
+
+    id: int
+    content: str
+    special: bool = False
+
 
 CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
@@ -98,8 +111,9 @@ def tokenizer(config: ModelConfig, path: Path) -> dict[str, Any]:
     type, and Llama's begins every prompt with a token of its own. Padding and end are named if the file at `path` has
     them as special tokens: naming an ordinary token would make the same characters in a prompt special.
     """
-    added = json.loads(path.read_text()).get("added_tokens", [])
-    special = {token["id"]: token["content"] for token in added if token["special"]}
+    added = read_object(path, most=LISTING, raises=CheckpointError).get("added_tokens") or []
+    tokens = as_record(added, list[AddedToken], f"{path}: added_tokens", raises=CheckpointError)
+    special = {token.id: token.content for token in tokens if token.special}
     ends = [token for token in config.ends if token in special]
     names = {"eos_token": ends[0] if ends else None, "pad_token": config.pad_token_id}
     return {

@@ -10,6 +10,7 @@ frequencies, F rotated pairs, G coefficient groups.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +20,13 @@ from onnx_ir.passes import InPlacePass, PassError, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
 from fope_export.bundle import KEPT, MODEL, OPTIMISED, Bundle
-from fope_export.errors import ConfigError, ExportError
+from fope_export.errors import ConfigError, ExportError, cut
 from fope_export.fope import contract
 from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.passes import NUMBERS
 from fope_export.graph.quantise import INT8, OPERATOR, Products
+from fope_export.graph.reading import load_onnx
 
 MICROSOFT = "com.microsoft"
 CAPACITY = "capacity"
@@ -333,6 +335,15 @@ def _extent(value: ir.Value | None, axis: int) -> int:
     return size
 
 
+def _save(model: ir.Model, path: Path) -> None:
+    try:
+        ir.save(model, path)
+    except ir.serde.SerdeError as cause:  # what a damaged file brought along
+        raise ExportError(
+            f"{path.name} cannot be written: {cut(cause)}", hint="Export the checkpoint again."
+        ) from cause
+
+
 def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     """Add the optimised file to a decoder's bundle, and have ONNX Runtime GenAI load it.
 
@@ -350,13 +361,13 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     if int8_activations and export.quantize:
         passes.append(Products(INT8))
     try:
-        model = Sequential(*passes, ShapeInferencePass())(ir.load(bundle.model)).model
+        model = Sequential(*passes, ShapeInferencePass())(load_onnx(bundle.model)).model
     except PassError as cause:
         raise ExportError(f"{bundle.model} cannot be optimised: {cause.__cause__}", hint="Export it again.") from cause
     model.metadata_props["fope.optimised"] = bundle.manifest.files[MODEL]
     partial = bundle.path / f".{OPTIMISED}.partial"
     try:
-        ir.save(model, partial)
+        _save(model, partial)
         check(partial)
         return bundle.add({OPTIMISED: partial, **for_genai(config, export, optimised=True)})
     finally:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Sequential
 
 from fope_export.fope import contract
+from fope_export.graph.reading import load_onnx
 from fope_export.graph.translation import function
 
 NUMBERS = [i for i, port in enumerate(contract.INPUTS) if port.dtype == "float32"]
@@ -108,7 +109,7 @@ def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 def rewritten(model: Path, copy: Path, edits: Sequence[InPlacePass]) -> Path:
     """Write `model` to `copy` after some passes, with all its numbers."""
-    ir.save(Sequential(*edits)(ir.load(model)).model, copy, external_data=f"{copy.name}.data")
+    ir.save(Sequential(*edits)(load_onnx(model)).model, copy, external_data=f"{copy.name}.data")
     return copy
 
 

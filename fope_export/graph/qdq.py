@@ -18,6 +18,7 @@ from fope_export.errors import require
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
 from fope_export.graph.quantise import Quantised, Rounding, array_of, initializer, linear_weight
+from fope_export.graph.reading import load_onnx
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 
@@ -146,7 +147,7 @@ class ExactInputs(InPlacePass):
 
 def rounded_layers(path: Path) -> Iterator[Quantised]:
     """Every such layer of an ONNX file, one at a time."""
-    for module, (small, back) in _layers(ir.load(path)):
+    for module, (small, back) in _layers(load_onnx(path)):
         numbers, steps = (array_of(value) for value in back.inputs)
         grid = next(grid for grid in GRIDS.values() if grid.dtype.numpy() == numbers.dtype)
         whole, scales = numbers.astype(np.float64), steps.astype(np.float64)

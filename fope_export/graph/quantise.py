@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from fope_export.errors import ExportError, require
+from fope_export.graph.reading import load_onnx
 
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
 BITS = {"int4": 4, "int8": 8}
@@ -134,7 +135,7 @@ class Quantised(NamedTuple):
 
 def quantised_weights(path: Path) -> Iterator[Quantised]:
     """Every quantised weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
-    for node in ir.load(path).graph:
+    for node in load_onnx(path).graph:
         if node.op_type == OPERATOR:
             assert node.name
             yield Quantised(node.name.rpartition("/")[0], *_dequantised(node))

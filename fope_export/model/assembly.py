@@ -57,7 +57,7 @@ def assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, pat
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = dict(plan.constants)
     for name, sources in plan.sources.items():
-        state[name] = plan.adapt(name, [in_float32(plan, tensors, source, path) for source in sources])
+        state[name] = plan.made(name, [in_float32(plan, tensors, source, path) for source in sources])
         _check(state[name], shapes[name], f"{path}: {sources[0]}")
         if name.endswith(".freq"):
             _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")

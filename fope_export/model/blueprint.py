@@ -1,6 +1,5 @@
 """What a checkpoint layout has to say about a folder before its tensors are read."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fope_export.config import ModelConfig, SpectrumConfig
-from fope_export.errors import CheckpointError, ConfigError
+from fope_export.documents import read_object
+from fope_export.errors import CheckpointError, ConfigError, cut
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.fp8 import Fp8
 
@@ -32,6 +32,17 @@ class Blueprint:
     checksums: dict[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     fp8: Fp8 | None = None
+
+    def made(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """The decoder's tensor `name` of its stored ones. Raises CheckpointError where their shapes do not allow it."""
+        try:
+            return self.adapt(name, tensors)
+        except (RuntimeError, IndexError, ValueError) as cause:  # how torch refuses shapes
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise CheckpointError(
+                f"{self.sources[name][0]}: {name} cannot be made of shapes {cut(shapes)}",
+                hint="The configuration and the weights belong to different models.",
+            ) from cause
 
 
 @dataclass(frozen=True)
@@ -101,16 +112,11 @@ class Format:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError when it is not one."""
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as cause:
-        raise CheckpointError(f"{path}: not valid JSON: {cause}", hint="Is the file complete?") from cause
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}", hint="Is it the model's?")
-    return data
+    return read_object(path, raises=CheckpointError)
 
 
 def model_type(folder: Path) -> str | None:
     """`model_type` of the folder's config.json, if there is one."""
     path = folder / "config.json"
-    return read_json(path).get("model_type") if path.is_file() else None
+    named = read_json(path).get("model_type") if path.exists() else None
+    return named if isinstance(named, str) else None

@@ -1,24 +1,22 @@
 """Strict loading: every tensor present, none left over, every shape and number right, and no code executed."""
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig, as_written
+from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.model.assembly import assemble, named
-from fope_export.model.blueprint import Format, read_json
+from fope_export.model.blueprint import Format
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
+from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
 
 TOKENIZER_FILES = (
@@ -59,6 +57,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     weights = _weights_file(folder, layout)
     stored, shards = read_tensors(weights)
     tensors = named(stored, layout, plan, weights)
+    _check_size(plan.config, tensors, weights)
     with torch.device("meta"):
         model = Decoder(config)
     model.load_state_dict(assemble(plan, tensors, model, weights), assign=True, strict=False)
@@ -66,7 +65,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
     names = ("config.yaml", "config.json", GENERATION, weights.name, *shards, *TOKENIZER_FILES)
-    files = tuple(folder / name for name in names if (folder / name).is_file())
+    files = tuple(folder / name for name in names if (folder / name).exists())
+    for path in files:
+        check_file(path, raises=CheckpointError)
     return Checkpoint(folder, layout.name, config, model.eval().requires_grad_(False), files)
 
 
@@ -102,65 +103,23 @@ def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
     return checkpoint
 
 
+def _check_size(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError before a decoder is made that is far larger than its weights."""
+    if config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: {len(tensors)} tensors for {config.num_layers} layers: there are some missing",
+            hint="The configuration describes a larger model or another dialect.",
+        )
+
+
 def _weights_file(folder: Path, layout: Format) -> Path:
     for name in layout.weights:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     raise CheckpointError(
         f"{folder}: no weights, expected {' or '.join(layout.weights)}",
         hint=f"The folder looks like layout {layout.name} ({layout.evidence}).",
     )
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a .safetensors, .pt or .bin file, or of all files of a .safetensors.index.json, and the names of
-    these files; memory-mapped where the file allows it.
-
-    Raises CheckpointError when one is missing or truncated, is not such a file, or holds anything but tensors.
-    """
-    if path.suffix != ".json":
-        return _read_file(path), ()
-    index = read_json(path).get("weight_map")
-    if not isinstance(index, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in index.values()
-    ):
-        raise CheckpointError(f"{path}: no weight_map from tensors to files", hint="Is it the weights' index?")
-    shards = tuple(sorted(set(index.values())))
-    for name in shards:
-        if not (path.parent / name).is_file():
-            raise CheckpointError(f"{path}: {name} is not there", hint="Copy all files that the index names.")
-    found = {key: (name, tensor) for name in shards for key, tensor in _read_file(path.parent / name).items()}
-    if misplaced := [key for key in found.keys() | index.keys() if found.get(key, ("",))[0] != index.get(key)]:
-        raise CheckpointError(
-            f"{path}: {min(misplaced)} is not in the file that the index says",
-            hint="Index and files are of different checkpoints.",
-        )
-    return {key: tensor for key, (_, tensor) in found.items()}, shards
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a pickle protocol that it may not read: then it raises too
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as cause:
-        raise CheckpointError(
-            f"{path}: not a plain file of tensors",
-            hint="Only plain state dicts are read; nothing in a checkpoint is executed.",
-        ) from cause
-    except Exception as cause:  # a damaged file can raise anything
-        reason = str(cause).partition(". ")[0]
-        raise CheckpointError(
-            f"{path}: cannot be read: {reason}", hint="The file looks truncated or damaged: copy it again."
-        ) from cause
-    if not isinstance(data, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise CheckpointError(
-            f"{path}: expected a dictionary of tensors, found {type(data).__name__}",
-            hint="Save the model's state_dict() alone.",
-        )
-    return dict(data)
 
 
 def _check_spectra(model: Decoder, path: Path) -> None:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fope_export.config import (
+    Channels,
     Checked,
     Count,
     ExpertsConfig,
+    Layers,
     ModelConfig,
     Positive,
     Size,
@@ -77,10 +79,10 @@ class HfFlags(Checked, frozen=True, kw_only=True):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count
-    head_dim: Count | None = None
+    head_dim: Channels | None = None
     max_position_embeddings: Count
     rms_norm_eps: Positive
     rope_theta: Positive | None = None

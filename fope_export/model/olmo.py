@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
-from fope_export.config import Count, ModelConfig, Positive, SpectrumConfig, convert
+from fope_export.config import Count, Layers, ModelConfig, Positive, SpectrumConfig, convert
+from fope_export.documents import read_yaml
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.model import paper
 from fope_export.model.blueprint import (
@@ -37,7 +37,7 @@ class OlmoFlags(PaperFlags, frozen=True, kw_only=True):
     n_heads: Count = 12
     n_kv_heads: Count | None = None
     multi_query_attention: bool | None = None
-    n_layers: Count = 12
+    n_layers: Layers = 12
     mlp_ratio: Count = 4
     mlp_hidden_size: Count | None = None
     vocab_size: Count = 50257
@@ -217,11 +217,7 @@ def tensor_name(key: str) -> str:
 
 def _plan_yaml(folder: Path) -> Blueprint:
     path = folder / "config.yaml"
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as cause:
-        reason = " ".join(str(cause).split())
-        raise CheckpointError(f"{path}: not valid YAML: {reason}", hint="Is the file complete?") from cause
+    data = read_yaml(path, raises=CheckpointError)
     section = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")
@@ -246,7 +242,7 @@ OLMO = Format(
     name="olmo",
     evidence="config.yaml with a model: section",
     weights=("model.safetensors", "model.pt"),
-    recognise=lambda folder: (folder / "config.yaml").is_file(),
+    recognise=lambda folder: (folder / "config.yaml").exists(),
     plan=_plan_yaml,
     tensor_name=tensor_name,
 )

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from polygraphy.exception import PolygraphyException
-from polygraphy.json import load_json, save_json
+from polygraphy.json import from_json, save_json
 
 from fope_export.backends.base import Backend, Feeds, Limits, empty_past, feeds_for
 from fope_export.bundle import Manifest
 from fope_export.config import ModelConfig
-from fope_export.errors import ParityError
+from fope_export.documents import LISTING, read_text
+from fope_export.errors import ParityError, cut
 from fope_export.generation import pad_left
 
 FAR = (100_000, 1_000_000)
@@ -30,6 +31,10 @@ STEP_BYTES = 1 << 30
 """Bound on the float64 logits and on the mask of one step; longer prefills are fed in chunks."""
 
 UNLIMITED = Limits()
+UNREADABLE = (
+    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, MemoryError, PolygraphyException,
+)  # fmt: skip
+"""What Polygraphy and NumPy raise for JSON that is none of theirs."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -161,9 +166,10 @@ def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
     """
     hint = "Write them with --save-inputs."
     try:
-        sets = [[np.asarray(inputs[name], np.int64) for name in Feeds._fields] for inputs in load_json(str(path))]
-    except (OSError, KeyError, TypeError, ValueError, PolygraphyException) as cause:
-        raise ParityError(f"{path}: not inputs of this model: {cause}", hint=hint) from cause
+        saved = from_json(read_text(path, most=LISTING, raises=ParityError, hint=hint))
+        sets = [[np.asarray(inputs[name], np.int64) for name in Feeds._fields] for inputs in saved]
+    except UNREADABLE as cause:
+        raise ParityError(f"{path}: not inputs of this model: {cut(cause)}", hint=hint) from cause
     feeds = [Feeds(*arrays) for arrays in sets]
     if not feeds or any(len({array.shape for array in each}) > 1 or each.input_ids.ndim != 2 for each in feeds):
         raise ParityError(f"{path}: expected whole sequences without a past", hint=hint)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
 from polygraphy.backend.onnx import modify_outputs
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -22,6 +21,7 @@ from fope_export.backends.ort import open_session, runnable
 from fope_export.bundle import Bundle
 from fope_export.fope.contract import DOMAIN
 from fope_export.fope.replace import rotaries
+from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
 from fope_export.parity.judge import MEMBERS, Floats, Noise, over
@@ -94,7 +94,7 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the checkpoint's tensors that the graph holds with other values, or not at all, in the graph's order."""
     state = model.state_dict()
     found = []
-    for name, value in ir.load(bundle.model).graph.initializers.items():
+    for name, value in load_onnx(bundle.model).graph.initializers.items():
         source = name.removesuffix(".T")
         if source in state and value.const_value is not None:
             wanted = state[source].T if name.endswith(".T") else state[source]
@@ -109,7 +109,7 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
 
 def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum."""
-    calls = [node for node in onnx.load(bundle.model, load_external_data=False).graph.node if node.domain == DOMAIN]
+    calls = [node for node in read_onnx(bundle.model).graph.node if node.domain == DOMAIN]
     found = []
     for module, rotary in rotaries(model).items():
         c, owner = rotary.config, model.get_submodule(module.rpartition(".")[0])
@@ -130,7 +130,7 @@ def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
 def module_outputs(path: Path) -> dict[str, list[str]]:
     """Module -> names of the outputs of its own last node in the graph, in order of execution."""
     last: dict[str, list[str]] = {}
-    for node in onnx.load(path, load_external_data=False).graph.node:
+    for node in read_onnx(path).graph.node:
         module = node.name.rpartition("/")[0]
         last.pop(module, None)
         last[module] = list(node.output)
@@ -179,7 +179,7 @@ def _with_outputs(model: Path, names: list[str]) -> Iterator[Path]:
     """A copy of the graph with other outputs, beside the original so that it finds the weights."""
     path = model.with_name(f".probe.{os.getpid()}.onnx")
     try:
-        onnx.save(modify_outputs(onnx.load(model, load_external_data=False), outputs=names), path)
+        onnx.save(modify_outputs(read_onnx(model), outputs=names), path)
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
 from fope_export.errors import BackendError, BundleError, ParityError
 from fope_export.fope.replace import rotaries
 from fope_export.graph.module import Inputs, arguments, class_name, constant, state_hash
+from fope_export.graph.reading import check_graphs
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localise import different_rotations, different_tensors, divergence_of
@@ -118,6 +119,7 @@ def validate_module(
     itself does not run.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
+    check_graphs(bundle)
     record, single = _check_source(bundle, module), constant(module)
     cases = _given(bundle, module, inputs) if inputs else list(standard_cases(bundle, seed))
     yardstick = yardstick_of(bundle, single)

@@ -18,6 +18,7 @@ from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import MANIFEST, OPTIMISED, Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ParityError
+from fope_export.graph.reading import check_graphs
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
@@ -137,6 +138,7 @@ def validate(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
+    check_graphs(bundle)
     source, exported = source_of(bundle, checkpoint), bundle.manifest.export
     limits = BACKENDS[chosen].limits(bundle)
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
