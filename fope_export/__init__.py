@@ -13,7 +13,7 @@ _HOMES = {
     "ExportConfig": "config",
     "FopeError": "errors",
     "FopeRotary": "fope.rotary",
-    "Sampling": "generation",
+    "Sampling": "sampling",
     "Spectrum": "fope.spectrum",
     "Text": "tokens",
     "build": "engine.build",

@@ -1,6 +1,8 @@
 """The command line: what can be asked, and how a failure is told."""
 
 import argparse
+import os
+import re
 import signal
 import sys
 import traceback
@@ -11,6 +13,7 @@ from fope_export.commands import PASSED, bench, build, demo, doctor, export, ins
 from fope_export.errors import FopeError
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
+DIGITS = re.compile(r"[0-9]{1,18}")
 
 EPILOG = """\
 examples:
@@ -70,11 +73,13 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
     sub.add_argument(
-        "--capacity", type=int, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
+        "--capacity", type=_natural, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
     )
-    sub.add_argument("--opset", type=int, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
+    sub.add_argument("--opset", type=_natural, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
     sub.add_argument("--extend", choices=("pi", "yarn"), help="change the frequencies for longer contexts")
-    sub.add_argument("--extend-to", type=int, metavar="TOKENS", help="how far (default: 16 x trained, at most 8192)")
+    sub.add_argument(
+        "--extend-to", type=_natural, metavar="TOKENS", help="how far (default: 16 x trained, at most 8192)"
+    )
     sub.add_argument(
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
@@ -109,9 +114,9 @@ def _build_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--plugin", action=argparse.BooleanOptionalAction, default=True, help="the rotation as one fused kernel"
     )
-    sub.add_argument("--max-batch", type=int, default=4, help="rows at once (default: 4)")
+    sub.add_argument("--max-batch", type=_natural, default=4, help="rows at once (default: 4)")
     sub.add_argument(
-        "--max-length", type=int, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
+        "--max-length", type=_natural, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
     )
     sub.add_argument(
         "--size", type=_size, action="append", default=[], dest="sizes", metavar="NAME=LEAST,BEST,LARGEST",
@@ -147,9 +152,14 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl"
     )
     source.add_argument("--prompt-ids", type=_numbers, help="token ids to continue, as 12,7,99")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    source.add_argument(
+        "--messages", type=Path, metavar="FILE", help='a chat: JSON, [{"role": "user", "content": "..."}, ...]'
+    )
+    sub.add_argument("--chat", action="store_true", help="each prompt is a user's message, put into the chat template")
+    sub.add_argument("--system", metavar="TEXT", help="of a chat: its first message, of the system")
+    sub.add_argument("--max-new-tokens", type=_natural, default=128, help="default: 128")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
+    sub.add_argument("--top-k", type=_natural, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
     sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
     sub.add_argument("--chunk", type=_natural, help="prompt tokens fed at once; 0 is all (default: the backend's best)")
@@ -170,10 +180,11 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
     sub.add_argument("--lengths", type=_numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
     sub.add_argument("--batch", type=_numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
-    sub.add_argument("--rounds", type=int, default=5, help="everybody in turn in each (default: 5)")
-    sub.add_argument("--sittings", type=int, default=1, help="all begin anew, in new processes (default: 1)")
-    sub.add_argument("--decoded", type=int, default=24, help="tokens after each prompt (default: 24)")
-    sub.add_argument("--threads", type=int, help="default: one for each core")
+    sub.add_argument("--rounds", type=_natural, default=5, help="everybody in turn in each (default: 5)")
+    sub.add_argument("--sittings", type=_natural, default=1, help="all begin anew, in new processes (default: 1)")
+    sub.add_argument("--decoded", type=_natural, default=24, help="tokens after each prompt (default: 24)")
+    sub.add_argument("--threads", type=_natural, help="default: one for each core")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch (default: cpu)")
     sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
     sub.add_argument("--peers", type=_names, default=(), help="genai,optimum: on a RoPE twin of the same shape")
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
@@ -198,23 +209,24 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _natural(text: str) -> int:
-    return _numbers(text)[0]
+    """One whole number in decimal digits."""
+    if not DIGITS.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not one number from 0 on")
+    return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 1,64,512") from None
-    if min(numbers) < 0:
-        raise argparse.ArgumentTypeError("negative numbers make no sense here")
-    return numbers
+    parts = text.split(",")
+    if not all(map(DIGITS.fullmatch, parts)):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a list of numbers from 0 on, like 1,64,512")
+    return tuple(map(int, parts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the reader of our output has seen enough, end quietly
+    _open_streams()
     args = parser().parse_args(argv)
     if args.version:
         from fope_export import __version__
@@ -225,22 +237,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().print_help()
         return MISUSED
     try:
-        return int(args.function(args))
+        code = int(args.function(args))
+        sys.stdout.flush()
     except (FopeError, OSError) as error:
-        if args.traceback:
-            traceback.print_exc()
-            return MISUSED
-        from fope_export.terminal import print_error
-
-        hint = "Check the path, its permissions, and the space on the disk."
-        print_error(error if isinstance(error, FopeError) else FopeError(str(error), hint=hint))
-        return MISUSED
+        return _refuse(error, traced=args.traceback)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:
         traceback.print_exc()
         print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)
         return BROKEN
+    return code
+
+
+def _refuse(error: FopeError | OSError, *, traced: bool) -> int:
+    if isinstance(error, OSError):
+        _forget_output()
+    if traced:
+        traceback.print_exc()
+        return MISUSED
+    from fope_export.terminal import print_error
+
+    hint = "Check the path, its permissions, and the space on the disk."
+    print_error(error if isinstance(error, FopeError) else FopeError(str(error), hint=hint))
+    return MISUSED
+
+
+def _open_streams() -> None:
+    """A closed stream goes nowhere, in the place of into the next file that opens; a character that the terminal's
+    encoding lacks becomes a stand-in.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _forget_output() -> None:
+    """Where output cannot be written, what waits to be would fail once more at the end, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

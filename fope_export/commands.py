@@ -4,6 +4,7 @@ needs them.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,27 +142,30 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.backends.choose import Settings, load_backend
     from fope_export.bundle import Bundle
     from fope_export.config import convert
-    from fope_export.generation import Sampling, complete, generate
+    from fope_export.generation import complete, generate
+    from fope_export.sampling import Sampling
     from fope_export.terminal import report_speed, waiting
     from fope_export.tokens import Text
 
     options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
     sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
+    _check_chat(args)
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
         settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
         backend = load_backend(bundle, args.backend, settings)
-    eos = bundle.manifest.decoder().eos_token_id
+    ends = bundle.manifest.decoder().ends
     if args.prompt_ids:
         if args.stop:
             raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
-        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=eos, chunk=args.chunk)
+        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk)
         _print_ids((token for (token,) in steps), as_json=args.json)
         return PASSED
-    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts)
+    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts) if args.prompts else [""]
+    asked = _asked(args, bundle, prompts)
     pieces = complete(
-        backend, Text(bundle.path), prompts, sampling,
-        stop=args.stop, eos=eos, chunk=args.chunk, max_batch=args.max_batch,
+        backend, Text(bundle.path), asked or prompts, sampling, stop=args.stop, eos=ends, chunk=args.chunk,
+        max_batch=args.max_batch, special=not asked,
     )  # fmt: skip
     texts = [""] * len(prompts)
     with report_speed() as count:
@@ -222,16 +226,38 @@ def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:
     return ids
 
 
+def _check_chat(args: argparse.Namespace) -> None:
+    """Before anything loads."""
+    if args.system is not None and not (args.chat or args.messages):
+        raise ConfigError("--system is the first message of a chat, and this is none", hint="Add --chat.")
+    if args.chat and args.prompt_ids:
+        raise ConfigError("--chat makes a prompt of text, and --prompt-ids gives ids", hint="Leave one of them out.")
+
+
+def _asked(args: argparse.Namespace, bundle: "Bundle", prompts: Sequence[str]) -> list[str]:
+    """What the chat template makes of each prompt, or of the messages in a file; nothing without a chat."""
+    if not (args.chat or args.messages):
+        return []
+    from fope_export.chat import Chat, read_messages
+
+    chat = Chat(bundle.path)
+    first = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if args.messages:
+        return [chat.render([*first, *read_messages(args.messages)])]
+    return [chat.render([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
+
+
 def _read_prompts(path: Path) -> list[str]:
+    """Lines end with a line feed alone, or with a carriage return before it: other separators belong to a prompt."""
+    hint = "One prompt a line; in a .jsonl file, one JSON string a line; in UTF-8."
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
+        lines = [line for each in text.split("\n") if (line := each.removesuffix("\r")).strip(" \t")]
         prompts = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError) as cause:
-        raise ConfigError(
-            f"{path}: {cause}", hint="One prompt a line; in a .jsonl file, one JSON string a line."
-        ) from cause
+    except (OSError, ValueError, RecursionError) as cause:
+        raise ConfigError(f"{path}: {str(cause)[:200]}", hint=hint) from cause
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConfigError(f"{path}: no prompts", hint="One prompt a line; in a .jsonl file, one JSON string a line.")
+        raise ConfigError(f"{path}: no prompts", hint=hint)
     return prompts
 
 
@@ -245,6 +271,12 @@ def _print_ids(ids: Iterable[int | None], *, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
+    """With escapes where the terminal's encoding lacks a character."""
     import msgspec
 
-    print(msgspec.json.format(msgspec.json.encode(value, enc_hook=dict), indent=2).decode())
+    text = msgspec.json.format(msgspec.json.encode(value, enc_hook=dict), indent=2).decode()
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)
+    print(text)

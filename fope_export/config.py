@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -100,7 +100,7 @@ class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", ta
     training_length: Count  # tokens; it decides which frequencies were kept
     rope_theta: Positive | None  # base of the frequencies, where they follow theta ** (-2i / head_dim)
     floored: bool  # frequencies without one whole period in training_length were removed
-    eos_token_id: Size | None
+    eos_token_id: Size | tuple[Size, ...] | None  # any of several ends a text
     pad_token_id: Size | None
     spectrum: SpectrumConfig
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
@@ -124,10 +124,31 @@ class ModelConfig(Checked, frozen=True, kw_only=True, tag_field="model_type", ta
                 hint="Coefficients are shared (1 group) or per key-value head.",
             )
         for name in ("eos_token_id", "pad_token_id"):
-            if (token := getattr(self, name)) is not None and token >= self.vocab_size:
+            if (token := max(tokens_of(getattr(self, name)), default=0)) >= self.vocab_size:
                 raise ConfigError(
                     f"{name} is {token}, outside a vocabulary of {self.vocab_size}", hint="Null means none."
                 )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return tokens_of(self.eos_token_id)
+
+
+Tokens = int | Sequence[int] | None
+"""How configurations write token ids: none, one or several."""
+
+
+def tokens_of(written: Tokens) -> tuple[int, ...]:
+    """Each token once."""
+    listed = () if written is None else (written,) if isinstance(written, int) else written
+    return tuple(dict.fromkeys(listed))
+
+
+def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
+    """Tokens as configurations write them."""
+    found = tuple(dict.fromkeys(tokens))
+    return found if len(found) > 1 else found[0] if found else None
 
 
 Dtype = Literal["fp32", "fp16", "bf16"]

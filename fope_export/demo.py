@@ -15,11 +15,12 @@ from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.evaluation import loss_by_length
-from fope_export.generation import Sampling, complete
+from fope_export.generation import complete
 from fope_export.graph.export import export
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.cases import FACTORS
 from fope_export.parity.run import ParityResult, validate
+from fope_export.sampling import Sampling
 from fope_export.tokens import Text
 
 NAMES = {"fope": "FoPE", "rope": "RoPE"}
@@ -64,9 +65,7 @@ def run_demo(out: Path, stage: Callable[[str], None]) -> DemoResult:
     models = tuple(_show(name, out / name, text, stage) for name in NAMES)
     stage("writing Python with the exported model")
     bundle = models[0].bundle
-    pieces = complete(
-        load_backend(bundle), Text(bundle.path), [PROMPT], SAMPLING, eos=bundle.manifest.decoder().eos_token_id
-    )
+    pieces = complete(load_backend(bundle), Text(bundle.path), [PROMPT], SAMPLING)
     result = DemoResult(models, "".join(piece for _, piece in pieces), out / "report.html")
     result.page.write_text(_page(result))
     return result

@@ -3,32 +3,21 @@
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, Feeds, Ids, Logits, Part, feeds_for, widest
-from fope_export.config import Checked, Count, Size
+from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
+from fope_export.sampling import Sampling, sample
 from fope_export.tokens import Text
-
-
-class Sampling(Checked, frozen=True, kw_only=True):
-    """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal tokens."""
-
-    max_new_tokens: Count = 128
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    top_k: Size = 0
-    """Draw from the k likeliest tokens only; 0 means all."""
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    """Draw from the fewest tokens whose probabilities reach p."""
-    seed: Size = 0
-
 
 SHARED = 16
 """Tokens that all prompts must begin with for these to be fed only once."""
+AHEAD = 1024
+"""New tokens that caches have room for at once: answers may be allowed to be far longer than they become."""
 
 
 @dataclass
@@ -36,7 +25,8 @@ class _Sequence:
     """A prompt at work."""
 
     number: int
-    rng: np.random.Generator
+    place: int
+    """Position of the next token."""
     left: int
     """Tokens that it may still make."""
     logits: NDArray[Any]
@@ -50,43 +40,47 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    eos: int | None = None,
+    eos: Tokens = None,
     chunk: int | None = None,
     max_batch: int = 0,
 ) -> Generator[list[int | None], Collection[int] | None]:
-    """Yield one token for each prompt and step; None for a prompt that has met `eos` (which itself is yielded), or that
-    still waits.
+    """Yield one token for each prompt and step; None for a prompt that has met one of `eos` (which itself is yielded),
+    or that still waits.
 
     `max_batch` prompts are at work at once (0: all), and when one ends another takes its place. Each is fed alone, and
-    what all begin with only once; then they go on together, padded on the left. `chunk` is as for `prefill`. Each draws
-    with its own generator, from `seed` and its number, so that a prompt's text does not depend on the prompts beside
-    it. Send a list of numbers to end those prompts early.
+    what all begin with only once; then they go on together, padded on the left. `chunk` is as for `prefill`. What a
+    prompt draws does not depend on the prompts beside it (`sampling.sample`). Send a list of numbers to end those
+    prompts early.
 
     Raises ConfigError for an empty prompt.
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty", hint="Every prompt needs at least one token.")
-    room = max(map(len, prompts)) + sampling.max_new_tokens
+    ends = tokens_of(eos)
+    room = max(map(len, prompts)) + min(sampling.max_new_tokens, AHEAD)
     shared = _shared(prompts)
     _, prefix = prefill(backend, _alone(prompts[0][:shared]), chunk) if shared else (None, None)
 
     def start(number: int) -> _Sequence:
         cache = backend.assemble([Part(prefix, 0, 0, shared)], room) if shared else backend.empty_cache(1, room)
         logits, cache = prefill(backend, _alone(prompts[number]), chunk, cache, shared)
-        rng = np.random.default_rng((sampling.seed, number))
-        return _Sequence(number, rng, sampling.max_new_tokens, logits[0, -1], Part(cache, 0, 0, len(prompts[number])))
+        length = len(prompts[number])
+        return _Sequence(number, length, sampling.max_new_tokens, logits[0, -1], Part(cache, 0, 0, length))
 
     waiting, working = deque(range(len(prompts))), list[_Sequence]()
     while waiting or working:
         while waiting and len(working) < (max_batch or len(prompts)):
             working.append(start(waiting.popleft()))
-        chosen = {each.number: sample(each.logits, sampling, each.rng) for each in working}
+        drawn = sample(np.stack([each.logits for each in working]), sampling, [each.place for each in working])
+        chosen = dict(zip((each.number for each in working), drawn, strict=True))
         ended = (yield [chosen.get(number) for number in range(len(prompts))]) or ()
         waiting = deque(number for number in waiting if number not in ended)
         for each in working:
-            each.left -= 1
+            each.left, each.place = each.left - 1, each.place + 1
         before = len(working)
-        working = [each for each in working if each.left and chosen[each.number] != eos and each.number not in ended]
+        working = [
+            each for each in working if each.left and chosen[each.number] not in ends and each.number not in ended
+        ]
         if working:
             _advance(backend, working, [chosen[each.number] for each in working], before, room)
 
@@ -142,18 +136,24 @@ def complete(
     sampling: Sampling,
     *,
     stop: Sequence[str] = (),
-    eos: int | None = None,
+    eos: Tokens = None,
     chunk: int | None = None,
     max_batch: int = 0,
+    special: bool = True,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (number of a prompt, text that became certain, perhaps none) for every token; `stop` strings end it."""
+    """Yield (number of a prompt, text that became certain, perhaps none) for every token.
+
+    A text ends with one of the tokens `eos` (None: those that the bundle names), and before a `stop` string. `special`
+    is as for `Text.encode`.
+    """
+    ends = text.ends if eos is None else tokens_of(eos)
     streams = [text.stream(stop) for _ in prompts]
-    encoded = [text.encode(prompt) for prompt in prompts]
-    steps = generate(backend, encoded, sampling, eos=eos, chunk=chunk, max_batch=max_batch)
+    encoded = [text.encode(prompt, special=special) for prompt in prompts]
+    steps = generate(backend, encoded, sampling, eos=ends, chunk=chunk, max_batch=max_batch)
     tokens = next(steps, None)
     while tokens is not None:
         for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):
-            if token is not None and token != eos and not stream.stopped:
+            if token is not None and token not in ends and not stream.stopped:
                 yield row, stream.push(token)
         try:
             tokens = steps.send([row for row, stream in enumerate(streams) if stream.stopped])
@@ -173,16 +173,3 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
-
-
-def sample(logits: NDArray[Any], sampling: Sampling, rng: np.random.Generator) -> int:
-    """One token from logits [V]: the largest without a temperature; else drawn after top-k, then top-p."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
-    weights /= weights.sum()
-    kept = int(np.searchsorted(weights.cumsum(), sampling.top_p)) + 1
-    weights = weights[:kept] / weights[:kept].sum()
-    return int(order[rng.choice(len(weights), p=weights)])

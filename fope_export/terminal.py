@@ -17,7 +17,7 @@ from fope_export.errors import FopeError
 WIDE = 160
 """Columns where nobody watches: a file or a pipe needs no folding."""
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
-RESULTS = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+RESULTS = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else WIDE)
 
 
 def print_error(error: FopeError) -> None:

@@ -1,12 +1,25 @@
-"""Text to tokens and back, through the tokenizer file that travels with a model."""
+"""Text to tokens and back, through the tokenizer files that travel with a model, as transformers does it."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.decoders import DecodeStream
 
-from fope_export.errors import BundleError
+from fope_export.config import tokens_of
+from fope_export.errors import BundleError, ConfigError
+
+GENERATION = "generation_config.json"
+UNREADABLE = "\ufffd"
+"""What stands for bytes that are no text."""
+CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+"""What transformers replaces, in this order, where tokenizer_config.json has `clean_up_tokenization_spaces`."""
+REACH = 6
+"""Characters after a space that may still join it in a replacement of CLEANED, or in two of them."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -24,8 +37,24 @@ def _byte_vocabulary() -> dict[str, int]:
     return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of the bundle, empty where there is none. Raises BundleError where it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as cause:
+        raise BundleError(f"{path}: not JSON: {cause}", hint="Export the checkpoint again.") from cause
+    if not isinstance(found, dict):
+        raise BundleError(f"{path}: expected an object, found {type(found).__name__}", hint="Copy the file again.")
+    return found
+
+
 class Text:
-    """A bundle's tokenizer. Raises BundleError when the folder has none."""
+    """A bundle's tokenizer, and the tokens that end a text. Raises BundleError when the folder has none.
+
+    Padding and truncation that were left switched on in tokenizer.json are ignored, as transformers ignores them.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -38,43 +67,156 @@ class Text:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as cause:  # the library raises bare Exceptions
             raise BundleError(f"{path}: not a tokenizer: {cause}", hint="Export the checkpoint again.") from cause
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.config = read_object(folder / "tokenizer_config.json")
+        self.ends = ends_of(folder)
+        self._cleans = self.config.get("clean_up_tokenization_spaces") is True
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._special = {number: token.content for number, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return list(self.tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt; with `special` also those that the tokenizer puts around every text.
+
+        Raises ConfigError where it holds half a surrogate pair, which is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as cause:
+            raise ConfigError(
+                f"the prompt is no text: {text[cause.start]!a} at character {cause.start + 1}",
+                hint="Is it UTF-8? A character beyond 65535 must have both halves in JSON.",
+            ) from cause
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        stream = self.stream()
+        return "".join((*(stream.push(token) for token in ids), stream.flush()))
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
-        """A decoder for tokens that arrive one by one."""
-        return TextStream(self.tokenizer, stop)
+        """A decoder for tokens that arrive one by one. Raises ConfigError for an empty stop string."""
+        return TextStream(self.tokenizer, stop, special=self._special, cleans=self._cleans)
+
+
+def ends_of(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text by generation_config.json in `folder`; none where it is silent, or not there.
+
+    Raises ConfigError where they are no token ids.
+    """
+    path = folder / GENERATION
+    found = read_object(path).get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(token) is not int or token < 0 for token in listed):
+        raise ConfigError(
+            f"{path}: eos_token_id is {str(found)[:200]}, expected a token id or a list of them",
+            hint="Null means none.",
+        )
+    return tokens_of(listed)
 
 
 class TextStream:
-    """Text of tokens as they arrive. Text that may be the beginning of a stop string is held back until it is clear."""
+    """Text of tokens as they arrive; all pieces together are the tokens decoded at once.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._held = ""
+    Text is held back while the tokens to come may change it: an unfinished character, bytes of a byte-fallback
+    tokenizer (what one run of them means shows at its end), spaces that a clean-up may remove, and what may be the
+    beginning of a stop string. Special tokens are not text, but a stop string may have them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], *, special: dict[int, str], cleans: bool = False
+    ) -> None:
+        if not all(stop):
+            raise ConfigError("a stop string is empty", hint="Leave it out, or give the text that ends the answer.")
+        self._tokenizer, self._stop, self._special = tokenizer, stop, special
+        self._in_runs = "ByteFallback" in _decoder_of(tokenizer)
+        self._ids: list[int] = []
+        self._start, self._read = 0, 0
+        self._cleaner = _Cleaner() if cleans else None
+        self._held: list[tuple[str, bool]] = []
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that became certain with `token`; ends before a stop string, after which `stopped` is true."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._take(min(found))
-        return self._take(len(self._held) - self._uncertain())
+        if (name := self._special.get(token)) is not None:
+            self._hold(name, shown=False)
+        elif self._tokenizer.id_to_token(token) is not None:
+            self._ids.append(token)
+            self._hold(self._decoded(last=False))
+        return self._certain()
 
     def flush(self) -> str:
         """What was held back, when no more tokens come."""
-        return "" if self.stopped else self._take(len(self._held))
+        if self.stopped:
+            return ""
+        self._hold(self._decoded(last=True), last=True)
+        certain = self._certain()
+        return certain if self.stopped else certain + self._take(len(self._held))
 
-    def _uncertain(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        ends = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        return max(ends, default=0)
+    def _decoded(self, *, last: bool) -> str:
+        """What the tokens that were not read yet add to the text before them, or nothing while that is open.
+
+        Decoders treat the first token of a text differently, so that the new ones are decoded behind some old ones.
+        """
+        if not last and self._in_runs and _is_byte(self._tokenizer.id_to_token(self._ids[-1])):
+            return ""
+        before = self._tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=False)
+        whole = self._tokenizer.decode(self._ids[self._start :], skip_special_tokens=False)
+        if not last and (whole.endswith(UNREADABLE) or not whole.startswith(before)):
+            return ""
+        if whole != before:
+            self._start, self._read = self._read, len(self._ids)
+        return str(whole[len(before) :])
+
+    def _hold(self, text: str, *, shown: bool = True, last: bool = False) -> None:
+        if shown and self._cleaner:
+            text = self._cleaner.push(text, last=last)
+        self._held += [(letter, shown) for letter in text]
+
+    def _certain(self) -> str:
+        held = "".join(letter for letter, _ in self._held)
+        if found := [at for stop in self._stop if (at := held.find(stop)) >= 0]:
+            self.stopped = True
+            return self._take(min(found))
+        ends = (n for stop in self._stop for n in range(1, len(stop)) if held.endswith(stop[:n]))
+        return self._take(len(held) - max(ends, default=0))
 
     def _take(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
+        taken, self._held = self._held[:count], self._held[count:]
+        return "".join(letter for letter, shown in taken if shown)
+
+
+def _decoder_of(tokenizer: Tokenizer) -> str:
+    return json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
+
+
+def _is_byte(token: str) -> bool:
+    """Whether a token is one of byte fallback's, <0x00> to <0xFF>."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+class _Cleaner:
+    """The clean-up of transformers, on text that arrives in pieces: what may still join a replacement waits."""
+
+    def __init__(self) -> None:
+        self._open = ""
+
+    def push(self, text: str, *, last: bool) -> str:
+        self._open += text
+        at = len(self._open) if last else self._settled()
+        text, self._open = self._open[:at], self._open[at:]
+        for old, new in CLEANED:
+            text = text.replace(old, new)
         return text
+
+    def _settled(self) -> int:
+        """Where to cut so that no replacement meets the cut: all begin with a space. One before an apostrophe's other
+        space, or before "n" or a space that such an apostrophe may join, belongs to what follows it.
+        """
+        text = self._open
+        if " " not in text[-REACH:]:
+            return len(text)
+        for at in range(len(text) - 1, 0, -1):
+            if text[at] == " " != text[at - 1] and text[max(at - 2, 0) : at] not in (" '", " n"):
+                return at
+        return 0

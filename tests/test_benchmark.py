@@ -18,7 +18,18 @@ from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import bench_page, bench_record, print_bench, read_old, write_bench
 from fope_export.benchmark import run
 from fope_export.benchmark.compiled import Compiled
-from fope_export.benchmark.contenders import ALLOWED, COMPILED, CONTENDERS, EAGER, OURS, PEERS, TWIN, Stepping
+from fope_export.benchmark.contenders import (
+    ALLOWED,
+    COMPILED,
+    CONTENDERS,
+    CUDA,
+    EAGER,
+    GRAPH,
+    OURS,
+    PEERS,
+    TWIN,
+    Stepping,
+)
 from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.run import BenchConfig, BenchResult, benchmark, prompt, require_green
@@ -63,6 +74,13 @@ def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
         assert (measured.speed(cell, "next") == 1) == (cell.contender == EAGER)
     timed = [entry for entry in measured.entries if not entry.refused]
     assert all(entry.away <= ALLOWED["fp32"] and entry.weight_bytes for entry in timed)
+
+
+def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:
+    recorded = {COMPILED + GRAPH, CUDA + GRAPH}
+    assert not recorded & {*run._chosen(BenchConfig())}
+    assert recorded < {*run._chosen(BenchConfig(device="cuda"))}
+    assert {*run._chosen(BenchConfig(device="cuda", backends=(CUDA,)))} == {EAGER, COMPILED, CUDA, *recorded}
 
 
 def test_sittings_begin_in_new_processes(

@@ -7,7 +7,8 @@ from fope_export.backends.base import Backend, Feeds, Part, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
-from fope_export.generation import Sampling, complete, generate, pad_left, prefill, sample
+from fope_export.generation import complete, generate, pad_left, prefill
+from fope_export.sampling import Sampling
 from fope_export.tokens import Text
 
 
@@ -155,25 +156,21 @@ def test_several_prompts_come_apart(bundle: Bundle, backend: Backend) -> None:
         assert texts[row] == "".join(piece for _, piece in complete(backend, text, [prompt], options))
 
 
-def test_top_k_and_top_p_leave_out_the_tail() -> None:
-    logits = np.log(np.array([0.05, 0.5, 0.15, 0.3]))
-    rng = np.random.default_rng(0)
-
-    def drawn(**options: float) -> set[int]:
-        return {sample(logits, Sampling(temperature=1.0, **options), rng) for _ in range(300)}
-
-    assert drawn() == {0, 1, 2, 3}
-    assert drawn(top_k=2) == {1, 3}
-    assert drawn(top_p=0.5) == {1}
-    assert drawn(top_p=0.6) == {1, 3}
-    assert drawn(top_k=3, top_p=0.9) == {1, 2, 3}
+def test_any_of_several_tokens_ends_a_row() -> None:
+    backend = Scripted([[3, 6, 5], [4, 4, 0, 4]])
+    steps = generate(backend, [[1], [1, 2]], Sampling(max_new_tokens=9), eos=(0, 6))
+    assert list(steps) == [[3, 4], [6, 4], [None, 0]]
 
 
-def test_temperature_shapes_the_odds() -> None:
-    rng = np.random.default_rng(0)
-    logits = np.log(np.array([0.8, 0.2]))
-    share = [np.mean([sample(logits, Sampling(temperature=t), rng) for _ in range(4000)]) for t in (0.5, 1.0, 2.0)]
-    np.testing.assert_allclose(share, [0.2**2 / (0.2**2 + 0.8**2), 0.2, 0.2**0.5 / (0.2**0.5 + 0.8**0.5)], atol=0.03)
+def test_a_drawn_text_does_not_depend_on_its_place(backend: Backend) -> None:
+    options = {"max_new_tokens": 12, "temperature": 3.0, "seed": 3}
+    alone = tokens(backend, [[7, 5]], **options)
+    assert tokens(backend, [[9, 5], [7, 5], [7, 5]], **options)[1:] == alone * 2
+
+
+def test_room_for_far_more_tokens_than_come_is_not_taken(backend: Backend) -> None:
+    steps = generate(backend, [[5]], Sampling(max_new_tokens=10**9))
+    assert len([next(steps) for _ in range(3)]) == 3
 
 
 def test_what_all_prompts_begin_with_is_fed_once() -> None:

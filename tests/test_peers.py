@@ -13,9 +13,10 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.demo import shipped
-from fope_export.generation import Sampling, generate
+from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
+from fope_export.sampling import Sampling
 from fope_export.tokens import Text
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")

@@ -12,8 +12,9 @@ from fope_export.cli import main
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import NAMES, shipped
 from fope_export.evaluation import loss_by_length
-from fope_export.generation import Sampling, complete
+from fope_export.generation import complete
 from fope_export.graph.export import export
+from fope_export.sampling import Sampling
 from fope_export.tokens import Text
 
 

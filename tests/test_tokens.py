@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
-from fope_export.errors import BundleError
-from fope_export.tokens import Text, byte_tokenizer
+from fope_export.errors import BundleError, ConfigError
+from fope_export.tokens import Text, byte_tokenizer, ends_of
 
 
 @pytest.fixture
@@ -43,3 +45,55 @@ def test_a_missing_or_broken_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="not a tokenizer"):
         Text(tmp_path)
+
+
+def test_an_unfinished_character_at_the_end_is_told(text: Text) -> None:
+    stream = text.stream()
+    assert [stream.push(byte) for byte in "🙂".encode()[:3]] == ["", "", ""] and stream.flush() == "\ufffd"
+    assert text.decode(b"a\xffb\xc3\xa9\xe2") == "a\ufffdbé\ufffd"
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Text:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    return Text(tmp_path)
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "b<|end|>", "<|end|>\n", "d|>\nx"])
+def test_a_stop_string_may_be_or_have_a_special_token(stop: str, marked: Text) -> None:
+    stream = marked.stream([stop])
+    pieces = [stream.push(token) for token in (*b"ab", 256, *b"\nxy")]
+    wanted = {"<|end|>": "ab", "b<|end|>": "a", "<|end|>\n": "ab", "d|>\nx": "ab"}[stop]
+    assert stream.stopped and "".join(pieces) + stream.flush() == wanted
+    assert marked.decode((*b"ab", 256, *b"c")) == "abc"
+
+
+def test_an_empty_stop_string_is_misuse(text: Text) -> None:
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        text.stream(["x", ""])
+
+
+@pytest.mark.parametrize("prompt", ["A\ud83d", "caf\udce9"], ids=ascii)
+def test_half_a_character_is_no_prompt(prompt: str, text: Text) -> None:
+    with pytest.raises(ConfigError, match="no text"):
+        text.encode(prompt)
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [("{}", ()), ('{"eos_token_id": null}', ()), ('{"eos_token_id": []}', ()), ('{"eos_token_id": 7}', (7,)),
+     ('{"eos_token_id": [7, 9, 7]}', (7, 9))],
+)  # fmt: skip
+def test_tokens_that_end_a_text(said: str, ends: tuple[int, ...], tmp_path: Path) -> None:
+    assert ends_of(tmp_path) == ()
+    (tmp_path / "generation_config.json").write_text(said)
+    assert ends_of(tmp_path) == ends
+
+
+@pytest.mark.parametrize("said", ['"x"', "true", "[1.5]", "-1", "[[1]]", "{}"])
+def test_what_is_no_token_is_told(said: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": json.loads(said)}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
+        ends_of(tmp_path)

@@ -13,20 +13,23 @@ from fope_export.model.decoder import Cache, Decoder, Step, static_mask
 
 def write_in_place(past: Tensor, new: Tensor, written: Tensor) -> Tensor:
     """The static cache for rows of equal length: past [B, K, C, E] itself, with `new` after the tokens `written`."""
-    return past.index_copy_(2, written[0] + torch.arange(new.shape[2]), new)
+    return past.index_copy_(2, written[0] + torch.arange(new.shape[2], device=past.device), new)
 
 
 class Compiled(Greedy):
-    """torch.compile, in its default mode with a static cache that is written in place: a graph for each shape, made
-    when the shape first comes. The rotation is compiled with the rest.
+    """torch.compile with a static cache that is written in place: a graph for each shape, made when the shape first
+    comes. The rotation is compiled with the rest. On a GPU `cuda_graph` lets it record what it compiled
+    (mode "reduce-overhead"), which needs caches that stay where they are.
     """
 
-    def __init__(self, model: Decoder) -> None:
-        self._model = model
+    def __init__(self, model: Decoder, *, cuda_graph: bool = False) -> None:
+        self._model, self._device = model, model.embed.weight.device
+        self._caches: dict[tuple[int, ...], Cache] = {}
         for attention in model.attentions():
             attention.rotary.operator = rotated
         torch._dynamo.config.recompile_limit = 64  # a graph for each shape is meant
-        self._step = torch.compile(self._forward, dynamic=False, fullgraph=True)
+        mode = "reduce-overhead" if cuda_graph else "default"
+        self._step = torch.compile(self._forward, dynamic=False, fullgraph=True, mode=mode)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         model = self._model
@@ -41,13 +44,19 @@ class Compiled(Greedy):
     def begin(self, prompts: Ids, new: int) -> Logits:
         """See `Contender`."""
         (batch, length), config = prompts.shape, self._model.config
-        self._length, self._mask = 0, torch.zeros(batch, length + new, dtype=torch.int64)
+        self._length, self._mask = 0, torch.zeros(batch, length + new, dtype=torch.int64, device=self._device)
         shape = (batch, config.num_kv_heads, length + new, config.spectrum.head_dim)
-        zeros = self._model.embed.weight.new_zeros
-        self._cache = [(zeros(shape), zeros(shape)) for _ in range(config.num_layers)]
+        if shape not in self._caches:
+            self._caches[shape] = [(self._zeros(shape), self._zeros(shape)) for _ in range(config.num_layers)]
+        self._cache = self._caches[shape]  # what an earlier prompt left in it is masked, and overwritten
         for start in range(0, length, CHUNK):
             logits = self._advance(prompts[:, start : start + CHUNK])
         return logits
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        zeros = self._model.embed.weight.new_zeros(shape)
+        torch._dynamo.mark_static_address(zeros)
+        return zeros
 
     def feed(self, tokens: Ids) -> Logits:
         """See `Contender`."""
@@ -57,5 +66,6 @@ class Compiled(Greedy):
     def _advance(self, ids: Ids) -> Logits:
         start, self._length = self._length, self._length + ids.shape[1]
         self._mask[:, start : self._length] = 1
-        positions = torch.arange(start, self._length).repeat(len(ids), 1)
-        return in_numpy(self._step(torch.from_numpy(np.ascontiguousarray(ids)), self._mask, positions, self._cache))
+        positions = torch.arange(start, self._length, device=self._device).repeat(len(ids), 1)
+        tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self._device)
+        return in_numpy(self._step(tokens, self._mask, positions, self._cache))

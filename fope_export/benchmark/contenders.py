@@ -18,7 +18,9 @@ from fope_export.errors import BackendError
 from fope_export.generation import prefill
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
-ORT, OURS = "onnxruntime", "onnxruntime, optimised"
+ORT, OURS, CUDA = "onnxruntime", "onnxruntime, optimised", "onnxruntime-cuda"
+GRAPH = ", CUDA graph"
+"""Ends the name of a contender that records its decoding in a CUDA graph."""
 ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int4": 0.5}
 """How far a contender may be from eager PyTorch (`greedy.distance`), by what its arithmetic rounds to: int4 is held to
 what rounding does to random weights. Another model is about 1 away.
@@ -33,6 +35,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str | None
     folder: str
     threads: int
+    device: str = "cpu"
+    """Of PyTorch: cpu or cuda."""
 
     @property
     def twin(self) -> Path:
@@ -80,12 +84,12 @@ def _eager(job: Job) -> Loaded:
     return Loaded(Stepping(EagerBackend(model)), size)
 
 
-def _compiled(job: Job) -> Loaded:
+def _compiled(cuda_graph: bool, job: Job) -> Loaded:
     from fope_export.benchmark.compiled import Compiled
 
     model = _model(job)
     size = _read_by_a_token(model.config, sum(p.nbytes for p in model.parameters()), model.embed.weight.itemsize)
-    return Loaded(Compiled(model), size)
+    return Loaded(Compiled(model, cuda_graph=cuda_graph), size)
 
 
 def _model(job: Job) -> Any:
@@ -94,19 +98,19 @@ def _model(job: Job) -> Any:
     from fope_export.parity.quantised import place_weights
 
     if job.contender == TWIN:
-        return load_checkpoint(job.twin).model
+        return load_checkpoint(job.twin).model.to(job.device)
     bundle = Bundle.open(job.bundle, verify=False)
     model = source_of(bundle, job.checkpoint).model.as_exported(bundle.manifest.export)
     if bundle.manifest.export.quantize:
         place_weights(bundle, model)
-    return model
+    return model.to(job.device)
 
 
-def _backend(name: str, optimised: bool, job: Job) -> Loaded:
+def _backend(name: str, optimised: bool, job: Job, *, cuda_graph: bool = False) -> Loaded:
     bundle = Bundle.open(job.product if job.product.exists() else job.bundle, verify=False)
     if optimised and OPTIMISED not in bundle.manifest.files:
         raise BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
-    settings = Settings(optimised=optimised, threads=job.threads)
+    settings = Settings(optimised=optimised, threads=job.threads, cuda_graph=cuda_graph)
     return Loaded(Stepping(load_backend(bundle, name, settings)), _of_bundle(bundle))
 
 
@@ -180,7 +184,7 @@ _without_ort = BACKENDS[ORT].missing
 class Row:
     """A contender: what it is, how a worker makes it, and why a machine cannot. One with a `peer` is timed when that is
     asked for; `prepare` runs the exporter that it has for the `twin`. `rounds` is what its arithmetic rounds to, where
-    that is not the bundle's dtype.
+    that is not the bundle's dtype. One with a `device` is timed where PyTorch has that device.
     """
 
     what: str
@@ -190,11 +194,15 @@ class Row:
     twin: bool = False
     prepare: Callable[[Job], None] | None = None
     rounds: str = ""
+    device: str = ""
 
 
 CONTENDERS: dict[str, Row] = {
     EAGER: Row("the checkpoint in PyTorch, eager; logits of the last position", _eager),
-    COMPILED: Row("the same with torch.compile: static cache written in place, a graph for each shape", _compiled),
+    COMPILED: Row(
+        "the same with torch.compile: static cache written in place, a graph for each shape", partial(_compiled, False)
+    ),
+    COMPILED + GRAPH: Row("the same, recorded", partial(_compiled, True), device="cuda"),
     ORT: Row("the bundle in ONNX Runtime, its portable file", partial(_backend, ORT, False), _without_ort),
     OURS: Row("its optimised file", partial(_backend, ORT, True), _without_ort),
     **{
@@ -202,6 +210,10 @@ CONTENDERS: dict[str, Row] = {
         for name, row in BACKENDS.items()
         if name not in (EAGER, ORT)
     },
+    CUDA + GRAPH: Row(
+        "the same, decoding recorded", partial(_backend, CUDA, True, cuda_graph=True), BACKENDS[CUDA].missing,
+        device="cuda",
+    ),
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds="fp32"),
     f"{OURS}, RoPE twin": Row(
         "the twin, exported and optimised as the bundle was", partial(_backend, ORT, True), _without_ort, "any",

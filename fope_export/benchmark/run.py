@@ -43,6 +43,7 @@ class BenchConfig(Checked, frozen=True, kw_only=True):
     """How often all begin anew, in new processes: one keeps the memory that it was given, and its luck with it."""
     decoded: Count = 24
     threads: Count | None = None  # None: one for each core
+    device: Literal["cpu", "cuda"] = "cpu"  # of PyTorch
     backends: tuple[str, ...] = ()  # none: all that the machine can run
     peers: tuple[str, ...] = ()
 
@@ -165,7 +166,14 @@ def benchmark(
     with TemporaryDirectory(prefix="fope-export-") as folder:
         place = str(checkpoint) if checkpoint else None
         jobs = [
-            Job(contender=name, bundle=str(bundle.path), checkpoint=place, folder=folder, threads=threads)
+            Job(
+                contender=name,
+                bundle=str(bundle.path),
+                checkpoint=place,
+                folder=folder,
+                threads=threads,
+                device=config.device,
+            )
             for name in _chosen(config)
         ]
         if config.peers:
@@ -198,7 +206,7 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
         else:
             backend = name.partition(",")[0]
             wanted = backend not in BACKENDS or backend == EAGER or not config.backends or backend in config.backends
-        if wanted:
+        if wanted and row.device in ("", config.device):
             yield name
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fope_export.bundle import MODEL, OPTIMISED
-from fope_export.config import ExportConfig, ModelConfig, usual_length
+from fope_export.config import ExportConfig, ModelConfig, as_written, usual_length
+from fope_export.tokens import GENERATION
 
 CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
@@ -18,7 +19,7 @@ def companions(config: ModelConfig, export: ExportConfig, tokenizer_files: Seque
     described = "tokenizer.json" not in files or "tokenizer_config.json" in files
     made = {
         "config.json": _encoded(hugging_face(config, export.capacity or CONTEXT_LENGTH)),
-        "generation_config.json": _encoded(_tokens(config)),
+        GENERATION: _encoded(_tokens(config)),
         **for_genai(config, export),
     }
     return made if described else made | {"tokenizer_config.json": _encoded(tokenizer(config, files["tokenizer.json"]))}
@@ -99,7 +100,8 @@ def tokenizer(config: ModelConfig, path: Path) -> dict[str, Any]:
     """
     added = json.loads(path.read_text()).get("added_tokens", [])
     special = {token["id"]: token["content"] for token in added if token["special"]}
-    names = {"eos_token": config.eos_token_id, "pad_token": config.pad_token_id}
+    ends = [token for token in config.ends if token in special]
+    names = {"eos_token": ends[0] if ends else None, "pad_token": config.pad_token_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -110,5 +112,5 @@ def tokenizer(config: ModelConfig, path: Path) -> dict[str, Any]:
 
 
 def _tokens(config: ModelConfig) -> dict[str, Any]:
-    ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    ids = {"eos_token_id": as_written(config.ends), "pad_token_id": config.pad_token_id}
     return {name: token for name, token in ids.items() if token is not None}

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fope_export.bundle import Bundle, sha256
-from fope_export.config import ModelConfig
+from fope_export.config import ModelConfig, as_written
 from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.model.assembly import assemble, named
 from fope_export.model.blueprint import Format, read_json
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
+from fope_export.tokens import GENERATION, ends_of
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -53,18 +55,28 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     layout = recognise(folder)
     plan = layout.plan(folder)
+    config = _with_ends(plan.config, folder)
     weights = _weights_file(folder, layout)
     stored, shards = read_tensors(weights)
     tensors = named(stored, layout, plan, weights)
     with torch.device("meta"):
-        model = Decoder(plan.config)
+        model = Decoder(config)
     model.load_state_dict(assemble(plan, tensors, model, weights), assign=True, strict=False)
     if plan.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
-    names = ("config.yaml", "config.json", weights.name, *shards, *TOKENIZER_FILES)
+    names = ("config.yaml", "config.json", GENERATION, weights.name, *shards, *TOKENIZER_FILES)
     files = tuple(folder / name for name in names if (folder / name).is_file())
-    return Checkpoint(folder, layout.name, plan.config, model.eval().requires_grad_(False), files)
+    return Checkpoint(folder, layout.name, config, model.eval().requires_grad_(False), files)
+
+
+def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The tokens of generation_config.json end a text too."""
+    ends = as_written((*config.ends, *ends_of(folder)))
+    try:
+        return msgspec.structs.replace(config, eos_token_id=ends)
+    except ConfigError as cause:
+        raise ConfigError(f"{folder / GENERATION}: {cause}", hint=cause.hint) from cause
 
 
 def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:

@@ -247,5 +247,6 @@ def static_mask(attention_mask: Tensor, sequence: int, dtype: torch.dtype, capac
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    zero, hidden = (torch.full((), value, dtype=dtype) for value in (0.0, torch.finfo(dtype).min / 2))
+    lowest = torch.finfo(dtype).min / 2
+    zero, hidden = (torch.full((), value, dtype=dtype, device=seen.device) for value in (0.0, lowest))
     return torch.where(seen, zero, hidden)[:, None]

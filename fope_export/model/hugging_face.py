@@ -15,7 +15,18 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fope_export.config import Checked, Count, ExpertsConfig, ModelConfig, Positive, Size, SpectrumConfig, convert
+from fope_export.config import (
+    Checked,
+    Count,
+    ExpertsConfig,
+    ModelConfig,
+    Positive,
+    Size,
+    SpectrumConfig,
+    as_written,
+    convert,
+    tokens_of,
+)
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import frequencies
 from fope_export.fope.spectrum import Spectrum
@@ -196,7 +207,6 @@ def positions_of(flags: HfFlags, rope: Rope, port: PaperFlags | None) -> Positio
 
 def model_config(flags: HfFlags, kind: Kind, rope: Rope, spectrum: SpectrumConfig) -> ModelConfig:
     """The decoder's sizes."""
-    ends = flags.eos_token_id if isinstance(flags.eos_token_id, list) else [flags.eos_token_id]
     return ModelConfig(
         vocab_size=flags.vocab_size,
         hidden_size=flags.hidden_size,
@@ -209,7 +219,7 @@ def model_config(flags: HfFlags, kind: Kind, rope: Rope, spectrum: SpectrumConfi
         training_length=flags.max_position_embeddings,
         rope_theta=rope.rope_theta,
         floored=False,
-        eos_token_id=ends[0],
+        eos_token_id=as_written(tokens_of(flags.eos_token_id)),
         pad_token_id=flags.pad_token_id,
         spectrum=spectrum,
         qk_norm=kind.qk_norm,

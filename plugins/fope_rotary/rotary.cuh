@@ -59,6 +59,9 @@ FOPE_BOTH float constant(float const* address) {
 #endif
 }
 
+// Frequencies with their last run filled up: an unrolled run may load ahead of its end, and never what others write.
+FOPE_BOTH int basis_size(int frequencies) { return (frequencies + kRun - 1) / kRun * kRun; }
+
 // Turns of one row of the table, its last vector filled up.
 FOPE_BOTH int row_size(int pairs, int vector) { return (pairs + vector - 1) / vector * vector; }
 
@@ -67,17 +70,17 @@ struct Block {
     FopeRotaryArguments const& a;
     int64_t first_token;
     int tokens, first_group, groups, row, stride;
-    Basis<Tile>* basis; // [D]
+    Basis<Tile>* basis; // [D], and room up to basis_size
     Turn* table;        // [tokens, groups, row]
 
     static size_t shared_bytes(FopeRotaryArguments const& a, int chunk) {
-        return sizeof(Basis<Tile>) * a.frequencies + sizeof(Turn) * Tile * chunk * row_size(a.pairs, Vector);
+        return sizeof(Basis<Tile>) * basis_size(a.frequencies) + sizeof(Turn) * Tile * chunk * row_size(a.pairs, Vector);
     }
 
     FOPE_BOTH Block(FopeRotaryArguments const& arguments, int chunk, int64_t x, int y, void* shared)
         : a(arguments), first_token(x * Tile), first_group(y * chunk), row(row_size(a.pairs, Vector)),
           stride(row / Vector), basis(static_cast<Basis<Tile>*>(shared)),
-          table(reinterpret_cast<Turn*>(basis + a.frequencies)) {
+          table(reinterpret_cast<Turn*>(basis + basis_size(a.frequencies))) {
         tokens = a.tokens - first_token < Tile ? static_cast<int>(a.tokens - first_token) : Tile;
         groups = a.groups - first_group < chunk ? a.groups - first_group : chunk;
     }

@@ -17,8 +17,9 @@ from fope_export.demo import shipped
 from fope_export.engine.build import build
 from fope_export.engine.record import newest_engine
 from fope_export.errors import BackendError
-from fope_export.generation import Sampling, generate
+from fope_export.generation import generate
 from fope_export.graph.export import export
+from fope_export.sampling import Sampling
 
 
 @pytest.fixture

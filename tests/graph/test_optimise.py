@@ -17,10 +17,11 @@ from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope.rotary import FopeRotary
-from fope_export.generation import Sampling, generate, pad_left
+from fope_export.generation import generate, pad_left
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.parity.run import validate
+from fope_export.sampling import Sampling
 from tests.conftest import small_decoder, write_native
 
 MODELS: dict[str, dict[str, Any]] = {
