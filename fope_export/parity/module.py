@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fope_export.backends.eager import in_numpy
+from fope_export.backends.choose import choose, read_machine
 from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
 from fope_export.errors import BackendError, BundleError, ParityError
@@ -90,6 +91,7 @@ def validate_module(
     total, broken = len(cases) + len(CONTROLS), ""
     results: list[CaseResult] = []
     failing: list[ModuleCase] = []
+    choose("onnxruntime", read_machine(), bundle.manifest.export)
     try:
         graph = OrtGraph(bundle)
         for done, case in enumerate(cases):
