@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fope_export.backends.eager import in_numpy
 from fope_export.backends.choose import choose, read_machine
+from fope_export.backends.eager import in_numpy
 from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
 from fope_export.errors import BackendError, BundleError, ParityError
