@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fope_export.backends.choose import BACKENDS
+from fope_export.backends.choose import BACKENDS, choose, read_machine
 from fope_export.backends.eager import in_numpy
 from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
@@ -127,6 +127,7 @@ def validate_module(
     total, broken = len(cases) + len(CONTROLS), ""
     judged: list[tuple[ModuleCase, list[CaseResult]]] = []
     columns: tuple[ColumnResult, ...] = ()
+    choose("onnxruntime", read_machine(), bundle.manifest.export)
     try:
         graph = OrtGraph(bundle)
         for done, case in enumerate(cases):
