@@ -33,6 +33,10 @@ LOCALISED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
 LOCALISED_CASES = 3
 """Failing cases that it looks at, until one shows a difference."""
+UNSEEN = 4
+"""Times a dtype's eps: what a mistake changes in float64 that arithmetic of the dtype cannot show. A logit is rounded
+by half of one eps at its end alone, and several times on its way.
+"""
 SHORTEST_CONTROL = 32
 """Tokens on which every deliberate mistake shows, however short the training length."""
 
@@ -264,17 +268,22 @@ def _refusals(
     look, found = yardstick.look(case), []
     for done, control in enumerate(mistakes):
         report(control.name, done)
-        found.append(_refuse(control, case, yardstick.single.model, look))
+        found.append(_refuse(control, case, yardstick, look))
     return tuple(found)
 
 
-def _refuse(control: Control, case: Case, model: Decoder, look: Look) -> ControlResult:
-    """Hold a deliberate mistake against the truth, where the model can make it."""
-    if reason := control.reason(model):
+def _refuse(control: Control, case: Case, yardstick: Yardstick, look: Look) -> ControlResult:
+    """Hold a deliberate mistake against the truth, where the model can make it, and shows it."""
+    if reason := control.reason(yardstick.single.model):
         return ControlResult(control.name, reason, None)
-    with control.applied(model) as wrong:
+    with control.applied(yardstick.single.model) as wrong:
         got = case.run(wrong)
-    return ControlResult(control.name, "", look.judge(got))
+    if (verdict := look.judge(got)).passed:
+        with control.applied(yardstick.double.model) as wrong:
+            effect = float(np.linalg.norm(case.run(wrong) - look.truth) / (np.linalg.norm(look.truth) or 1.0))
+        if 0 < effect < UNSEEN * yardstick.eps:  # one that changes nothing at all is no mistake
+            return ControlResult(control.name, f"without rounding it changes the logits by {effect:.0e} only", None)
+    return ControlResult(control.name, "", verdict)
 
 
 def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:

@@ -84,6 +84,18 @@ def test_controls_leave_the_model_as_it_was(bundle: Bundle) -> None:
     assert [attention.rotary for attention in source.model.attentions()] == before
 
 
+def test_a_mistake_that_rounding_hides_is_not_asked_for() -> None:
+    """Where all scores are nearly 0, attention is a mean, and positions are lost in the rounding of half precision."""
+    model = small_decoder().half()
+    for attention in model.attentions():
+        attention.att_proj.weight[: 2 * attention.heads * attention.head_dim] *= 1e-2
+    yardstick = Yardstick(EagerBackend(model), EagerBackend.in_float64(model))
+    case = run.prefill(model.config, 64, 0)
+    shifted = next(control for control in CONTROLS if "shifted" in control.name)
+    (found,) = run._refusals([shifted], case, yardstick, lambda name, done: None)
+    assert found.passed and "without rounding it changes the logits by" in found.skipped
+
+
 def test_a_control_that_passes_breaks_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda spectrum: ""),))
     found = validate(bundle, lengths=(64,))
