@@ -145,7 +145,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             configs = [self.model.spectrum] * self.model.num_layers
         else:
             configs = list(self.model.rotations.values())
-        found = [len(each["freq"]) if each.keys() == SPECTRUM else None for each in self.spectra]
+        freqs = [each["freq"] if each.keys() == SPECTRUM else None for each in self.spectra]
+        found = [len(freq) if isinstance(freq, list) else None for freq in freqs]
         if found != (wanted := [config.frequencies for config in configs]):
             raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
 

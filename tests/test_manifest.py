@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no hash of a source": (at("source", "files", "config.json", value=""), "source.files"),
     "unknown dtype": (at("inputs", 0, "dtype", value="int65"), "unknown dtype int65"),
     "another dtype": (at("inputs", 3, "dtype", value="int64"), "inputs has Port"),
-    "negative size": (at("inputs", 3, "shape", 1, value=-1), r"inputs\[...\].shape"),
+    "negative size": (at("inputs", 3, "shape", 1, value=-1), r"Expected `int` >= 0 - at `\$.inputs"),
     "another size": (at("inputs", 3, "shape", 1, value=2), "expected Port"),
     "unknown size": (at("inputs", 0, "shape", 0, value="rows"), "unknown size rows"),
     "no sum": (at("inputs", 0, "shape", 0, value="batch ** 9"), "expected a sum"),
