@@ -90,7 +90,7 @@ def demo_table(result: DemoResult) -> Table:
     """One line a model."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     lengths = list(result.models[0].losses["torch"])
-    columns = ("model", "parity", "worst error / PyTorch's", *(f"loss at {n}" for n in lengths), "ONNX - PyTorch")
+    columns = ("model", "parity", "worst error / rounding", *(f"loss at {n}" for n in lengths), "ONNX - PyTorch")
     for column in columns:
         table.add_column(column, justify="left" if column in ("model", "parity") else "right")
     for model in result.models:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, What
+from fope_export.parity.judge import LIMITS
 from fope_export.parity.run import ParityResult
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
@@ -53,7 +54,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def error_figure(result: ParityResult, training_length: int | None) -> Figure:
-    """Error against float64 by length: the backend beside PyTorch, the limit, and the deliberately wrong models."""
+    """Errors in units of rounding by length: the backend, the limits, and the deliberately wrong models."""
     with rc_context(STYLE):
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
         draw_error(figure.subplots(), result, training_length)
@@ -63,29 +64,16 @@ def error_figure(result: ParityResult, training_length: int | None) -> Figure:
 def draw_error(axes: Axes, result: ParityResult, training_length: int | None) -> None:
     """`error_figure` on given axes."""
     rows = sorted((case for case in result.cases if not case.rounded), key=lambda case: case.length)
-    lengths = [case.length for case in rows]
-    limit = [case.verdict.limits["relative"] for case in rows]
-    axes.fill_between(lengths, limit, 1e-12, color=GREEN, alpha=0.08, lw=0)
-    axes.plot(lengths, limit, color=GREEN, lw=1.2, label="allowed")
-    axes.plot(
-        lengths,
-        [c.verdict.noise.relative for c in rows],
-        "s",
-        ms=7,
-        mfc="none",
-        color=GREY,
-        label=f"PyTorch {result.dtype}",
+    lengths, values, row = [case.length for case in rows], [], "token" if training_length else "row"
+    for name, style, size, what in (("rms", "o", 4.5, f"all {row}s"), ("token", "_", 9, f"worst {row}")):
+        ratios = [case.verdict.ratios[name] for case in rows]
+        axes.plot(lengths, ratios, style, ms=size, color=BLUE, mew=1.4, label=f"{result.backend}, {what}")
+        values += ratios
+    axes.axhspan(
+        1e-12, limit := LIMITS["rms"], color=GREEN, alpha=0.1, lw=0, label=f"allowed: {limit:g} over all {row}s"
     )
-    axes.plot(lengths, [c.verdict.got.relative for c in rows], "o", ms=4.5, color=BLUE, label=result.backend)
-    values = [*limit, *(c.verdict.noise.relative for c in rows), *(c.verdict.got.relative for c in rows)]
-    wrong = sorted((c.verdict.got.relative, c.name) for c in result.controls if c.verdict is not None)
-    for number, (error, name) in enumerate(wrong):
-        axes.axhline(error, color=RED, lw=1, ls=(0, (4, 3)))
-        axes.annotate(  # above and below in turn, so that the names of neighbours keep apart
-            name, (0.995, error), (0, (1, -2)[number % 2]), xycoords=("axes fraction", "data"),
-            textcoords="offset points", color=RED, fontsize=8.5, ha="right", va=("bottom", "top")[number % 2],
-        )  # fmt: skip
-        values.append(error)
+    axes.axhline(limit := LIMITS["token"], color=GREEN, lw=1.2, label=f"allowed: {limit:g} for one {row}")
+    values += [LIMITS["token"], *_draw_controls(axes, result)]
     if training_length:
         axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
@@ -94,11 +82,23 @@ def draw_error(axes: Axes, result: ParityResult, training_length: int | None) ->
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     finite = [value for value in values if 0 < value < float("inf")]
-    axes.set_ylim(min(finite, default=1e-7) / 3, max(finite, default=1) * 6)
+    axes.set_ylim(min(finite) / 3, max(finite) * 6)
     trained = f"tokens (dotted: training length, {training_length})"
     axes.set_xlabel(trained if training_length else "largest symbolic size")
-    axes.set_ylabel("error against float64, relative")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+    axes.set_ylabel(f"error in units of rounding, {result.dtype}")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=9)
+
+
+def _draw_controls(axes: Axes, result: ParityResult) -> list[float]:
+    """A line for each deliberate mistake; how far off they are."""
+    wrong = sorted((control.verdict.ratio, control.name) for control in result.controls if control.verdict)
+    for number, (error, name) in enumerate(wrong):
+        axes.axhline(error, color=RED, lw=1, ls=(0, (4, 3)))
+        axes.annotate(  # above and below in turn, so that the names of neighbours keep apart
+            name, (0.995, error), (0, (1, -2)[number % 2]), xycoords=("axes fraction", "data"),
+            textcoords="offset points", color=RED, fontsize=8.5, ha="right", va=("bottom", "top")[number % 2],
+        )  # fmt: skip
+    return [error for error, _ in wrong]
 
 
 def loss_figure(losses: Losses, training_length: int) -> Figure:

@@ -1,5 +1,7 @@
 """What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -12,9 +14,20 @@ from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
 from fope_export.bundle import MODEL, Bundle, judged_files
 from fope_export.config import ModelConfig
-from fope_export.parity.judge import FLOOR, METRICS
-from fope_export.parity.run import CaseResult, ParityResult
+from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, ColumnVerdict, Verdict
+from fope_export.parity.run import ParityResult
 
+UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 has no way to write: control characters, lone surrogates, two that are no characters."""
+RATIOS = {
+    "rms": "all tokens",
+    "token": "worst token",
+    "logit": "worst logit",
+    "column": "one logit, all tokens",
+}
+"""Errors in units of rounding, which are judged."""
+MODULE_RATIOS = {"rms": "all rows", "token": "worst row", "logit": "worst value", "column": "one column, all rows"}
+"""The same of a module."""
 LABELS = {
     "max_abs": "largest error",
     "relative": "relative error",
@@ -49,9 +62,11 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             "positions": case.positions,
             "steps": case.steps,
             "compared": case.compared,
-            "error": msgspec.to_builtins(case.verdict.got),
-            "pytorch_error": msgspec.to_builtins(case.verdict.noise),
+            "ratios": case.verdict.ratios,
             "limits": case.verdict.limits,
+            "members": case.verdict.members,
+            "error": msgspec.to_builtins(case.verdict.got),
+            "pytorch_error": msgspec.to_builtins(case.own),
         }
         for case in result.cases
     ]
@@ -61,6 +76,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             "passed": control.passed,
             "skipped": control.skipped or None,
             "refused_by": control.verdict.failed if control.verdict else [],
+            "ratios": control.verdict.ratios if control.verdict else None,
             "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
         }
         for control in result.controls
@@ -74,17 +90,21 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),
         "rule": {
-            "factor": result.factor,
-            "floor": FLOOR,
+            "limits": LIMITS,
+            "allowance": result.allowance,
             "truth": "PyTorch float64",
-            "noise": f"PyTorch {result.dtype}",
+            "noise": f"PyTorch {result.dtype}, one weight in eight moved by one unit in the last place",
         },
         "cases": cases,
+        "columns": [
+            {"name": each.name, "passed": each.verdict.passed} | msgspec.to_builtins(each.verdict)
+            for each in result.columns
+        ],
         "controls": controls,
         "quantisation": _cost_record(result),
         "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
-        "broken": result.broken or None,
+        "broken": encodable(result.broken) or None,
         "place": msgspec.to_builtins(result.place),
         "tool_version": manifest.tool_version,
         "machine": msgspec.to_builtins(read_machine()),
@@ -99,6 +119,10 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         result=result,
         figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
+        ratios=ratio_labels(result),
+        limits=LIMITS,
+        members=MEMBERS,
+        more=MORE,
         machine=read_machine(),
         place=place(result),
         cost=cost_line(result),
@@ -141,13 +165,24 @@ def render(template: str, **context: Any) -> str:
     """A page from the package's templates; a name that a template misses is an error."""
     environment = Environment(loader=PackageLoader("fope_export"), autoescape=True, undefined=StrictUndefined)
     environment.filters["short"] = short
+    environment.filters["times"] = times
     environment.filters["machine"] = machine_line
-    return environment.get_template(template).render(context)
+    return encodable(environment.get_template(template).render(context))
+
+
+def encodable(text: str) -> str:
+    """Text with \\ud800 in the place of lone surrogates, which a path may hold and no encoding does."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def short(value: float) -> str:
     """A number in a table: counts as they are, others with two digits."""
     return str(value) if isinstance(value, int) else f"{value:.2g}"
+
+
+def times(ratio: float) -> str:
+    """A multiple, with two digits after the point where they mean something."""
+    return f"{ratio:,.2f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def machine_line(machine: Machine) -> str:
@@ -156,9 +191,16 @@ def machine_line(machine: Machine) -> str:
     return f"{machine.system}, {machine.cores} cores, Python {machine.python}; {packages}"
 
 
+def writable(text: str) -> str:
+    """Text with \\x1b and \\ud800 in the place of characters that XML 1.0 has no way to write."""
+    return UNWRITABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
-    checks = [(f"case: {c.name}", "" if c.verdict.passed else _why(c)) for c in result.cases]
+    labels = ratio_labels(result)
+    checks = [(f"case: {c.name}", _why(c.verdict, labels)) for c in result.cases]
+    checks += [(f"every column: {c.name}", _why(c.verdict, labels)) for c in result.columns]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
     if result.cost:
         checks += [(f"quantisation: {result.cost.kind}", "; ".join(result.cost.failed))]
@@ -166,18 +208,27 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
     failures = sum(bool(reason) for _, reason in checks)
     counts = {"tests": str(len(checks)), "failures": str(failures)}
-    suite = Xml.Element("testsuite", {"name": f"parity {bundle.path.name}"} | counts)
+    suite = Xml.Element("testsuite", {"name": writable(f"parity {bundle.path.name}")} | counts)
     for name, reason in checks:
-        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=name)
+        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=writable(name))
         if reason:
-            Xml.SubElement(case, "failure", message=reason).text = place(result)
+            Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))
     Xml.indent(suite)
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _why(case: CaseResult) -> str:
-    got, limits = case.verdict.got, case.verdict.limits
-    return "; ".join(f"{LABELS[n]} {short(getattr(got, n))} > {short(limits[n])}" for n in case.verdict.failed)
+def ratio_labels(result: ParityResult) -> dict[str, str]:
+    """What the ratios are called."""
+    return MODULE_RATIOS if of_module(result) else RATIOS
+
+
+def _why(verdict: Verdict | ColumnVerdict, labels: Mapping[str, str]) -> str:
+    """What is too large, in words; empty where nothing is."""
+    if isinstance(verdict, ColumnVerdict):
+        name = f"{labels['column']}, number {verdict.logit}"
+        return "" if verdict.passed else f"{name}: {short(verdict.ratio)} > {verdict.limit:g} times rounding"
+    ratios, limits = verdict.ratios, verdict.limits
+    return "; ".join(f"{labels[n]} {short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
 
 
 def _cost_record(result: ParityResult) -> dict[str, Any] | None:
@@ -207,7 +258,8 @@ def place(result: ParityResult) -> str:
     parts = [result.broken] if result.broken else []
     if (first := found.divergence) is not None:
         parts.append(
-            f"First module that diverges: {first.module} (error {first.error:.2g}, allowed {first.allowed:.2g})."
+            f"First module that diverges: {first.module} "
+            f"({ratio_labels(result)[first.ratio]} {short(first.error)} times rounding, allowed {first.allowed:g})."
         )
     for what, names in (
         ("Tensors that differ from the checkpoint", found.tensors),
@@ -216,36 +268,51 @@ def place(result: ParityResult) -> str:
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             parts.append(f"{what}: {names[0]}{others}.")
-    if not parts and not all(case.verdict.passed for case in result.cases):
-        where = "between them" if of_module(result) else "in how the graph uses its cache"
-        parts.append(f"On whole sequences every module agrees: the fault lies {where}.")
-    return " ".join(parts)
+    return " ".join(parts) or _without_place(result)
+
+
+def _without_place(result: ParityResult) -> str:
+    """What is known where no module stands out."""
+    failed = [case for case in result.cases if not case.verdict.passed]
+    if not failed and all(each.verdict.passed for each in result.columns):
+        return ""
+    agree = "On whole sequences every module of model.onnx is as close to float64 as rounding explains"
+    if failed and all(case.name.endswith(", optimised") for case in failed):
+        return f"{agree}: the fault lies in the optimised file."
+    if failed and all(case.steps > 1 for case in failed):
+        return f"{agree}: the fault lies in how the graph uses its cache."
+    return f"{agree}: no layer can be named."
 
 
 def parity_table(result: ParityResult) -> Table:
-    """The comparisons for a terminal."""
+    """The comparisons for a terminal: errors in units of rounding, then plain."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    size = "size" if of_module(result) else "tokens"
-    columns = ("case", size, "largest error", "allowed", "x PyTorch's", "KL", LABELS["flips"], "")
+    size, labels = "size" if of_module(result) else "tokens", ratio_labels(result)
+    columns = ("case", size, *labels.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
-        got, verdict = case.verdict.got, case.verdict
-        table.add_row(
-            case.name, str(case.length), short(got.max_abs), short(verdict.limits["max_abs"]), f"{verdict.ratio:.2f}",
-            short(got.kl), str(got.flips), "[green]pass[/]" if verdict.passed else f"[red]FAIL[/] {_why(case)}",
-        )  # fmt: skip
+        table.add_row(case.name, str(case.length), *_numbers(case.verdict), _said(_why(case.verdict, labels)))
+    for each in result.columns:
+        ratio, why = times(each.verdict.ratio), _why(each.verdict, labels)
+        table.add_row(each.name, *[""] * 4, ratio, *[""] * 3, _said(why))
     for control in result.controls:
         if control.verdict is None:
-            table.add_row(f"control: {control.name}", *[""] * 6, f"[dim]not possible: {control.skipped}[/]")
+            table.add_row(f"control: {control.name}", *[""] * 8, f"[dim]not possible: {control.skipped}[/]")
         else:
-            got, verdict = control.verdict.got, control.verdict
-            table.add_row(
-                f"control: {control.name}", "", short(got.max_abs), short(verdict.limits["max_abs"]),
-                f"{verdict.ratio:,.0f}", short(got.kl), str(got.flips),
-                "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]",
-            )  # fmt: skip
+            found = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
+            table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), found)
     return table
+
+
+def _said(why: str) -> str:
+    return f"[red]FAIL[/] {why}" if why else "[green]pass[/]"
+
+
+def _numbers(verdict: Verdict) -> tuple[str, ...]:
+    got = verdict.got
+    ratios = (times(verdict.ratios[name]) if name in verdict.ratios else "" for name in RATIOS)
+    return (*ratios, short(got.max_abs), short(got.kl), str(got.flips))
 
 
 def print_parity(result: ParityResult, console: Console) -> None:
@@ -263,4 +330,4 @@ def print_parity(result: ParityResult, console: Console) -> None:
     console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 
-assert set(LABELS) == set(METRICS)
+assert set(LABELS) == set(METRICS) and set(RATIOS) == set(MODULE_RATIOS) == set(LIMITS)

@@ -25,6 +25,7 @@ import numpy as np
 from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import OPTIMISED, Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import shipped
@@ -35,7 +36,7 @@ from fope_export.graph.optimise import optimise
 RESULTS = Path(__file__).parent / "results"
 BOTH_FIT = 8192
 """Tokens at which the prompt is also fed whole."""
-SAME = 1e-5
+SAME = ALLOWED["fp32"]
 """Largest difference of logits that another order of summation explains."""
 
 

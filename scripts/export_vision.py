@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fope_export as fx
+from fope_export.benchmark.contenders import ALLOWED
 from fope_export.report import parity_table
 
 
@@ -129,7 +130,7 @@ def main() -> None:
         except fx.FopeError as reason:
             console.print(f"no engine: {reason}", markup=False)
     console.print(f"{'passed' if result.passed else 'FAILED'} in {time.perf_counter() - started:.0f} s")
-    if not result.passed or not math.isfinite(difference) or difference > 1e-5:
+    if not result.passed or not math.isfinite(difference) or difference > ALLOWED["fp32"]:
         raise SystemExit(1)
 
 

@@ -1,6 +1,8 @@
 """Fixtures: checkpoints on disk, a small decoder, exported bundles made once."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.export import export
 from fope_export.model import olmo
+from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.native import save
 from fope_export.tokens import byte_tokenizer
@@ -26,7 +29,7 @@ from fope_export.tokens import byte_tokenizer
 DATA = Path(__file__).parent / "data"
 VARIANTS = json.loads((DATA / "olmo_variants.json").read_text())
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FOPE_EXPORT_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +89,12 @@ def write_native(model: Decoder, folder: Path) -> Path:
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native FoPE checkpoint."""
     return write_native(small_decoder(), tmp_path_factory.mktemp("native") / "fope")
+
+
+@pytest.fixture(scope="session")
+def decoder(native: Path) -> Decoder:
+    """Its model."""
+    return load_checkpoint(native).model
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +172,32 @@ def write_variant(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
+NO_GPU = "no NVIDIA GPU here"
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """What needs a GPU is skipped where there is none."""
     if "gpu" in item.keywords and not torch.cuda.is_available():
-        item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+        item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An environment that was made to have a part must not skip for want of it."""
+    parser.addoption(
+        "--may-skip", metavar="REGEX", help="a skip for another reason is a failure; want of a GPU is none"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test was skipped that may not be."""
+    allowed, reporter = (
+        session.config.getoption("may_skip"),
+        session.config.pluginmanager.get_plugin("terminalreporter"),
+    )
+    if allowed is None or reporter is None:
+        return
+    reasons = {str(report.longrepr[2]) for report in reporter.stats.get("skipped", [])}
+    pattern = "|".join(filter(None, (NO_GPU, allowed)))
+    if missing := sorted(reason for reason in reasons if not re.search(pattern, reason)):
+        reporter.write_line(f"\nskipped, and may not be: {'; '.join(missing)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -215,7 +215,7 @@ def test_the_compiled_contender_computes_what_eager_does(length: int, bundle: Bu
     torch.compiler.set_stance("force_eager")
     try:
         tokens = answer(contender, prompts, 6)
-        assert distance(scores(eager, prompts, tokens), scores(contender, prompts, tokens), tokens) < 1e-5
+        assert distance(scores(eager, prompts, tokens), scores(contender, prompts, tokens), tokens) <= ALLOWED["fp32"]
     finally:
         torch.compiler.set_stance("default")
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import onnx
@@ -10,8 +11,18 @@ import pytest
 from rich.console import Console
 
 from fope_export.bundle import Bundle
+from fope_export.parity.judge import LIMITS
 from fope_export.parity.run import ParityResult, validate
-from fope_export.report import LABELS, parity_page, parity_table, place, write_parity
+from fope_export.report import (
+    LABELS,
+    RATIOS,
+    parity_junit,
+    parity_page,
+    parity_record,
+    parity_table,
+    place,
+    write_parity,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +50,12 @@ def test_all_three_join_the_bundle(spoilable: Bundle, passed: ParityResult) -> N
 def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) -> None:
     write_parity(spoilable, passed)
     record = json.loads((spoilable.path / "reports/parity.json").read_text())
-    assert record["passed"] is True and record["rule"]["factor"] == 3.0
+    assert record["passed"] is True and record["rule"]["limits"] == LIMITS
     assert record["model_sha256"] == spoilable.manifest.files["model.onnx"]
     assert [case["name"] for case in record["cases"]] == [case.name for case in passed.cases]
-    assert all(case["error"].keys() == case["limits"].keys() == LABELS.keys() for case in record["cases"])
+    assert all(case["error"].keys() == case["pytorch_error"].keys() == LABELS.keys() for case in record["cases"])
+    assert all(case["ratios"].keys() == case["limits"].keys() == RATIOS.keys() - {"column"} for case in record["cases"])
+    assert record["columns"][0]["ratio"] <= record["columns"][0]["limit"] == LIMITS["column"]
     assert all(control["refused_by"] for control in record["controls"])
 
 
@@ -54,7 +67,24 @@ def test_junit_counts_failures_and_says_where(failed: tuple[Bundle, ParityResult
     assert int(suite.get("failures")) == len(failures) >= 2 and int(suite.get("tests")) == len(
         suite.findall("testcase")
     )
-    assert "largest error" in failures[0].get("message") and "layers.0.attention.rotary" in failures[0].text
+    assert "times rounding" in failures[0].get("message") and "layers.0.attention.rotary" in failures[0].text
+
+
+NOT_XML = "\x00\x1b[31m \x0b \ud800 \udcff \ufffe"
+
+
+def test_any_text_can_be_written(failed: tuple[Bundle, ParityResult]) -> None:
+    bundle, result = failed
+    strange = replace(bundle, path=bundle.path / f"a\x01{NOT_XML}")
+    told = replace(result, broken=f"it said {NOT_XML} é 😀\tx", cases=(replace(result.cases[0], name=NOT_XML),))
+    suite = ElementTree.fromstring(parity_junit(strange, told))
+    shown = r"\x00\x1b[31m \x0b \ud800 \udcff \ufffe"
+    assert suite.get("name") == rf"parity a\x01{shown}"
+    assert suite.find("testcase").get("name") == f"case: {shown}"
+    told_by = suite.find("testcase[@name='backend']/failure")
+    assert told_by is not None and told_by.get("message") == f"it said {shown} é 😀\tx"
+    assert parity_page(strange, told).encode()
+    assert "\\\\ud800" in json.dumps(parity_record(bundle, told)["broken"])
 
 
 def test_the_page_opens_offline(bundle: Bundle, passed: ParityResult) -> None:
@@ -71,7 +101,7 @@ def test_a_failure_cannot_be_overlooked(failed: tuple[Bundle, ParityResult]) -> 
     assert ">FAILED<" in page and "First module that diverges: layers.0.attention.rotary" in page
     written = io.StringIO()
     Console(width=200, file=written).print(parity_table(result))
-    assert "FAIL largest error" in written.getvalue()
+    assert "FAIL all tokens" in written.getvalue()
     assert place(result).startswith("First module that diverges: layers.0.attention.rotary")
 
 
@@ -85,4 +115,4 @@ def test_errors_that_are_infinite_can_be_shown(spoilable: Bundle) -> None:
     assert not result.passed and result.place.divergence.module == "norm"
     write_parity(spoilable, result)
     record = json.loads((spoilable.path / "reports/parity.json").read_text())
-    assert record["cases"][0]["error"]["max_abs"] is None and "inf" in parity_page(spoilable, result)
+    assert record["cases"][0]["error"]["max_abs"] is None and ">inf<" in parity_page(spoilable, result)

@@ -5,12 +5,14 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from fope_export.backends.base import Backend, Limits
+from fope_export.backends.ort import too_old
 from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.config import ExportConfig
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
@@ -28,6 +30,9 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx",
 )
+
+
+PORTABLE = ExportConfig()
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """A backend: why a machine cannot run it (or nothing), how a bundle becomes one, and what it then has room for."""
+    """A backend: why a machine cannot run it (or nothing), how a bundle becomes one, and what it then has room for.
+    `too_old` says why its version cannot run a bundle that was exported so.
+    """
 
     what: str
     missing: Callable[[Machine], str]
     load: Callable[[Bundle, "Settings"], Backend]
     limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
+    too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
+    widened: Mapping[str, str] = field(default_factory=dict)
+    """Dtypes of a bundle that it computes in another one."""
+
+    def arithmetic(self, bundle: Bundle) -> str:
+        """The dtype that it computes the bundle in."""
+        precision = bundle.manifest.export.precision
+        return self.widened.get(precision, precision)
 
 
 def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
@@ -157,9 +172,11 @@ def _load_eager(bundle: Bundle, settings: Settings) -> Backend:
     return EagerBackend(source_of(bundle).model)
 
 
-def _without_ort(machine: Machine) -> str:
-    installed = {"onnxruntime", "onnxruntime-gpu"} & set(machine.packages)
-    return "" if installed else "onnxruntime is not installed: pip install 'fope-export[cpu]'"
+def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
+    for name in ("onnxruntime-gpu", "onnxruntime"):
+        if found := machine.packages.get(name):
+            return too_old(name, found, export)
+    return "onnxruntime is not installed: pip install 'fope-export[cpu]'"
 
 
 def _without_ort_cuda(machine: Machine) -> str:
@@ -175,13 +192,21 @@ def _without_trt(machine: Machine) -> str:
     return "" if machine.gpus else "no NVIDIA GPU found"
 
 
+USUAL = "onnxruntime"
+"""What runs a bundle unless another is asked for."""
 BACKENDS: dict[str, Row] = {
-    "onnxruntime": Row("the bundle in ONNX Runtime on the CPU", _without_ort, _load_ort, _ort_limits),
+    USUAL: Row(
+        "the bundle in ONNX Runtime on the CPU",
+        _without_ort,
+        _load_ort,
+        _ort_limits,
+        _without_ort,
+        {"bfloat16": "float32"},
+    ),
     "onnxruntime-cuda": Row("its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, _load_ort_cuda),
     "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),
     "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", _load_eager),
 }
-"""In order of preference."""
 
 
 def abilities(machine: Machine) -> dict[str, str]:
@@ -191,7 +216,8 @@ def abilities(machine: Machine) -> dict[str, str]:
     return {
         "export a checkpoint": f"{', '.join(sorted(missing))} not installed" if missing else "",
         **{f"run {BACKENDS[name].what}": reason for name, reason in runs.items()},
-        "validate a bundle": runs["onnxruntime"],
+        "run a static cache in ONNX Runtime": _without_ort(machine, ExportConfig(cache="static")),
+        "validate a bundle": runs[USUAL],
         **{f"build for {name}": _without_builder(name, machine) for name in LIBRARIES},
         "compile the TensorRT plugin": machine.without_compiler,
     }
@@ -203,19 +229,21 @@ def _without_builder(library: str, machine: Machine) -> str:
     return "" if LIBRARIES[library].names_architectures or machine.gpus else "it needs a GPU, and none was found"
 
 
-def choose(wanted: str | None, machine: Machine) -> str:
-    """The backend `wanted`, or the best that `machine` can run.
+def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE) -> str:
+    """The backend `wanted`, or the usual one, for a bundle that was exported so. None takes the place of another.
 
-    Raises BackendError with the reason against `wanted`, or against each.
+    Raises BackendError where there is no such backend, or `machine` cannot run it.
     """
-    if wanted is not None and wanted not in BACKENDS:
-        raise BackendError(f"there is no backend {wanted!r}", hint=f"One of: {', '.join(BACKENDS)}.")
-    reasons = {name: row.missing(machine) for name, row in BACKENDS.items() if wanted in (None, name)}
-    for name, reason in reasons.items():
-        if not reason:
-            return name
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise BackendError(f"no backend can run: {told}", hint="fope-export doctor says what is missing.")
+    name = USUAL if wanted is None else wanted
+    if name not in BACKENDS:
+        raise BackendError(f"there is no backend {name!r}", hint=f"One of: {', '.join(BACKENDS)}.")
+    if reason := BACKENDS[name].missing(machine) or BACKENDS[name].too_old(machine, export):
+        others = [other for other, row in BACKENDS.items() if not row.missing(machine) and other != name]
+        raise BackendError(
+            f"the backend {name} cannot run here: {reason}",
+            hint=f"`fope-export doctor` says what is missing. `run` can also take --backend {' or '.join(others)}.",
+        )
+    return name
 
 
 def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings | None = None) -> Backend:
@@ -223,4 +251,5 @@ def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings |
 
     Raises BackendError when it cannot run here, or does not load the bundle.
     """
-    return BACKENDS[choose(wanted, read_machine())].load(bundle, settings or Settings())
+    chosen = choose(wanted, read_machine(), bundle.manifest.export)
+    return BACKENDS[chosen].load(bundle, settings or Settings())

@@ -1,10 +1,13 @@
 """PyTorch, eager: what everything else is compared with."""
 
 import copy
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fope_export.backends.base import CHUNK, Feeds, Logits, Part, fill, widest
 from fope_export.model.decoder import Cache, Decoder
@@ -44,5 +47,14 @@ class EagerBackend:
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
-        logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
+        with _attention(self.model.embed.weight):
+            logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
+
+
+def _attention(weight: torch.Tensor) -> AbstractContextManager[None]:
+    """PyTorch's fused attention in half types packs keys for AVX-512 where the processor has it, and fails where
+    ATEN_CPU_CAPABILITY takes it away: another is chosen then.
+    """
+    fails = weight.dtype.itemsize == 2 and weight.device.type == "cpu" and "ATEN_CPU_CAPABILITY" in os.environ
+    return sdpa_kernel(SDPBackend.MATH) if fails else nullcontext()

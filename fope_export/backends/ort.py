@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +10,8 @@ import numpy as np
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import MODEL, Bundle
+from fope_export.config import ExportConfig
+from fope_export.engine.api import version_of
 from fope_export.errors import BackendError, require
 
 PROVIDERS = {
@@ -17,6 +19,14 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
+    ((1, 32), "int8-qdq or fp8-qdq in fp16", lambda export: export.calibrated and export.dtype == "fp16"),
+    ((1, 25), "a static cache", lambda export: export.cache == "static"),
+    ((1, 24), "opset 24", lambda export: export.opset == 24),
+    ((1, 24), "int8-qdq or fp8-qdq", lambda export: export.calibrated),
+    ((1, 23), "opset 23", lambda export: True),
+)
+"""The first ONNX Runtime that has the operators of a bundle, and by what it is known."""
 
 
 class OrtBackend:
@@ -110,8 +120,11 @@ def session_of(
     `cuda_graph` it captures the runs that name a graph. `exact` leaves the inputs of products as they are where the
     file has them rounded.
 
-    Raises BackendError when ONNX Runtime is not there, does not load the file, or finds no such device.
+    Raises BackendError when ONNX Runtime is not there, is too old, does not load the file, or finds no such device.
     """
+    ort = require("onnxruntime", "cpu")
+    if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export):
+        raise BackendError(reason, hint="Or export as `fope-export export` does by default: older ones run that.")
     try:
         with runnable(bundle, name, exact=exact) as path:
             return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
@@ -119,6 +132,15 @@ def session_of(
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
         raise failure("load", bundle.path / name, cause) from cause
+
+
+def too_old(name: str, version: str, export: ExportConfig) -> str:
+    """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
+    for oldest, what, concerned in NEEDS:
+        if concerned(export) and version_of(version) < oldest:
+            wanted = ".".join(map(str, oldest))
+            return f"{name} is {version}, and {what} needs {wanted}: pip install '{name}>={wanted}'"
+    return ""
 
 
 def open_session(
@@ -149,8 +171,11 @@ def _has(provider: str, found: Sequence[str]) -> None:
 
 def failure(what: str, path: Path, cause: Exception) -> BackendError:
     """What ONNX Runtime said when it could not load or run a file."""
-    reason = " ".join(str(cause).split())
-    return BackendError(f"ONNX Runtime does not {what} {path}: {reason}", hint="Export the checkpoint again.")
+    version, reason = require("onnxruntime", "cpu").__version__, " ".join(str(cause).split())
+    return BackendError(
+        f"ONNX Runtime {version} does not {what} {path}: {reason}",
+        hint="Export the checkpoint again; where it was exported just now, a newer ONNX Runtime may run it.",
+    )
 
 
 @contextmanager

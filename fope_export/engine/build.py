@@ -53,7 +53,6 @@ def build(
         plan = Path(scratch) / "plan"
         request = Request(
             model=str(bundle.model.resolve()), plan=str(plan.resolve()), config=config,
-            full_precision=manifest.export.dtype == "fp32",
             profiles=[{p.name: profiles.shapes(ranges[name], p) for p in manifest.inputs} for name in ranges],
             plugin=str(plugin) if plugin else None, plugin_layers=rotations if plugin else 0,
             timing_cache=str(_timing_cache(config)) if config.timing_cache else None,

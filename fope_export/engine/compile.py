@@ -22,6 +22,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 """Ampere to Blackwell: code for each, and intermediate code of the last for what comes after it."""
 HEADER_FOLDERS = tuple(map(Path, ("/usr/include/x86_64-linux-gnu", "/usr/include", "/usr/local/tensorrt/include")))
 VERSION_HEADER = "NvInferVersion.h"
+CHOOSE_CACHE = "Set FOPE_EXPORT_CACHE to a folder that you can write."
 OLDEST = 10  # the first TensorRT with plugins of this kind
 
 
@@ -54,6 +55,7 @@ CPLUSPLUS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off")
 PLUGIN = Target("plugin", ("launch.cu", "plugin.cpp"), CUDA, cuda=True, tensorrt=True)
 KERNEL = Target("kernel", ("launch.cu",), CUDA, cuda=True)
 HOST = Target("host", ("host.cpp",), (*CPLUSPLUS, "-shared", "-fPIC"))
+THREADS = Target("threads", ("threads.cpp", "host.cpp"), (*CPLUSPLUS, "-g", "-pthread", "-fsanitize=thread"))
 HARNESS = Target("harness", ("harness.cpp",), (*CPLUSPLUS, "-ldl"), tensorrt=True)
 
 
@@ -145,10 +147,13 @@ def check_headers(version: str, library_major: int) -> None:
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where compiled libraries are kept."""
+    """Where compiled libraries are kept. Raises BackendError for a user without a home."""
     if chosen := environ.get("FOPE_EXPORT_CACHE"):
         return Path(chosen)
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fope-export"
+    try:
+        return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fope-export"
+    except RuntimeError as cause:  # no HOME, and a user that the system does not know
+        raise BackendError(f"no folder for what is compiled: {cause}", hint=CHOOSE_CACHE) from cause
 
 
 def build_plugin(
@@ -168,7 +173,7 @@ def build(
     `architectures` are compute capabilities without the dot ("89"); `flags` are added to the compiler's.
     Its name holds a hash of everything that decides its content, and it appears whole or not at all.
 
-    Raises BackendError when TensorRT's headers are missing, or when the compiler refuses.
+    Raises BackendError when TensorRT's headers are missing, when the compiler refuses, or when `cache` does.
     """
     if target.tensorrt and toolchain.headers is None:
         raise BackendError(
@@ -183,12 +188,19 @@ def build(
         return built
     if target.cuda:
         _check_architectures(toolchain, architectures)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _scratch(folder) as scratch:
         output = Path(scratch) / built.name
         _run([*command, "-o", str(output)])
         output.replace(built)
     return built
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=folder)
+    except OSError as cause:
+        raise BackendError(f"what is compiled cannot be kept in {folder}: {cause}", hint=CHOOSE_CACHE) from cause
 
 
 def _command(target: Target, toolchain: Toolchain, architectures: tuple[str, ...], sources: Path) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     plan: str
     config: BuildConfig
-    full_precision: bool  # weights and activations are float32
     profiles: list[dict[str, list[tuple[int, ...]]]]
     plugin: str | None
     plugin_layers: int  # wanted
@@ -126,12 +125,19 @@ def _parse(trt: ModuleType, network: Any, log: Any, request: Request) -> dict[st
             f"{found[PLUGIN_LAYER]} of {request.plugin_layers} {contract.NAME} nodes became plugin layers",
             hint="The nodes' plugin_namespace or plugin_version does not match the plugin: export again.",
         )
-    if request.full_precision and hasattr(trt, "IAttentionInputLayer"):
-        for layer in layers:  # no fused kernel takes float32
+    _allow_parts(trt, layers)
+    return dict(found)
+
+
+def _allow_parts(trt: ModuleType, layers: Sequence[Any]) -> None:
+    """Let attention be built of several kernels where no fused one takes it: float32, or fewer than 4 query heads.
+    Where a fused one does, it is taken as before.
+    """
+    if hasattr(trt, "IAttentionInputLayer"):
+        for layer in layers:
             if layer.type == trt.LayerType.ATTENTION_INPUT:
                 layer.__class__ = trt.IAttentionInputLayer  # get_layer() does not say which layer it is
                 layer.attention.decomposable = True
-    return dict(found)
 
 
 def _settings(trt: ModuleType, builder: Any, request: Request) -> Any:

@@ -11,9 +11,19 @@ from torch import Tensor
 
 from fope_export.errors import ConfigError
 
+WIDEST = 1 << 20
+"""Channels of a head that are taken. A larger number is no size, and would fill the memory."""
+
 
 def exponential(theta: float, dim: int, *, upper: float = 1.0, floor: float = 0.0) -> Tensor:
-    """theta ** (-2i / dim) for i < dim / 2 as float32 [dim / 2], mapped affinely from [0, 1] to [floor, upper]."""
+    """theta ** (-2i / dim) for i < dim / 2 as float32 [dim / 2], mapped affinely from [0, 1] to [floor, upper].
+
+    Raises ConfigError for more channels than any head has.
+    """
+    if dim > WIDEST:
+        raise ConfigError(
+            f"a head has {dim} channels, and at most {WIDEST} are taken", hint="Is the configuration damaged?"
+        )
     freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     return floor + freq * (upper - floor)
 

@@ -1,11 +1,12 @@
 """Rotations inside modules that somebody else wrote: finding them, and putting FopeRotary in their place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fope_export.errors import ConfigError
 from fope_export.fope.rotary import FopeRotary
+from fope_export.fope.sameness import Call, alone, difference, drawn_calls, seen_calls
 
 
 def rotaries(module: nn.Module) -> dict[str, FopeRotary]:
@@ -14,28 +15,62 @@ def rotaries(module: nn.Module) -> dict[str, FopeRotary]:
 
 
 def replace_rotary(
-    module: nn.Module, old: type[nn.Module] | Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+    module: nn.Module,
+    old: type[nn.Module] | Callable[[nn.Module], bool],
+    make: Callable[[nn.Module], nn.Module],
+    *,
+    inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
+    same: bool = True,
 ) -> int:
     """Put `make(part)` in the place of every submodule that is an `old`, or that `old` says yes to; how many they were.
 
     What is made is called as the part was: a FopeRotary, or a module around one that brings the tensors into its
     shapes. A part that stands in several places is made once.
 
-    Raises ConfigError where there is none.
+    Both are called with the same numbers and must give the same results, in float32: with random queries, keys and
+    positions of several lengths, in every layout that the part takes; or, where `inputs` of the whole `module` are
+    given, as it calls its parts. `same=False` leaves that out, for a model that is to be trained anew.
+
+    Raises ConfigError where there is none, or where one computes something else or cannot be compared; then `module` is
+    as it was.
     """
     wanted = old if not isinstance(old, type) else lambda part: isinstance(part, old)
-    made: dict[nn.Module, nn.Module] = {}
     found = places(module, wanted)
-    for parent, name, part in found:
-        made[part] = made.get(part) or make(part).train(part.training)
-        parent.register_module(name, made[part])
     if not found:
         kinds = sorted({type(part).__name__ for part in module.modules()})
         raise ConfigError(
             f"no part of {type(module).__name__} is {getattr(old, '__name__', old)}",
             hint=f"It is made of {', '.join(kinds)}.",
         )
+    made = {part: make(part).train(part.training) for part in dict.fromkeys(part for *_, part in found)}
+    if same:
+        paths = {part: path for path, part in module.named_modules()}
+        calls = None if inputs is None else seen_calls(module, list(made), inputs)
+        for part, new in made.items():
+            _compare(paths[part], part, new, drawn_calls(part, new) if calls is None else calls[part])
+    for parent, name, part in found:
+        parent.register_module(name, made[part])
     return len(made)
+
+
+def _compare(path: str, part: nn.Module, new: nn.Module, calls: Iterable[Call]) -> None:
+    """Raises ConfigError where the two differ, or where no call is taken by both."""
+    old, made, compared = alone(part), alone(new), 0
+    for call in calls:
+        if (found := difference(old, made, call)) is None:
+            continue
+        compared += 1
+        if found.excess > 1:
+            raise ConfigError(
+                f"{path}: what replaces {type(part).__name__} is not the same: {found.described}",
+                hint="Compare pads, pairing, sign, the order of heads and axes, and positions. With `inputs` only the "
+                "module's own calls count, with same=False none.",
+            )
+    if not compared:
+        raise ConfigError(
+            f"{path}: {type(part).__name__} cannot be compared with what replaces it",
+            hint="Give `inputs`, with which the whole module runs and calls it; or same=False, to train it anew.",
+        )
 
 
 def places(parent: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str, nn.Module]]:

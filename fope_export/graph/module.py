@@ -137,6 +137,12 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
             f"{type(module).__name__} has no FopeRotary inside",
             hint="Construct one in its attention, or put it in your own code's place with replace_rotary(module, …).",
         )
+    for name, weight in module.named_parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16) and not weight.isfinite().all():
+            raise ExportError(
+                f"{name} holds NaN or infinity in {weight.dtype}",
+                hint="Was it cast? float16 ends at 65,504: bfloat16 has float32's range.",
+            )
     return found
 
 

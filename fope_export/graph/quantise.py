@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
-from fope_export.errors import require
+from fope_export.errors import ExportError, require
 from fope_export.graph.reading import load_onnx
 
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
@@ -54,7 +54,9 @@ class QuantiseWeights(InPlacePass):
         """Turn the call into one of the operator. A weight that nothing else reads leaves the graph."""
         assert weight.name and weight.const_value is not None and node.name
         inputs, outputs = weight.const_value.shape.numpy()
-        arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
+        with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
+            arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
+        _check_range(weight.name, *arrays, bits=BITS[self._kind])
         node.op_type, node.domain = OPERATOR, DOMAIN
         node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
         node.resize_inputs(1 + len(arrays))
@@ -144,13 +146,34 @@ def _dequantised(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64
     inputs, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
     packed, scales, zero_points = (array_of(value) for value in node.inputs[1:])
     rows, blocks, _ = packed.shape
-    offsets = _unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks]
     steps = scales.reshape(rows, blocks).astype(np.float64)
-    weight = (_unpacked(packed, bits) - offsets[..., None]) * steps[..., None]
+    weight = _steps_from_zero(packed, zero_points, bits) * steps[..., None]
     # Half a step to the nearest integer, and the rounding of the scale itself, which a float16 one may show.
     allowed = 0.51 * np.abs(steps) + 2**bits * np.spacing(np.abs(scales)).reshape(rows, blocks).astype(np.float64)
     each = np.broadcast_to(allowed[..., None], weight.shape)
     return weight.reshape(rows, -1)[:, :inputs], each.reshape(rows, -1)[:, :inputs]
+
+
+def _steps_from_zero(packed: NDArray[np.uint8], zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:
+    """[N, blocks, inputs of a block]"""
+    rows, blocks, _ = packed.shape
+    return _unpacked(packed, bits) - _unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks, None]
+
+
+def _check_range(
+    name: str, packed: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[np.uint8], *, bits: int
+) -> None:
+    """Raises ExportError where the rounded weight has numbers that its dtype, which the scales have, cannot hold."""
+    last = float(np.finfo(scales.dtype).max)
+    largest = float(scales.max()) * 2**bits  # no number is further from 0
+    if largest > last and np.isfinite(largest):
+        steps = np.abs(_steps_from_zero(packed, zero_points, bits)).max(-1)
+        largest = float((steps * scales.reshape(steps.shape).astype(np.float64)).max())
+    if not largest <= last:
+        raise ExportError(
+            f"{name} in {bits} bits reaches {largest:.6g}, and {scales.dtype} ends at {last:.6g}",
+            hint="Export in fp32, or without quantize.",
+        )
 
 
 def array_of(value: ir.Value | None) -> NDArray[Any]:

@@ -130,7 +130,7 @@ FopeRotary
   angles = Mul (positions_float, freq)
   sines = Sin (angles)
   cosines = Cos (angles)
-  one_column = Constant <value_ints: ints = [0, 1]> ()
+  one_column = Constant <value: tensor = int64[2] {{0, 1}}> ()
   sin_basis = Pad (sines, one_column, one_float, last)
   cos_basis = Pad (cosines, one_column, one_float, last)
 

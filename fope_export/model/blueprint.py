@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fope_export.config import ModelConfig
+from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.documents import read_object
-from fope_export.errors import CheckpointError, cut
+from fope_export.errors import CheckpointError, ConfigError, cut
+from fope_export.fope.spectrum import Spectrum
+from fope_export.model.fp8 import Fp8
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class Blueprint:
     """The decoder that a folder's configuration describes, and where each of its tensors comes from.
 
     `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
-    and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are tensors that a file may also store,
-    with the values that they must then have.
+    and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are frequencies that a file may also
+    store, with the values that they must then have, and `copies` maps what it may store twice to what that must equal.
+    `fp8` says how 8-bit weights are stored, if any may be.
     """
 
     config: ModelConfig
@@ -27,6 +30,8 @@ class Blueprint:
     constants: dict[str, Tensor] = field(default_factory=dict)
     adapt: Callable[[str, list[Tensor]], Tensor] = lambda name, tensors: join(tensors)
     checksums: dict[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    fp8: Fp8 | None = None
 
     def made(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The decoder's tensor `name` of its stored ones. Raises CheckpointError where their shapes do not allow it."""
@@ -38,6 +43,50 @@ class Blueprint:
                 f"{self.sources[name][0]}: {name} cannot be made of shapes {cut(shapes)}",
                 hint="The configuration and the weights belong to different models.",
             ) from cause
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The position embedding of every layer, as a configuration describes it."""
+
+    config: SpectrumConfig
+    freq: Tensor
+    """float32 [D]"""
+    inv_freq: Tensor
+    """What the code that the layout comes from computes, and may have stored: `freq`, and zeros where it keeps them."""
+    whole: Spectrum | None = None
+    """All numbers, where no coefficients are stored."""
+    stored: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ("sin_coef", "cos_coef")})
+    """Our name of a coefficient tensor -> theirs."""
+    adapt: Callable[[Tensor], Tensor] = lambda coef: coef
+    """A stored coefficient tensor as [G, D, F]."""
+
+    def constants(self, rotary: str) -> dict[str, Tensor]:
+        """What no file stores of the decoder's module `rotary`."""
+        known = {} if self.whole is None else {name: getattr(self.whole, name) for name in self.stored}
+        return {f"{rotary}.freq": self.freq} | {f"{rotary}.{name}": torch.from_numpy(x) for name, x in known.items()}
+
+    def sources(self, rotary: str, embedding: str) -> dict[str, tuple[str, ...]]:
+        """Where the coefficients of `rotary` are, in a file's module `embedding`."""
+        found = {} if self.whole is not None else self.stored
+        return {f"{rotary}.{name}": (f"{embedding}.{theirs}",) for name, theirs in found.items()}
+
+
+def only_supported(flags: Any, table: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError naming the first flag whose value is not one of the table's."""
+    for name, supported in table.items():
+        if (value := getattr(flags, name)) not in supported:
+            wanted = " or ".join(map(repr, supported))
+            raise ConfigError(
+                f"{name} is {value!r}, and only {wanted} is supported", hint="Open an issue with the config."
+            )
+
+
+def without_clashes(clashes: Mapping[str, Any]) -> None:
+    """Raises ConfigError with the first message that holds."""
+    for message, clash in clashes.items():
+        if clash:
+            raise ConfigError(message, hint="Check the flags against the training run's config.")
 
 
 def join(tensors: list[Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig, as_written
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
-from fope_export.model.blueprint import Blueprint, Format
+from fope_export.model.assembly import assemble, named
+from fope_export.model.blueprint import Format
 from fope_export.model.decoder import Decoder
 from fope_export.model.formats import recognise
 from fope_export.model.tensors import read_tensors
@@ -55,12 +56,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     config = _with_ends(plan.config, folder)
     weights = _weights_file(folder, layout)
     stored, shards = read_tensors(weights)
-    named = {layout.tensor_name(key): tensor for key, tensor in stored.items()}
-    tensors = {name: tensor for name, tensor in named.items() if not layout.foreign(name)}
+    tensors = named(stored, layout, plan, weights)
     _check_size(plan.config, tensors, weights)
     with torch.device("meta"):
         model = Decoder(config)
-    model.load_state_dict(_assemble(plan, tensors, model, weights), assign=True, strict=False)
+    model.load_state_dict(assemble(plan, tensors, model, weights), assign=True, strict=False)
     if plan.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
@@ -122,65 +122,6 @@ def _weights_file(folder: Path, layout: Format) -> Path:
     )
 
 
-def _assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
-    """The decoder's state dict in float32, every stored tensor accounted for."""
-    wanted = {name for names in plan.sources.values() for name in names}
-    known = wanted | {name + SCALE for name in wanted} | plan.checksums.keys()
-    for what, names, hint in (
-        ("missing", wanted - set(tensors), "The configuration describes a larger model or another dialect."),
-        ("left over", set(tensors) - known, "The configuration describes a smaller model or another dialect."),
-    ):
-        if names:
-            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {listed}", hint=hint)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = dict(plan.constants)
-    for name, sources in plan.sources.items():
-        state[name] = plan.made(name, [_in_float32(tensors, source, path) for source in sources])
-        _check(state[name], shapes[name], f"{path}: {sources[0]}")
-    for name, value in plan.checksums.items():
-        if name in tensors and not torch.allclose(tensors[name].float(), value, rtol=1e-6, atol=0):
-            raise CheckpointError(
-                f"{path}: {name} is not what the configuration gives", hint="Were the frequencies changed by hand?"
-            )
-    return state
-
-
-SCALE = "_scale_inv"
-"""The ending of the tensor that holds the scales of an 8-bit weight, one for each square block."""
-
-
-def _in_float32(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
-    tensor, scale = tensors[name], tensors.get(name + SCALE)
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
-        raise CheckpointError(
-            f"{path}: {name} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
-            hint="Quantised (but for blockwise FP8) and sparse checkpoints are not read.",
-        )
-    if (tensor.itemsize == 1) != (scale is not None):
-        raise CheckpointError(
-            f"{path}: {name} is {tensor.dtype} {'without' if scale is None else 'and has'} {name}{SCALE}",
-            hint="8-bit weights, and only they, come with a scale for each block.",
-        )
-    return tensor.to(torch.float32).contiguous() if scale is None else _dequantized(tensor, scale, f"{path}: {name}")
-
-
-def _dequantized(tensor: Tensor, scale: Tensor, where: str) -> Tensor:
-    """An 8-bit weight times the scales [rows / BLOCK, columns / BLOCK] of its blocks, the last ones cut off."""
-    wanted = tuple(-(-size // BLOCK) for size in tensor.shape)
-    if tensor.ndim != 2 or tuple(scale.shape) != wanted:
-        raise CheckpointError(
-            f"{where} has scales {tuple(scale.shape)}, expected {wanted} for blocks of {BLOCK} x {BLOCK}",
-            hint="Other block sizes are not read.",
-        )
-    rows, columns = tensor.shape
-    spread = scale.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return tensor.float() * spread
-
-
-BLOCK = 128
-
-
 def _check_spectra(model: Decoder, path: Path) -> None:
     for i, attention in enumerate(model.attentions()):
         try:
@@ -189,20 +130,3 @@ def _check_spectra(model: Decoder, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: layer {i}: {cause}", hint="Was the file written by another tool?"
             ) from cause
-
-
-def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
-    if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
-        raise CheckpointError(
-            f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
-            hint="The configuration must state the training length, not the length that is exported or served.",
-        )
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}",
-            hint="The configuration and the weights belong to different models.",
-        )
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise CheckpointError(
-            f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
-        )

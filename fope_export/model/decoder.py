@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.errors import ConfigError
+from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import frequencies
 from fope_export.fope.folding import folding_of
 from fope_export.fope.rotary import FopeRotary
@@ -177,7 +177,8 @@ class Decoder(nn.Module):
         """This decoder, now with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
         float32.
 
-        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded.
+        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded,
+        and ExportError where the dtype cannot hold a weight.
         """
         trained = self.config.training_length
         if config.extend and config.extend_to:
@@ -192,7 +193,20 @@ class Decoder(nn.Module):
                 )
         if config.fold_padding:
             self.fold_padding()
+        self.check_range(DTYPES[config.dtype])
         return self.to(DTYPES[config.dtype])
+
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Raises ExportError naming the first weight that would be infinite in `dtype`."""
+        for name, weight in self.named_parameters():
+            if name.endswith("_coef"):
+                continue  # stays float32
+            if (largest := weight.abs().max()).to(dtype).isinf():
+                last = torch.finfo(dtype).max
+                raise ExportError(
+                    f"{name} reaches {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {last:.6g}",
+                    hint="Export in bf16, which has almost float32's range, or in fp32.",
+                )
 
     def fold_padding(self) -> None:
         """Fold every layer's padded channels into its projections; logits stay, the cache becomes another one."""

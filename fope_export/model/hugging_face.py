@@ -1,7 +1,7 @@
 """Decoders in Hugging Face's layout with FoPE: Llama, Qwen2, Qwen3 and Qwen3-MoE, and the text part of Intern-S1-Pro.
 
 FoPE stands in `rope_scaling` or `rope_parameters`, its coefficients beside the model (one set for all layers; fields
-and names of modeling_interns1_pro.py), or in `fourier*` fields and in every layer (ports of the paper's code). Without
+and names of modeling_interns1_pro.py), or in the paper's flags and in every layer (ports of the paper's code). Without
 either the model is a RoPE one.
 """
 
@@ -32,7 +32,19 @@ from fope_export.config import (
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import frequencies
 from fope_export.fope.spectrum import Spectrum
-from fope_export.model.blueprint import Blueprint, Format, join, model_type, read_json
+from fope_export.model import paper
+from fope_export.model.blueprint import (
+    Blueprint,
+    Format,
+    Positions,
+    join,
+    model_type,
+    only_supported,
+    read_json,
+    without_clashes,
+)
+from fope_export.model.fp8 import Fp8
+from fope_export.model.paper import PaperFlags
 
 FOPE_FIELDS = ("fope_init_factor", "fope_sep_head", "num_inv_freq")
 """Any of these that is not null makes a model's position embedding FoPE."""
@@ -44,21 +56,25 @@ class Kind(msgspec.Struct, frozen=True):
     qk_norm: bool = False
     qkv_bias: bool | None = None  # None: attention_bias decides
     experts: bool = False
+    groups: bool = False  # its router knows router_n_groups
+    silent: dict[str, Any] = {}  # the class's own values of fields that are left out
 
 
 KINDS = {
     "llama": Kind(),
     "qwen2": Kind(qkv_bias=True),
-    "qwen3": Kind(qk_norm=True),
-    "qwen3_moe": Kind(qk_norm=True, experts=True),
-    "interns1_pro_text": Kind(qk_norm=True, experts=True),
+    "qwen3": Kind(qk_norm=True, silent={"head_dim": 128}),
+    "qwen3_moe": Kind(qk_norm=True, experts=True, silent={"norm_topk_prob": False}),
+    "interns1_pro_text": Kind(qk_norm=True, experts=True, groups=True, silent={"norm_topk_prob": True}),
 }
 MULTIMODAL = {"interns1_pro": "text_config"}
 """Model types whose language model is described in a section of config.json."""
 
 
 class HfFlags(Checked, frozen=True, kw_only=True):
-    """The fields that decide what is computed. Sizes have no default: the model types' own differ."""
+    """The fields that decide what is computed. A default is that of every model type; where these differ, `Kind.silent`
+    has theirs, or the field is required, as sizes are.
+    """
 
     vocab_size: Count
     hidden_size: Count
@@ -77,21 +93,13 @@ class HfFlags(Checked, frozen=True, kw_only=True):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    num_experts: Size = 0
+    num_experts: Size | None = None
     num_experts_per_tok: Size = 0
     moe_intermediate_size: Size = 0
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool = False
     router_n_groups: int = 0
     decoder_sparse_step: Count = 1
     mlp_only_layers: list[Size] | None = None
-
-    fourier: bool = False
-    fourier_separate_head: bool = True
-    fourier_norm: bool = False
-    fourier_ignore_zero: bool = True
-    rope_clamp_floor_freq: bool = True
-    rope_clamp_floor_to_zero: bool = True
-    rope_full_precision: bool = True
 
     # Each must have the value that REQUIRED states.
     hidden_act: str = "silu"
@@ -99,29 +107,28 @@ class HfFlags(Checked, frozen=True, kw_only=True):
     pretraining_tp: int = 1
     use_sliding_window: bool = False
     layer_types: list[str] | None = None
+    rope_type: str | None = None
     quantization_config: dict[str, Any] | None = None
 
 
-REQUIRED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "use_sliding_window": False,
-    "fourier_norm": False,
-    "fourier_ignore_zero": True,
-    "rope_clamp_floor_freq": True,
-    "rope_clamp_floor_to_zero": True,
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "use_sliding_window": (False,),
+    "rope_type": ("default", None),
 }
 """Fields with one supported value."""
 
 WITHOUT_EFFECT = frozenset(
-    "architectures attention_dropout auto_map bos_token_id dtype fourier_init fourier_init_norm_gain initializer_range "
-    "max_window_layers model_type output_router_logits rope rope_type router_aux_loss_coef sliding_window torch_dtype "
-    "transformers_version use_cache _name_or_path".split()
+    "architectures attention_dropout auto_map bos_token_id dtype gradient_checkpointing ignore_index init_device "
+    "initializer_range max_window_layers model_type output_router_logits router_aux_loss_coef sliding_window "
+    "torch_dtype transformers_version use_cache _name_or_path".split()
 )
 """Fields that change nothing in what a trained model computes, and those that are read elsewhere."""
 
-ROPE_FIELDS = frozenset(("rope_type", "type", "rope_theta", "factor", *FOPE_FIELDS))
+PAPER_FIELDS = frozenset(PaperFlags.__struct_fields__) - {"rope_theta"}
+"""Fields that only ports of the paper's code have: any of them makes a model one."""
 
 
 class Rope(Checked, frozen=True, kw_only=True):
@@ -129,7 +136,7 @@ class Rope(Checked, frozen=True, kw_only=True):
 
     rope_theta: Positive
     rope_type: str = "default"
-    factor: Positive = 1.0
+    factor: Positive | None = None
     fope_init_factor: float | None = None
     fope_sep_head: bool | None = None
     num_inv_freq: Count | None = None
@@ -139,68 +146,65 @@ class Rope(Checked, frozen=True, kw_only=True):
         return any(getattr(self, name) is not None for name in FOPE_FIELDS)
 
 
-def check(flags: HfFlags, rope: Rope, kind: Kind) -> None:
+def check(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind) -> None:
     """Raises ConfigError naming the first field, or pair of fields, that this layout does not support."""
-    for name, supported in REQUIRED.items():
-        if (value := getattr(flags, name)) != supported:
-            raise ConfigError(
-                f"{name} is {value!r}, and only {supported!r} is supported", hint="Open an issue with it."
-            )
+    only_supported(flags, REQUIRED)
     odd = [kind for kind in flags.layer_types or () if kind != "full_attention"]
-    clashes = {
-        f"rope_type is {rope.rope_type!r}, and only 'default' and 'linear' are supported": rope.rope_type
-        not in ("default", "linear"),
-        f"factor is {rope.factor} with rope_type 'default'": rope.rope_type == "default" and rope.factor != 1.0,
-        f"layer_types has {odd[:1]}, and only full_attention is supported": odd,
-        "fourier and rope_scaling both describe a FoPE": flags.fourier and rope.fope,
-        "num_experts in a model type without experts": flags.num_experts and not kind.experts,
-        "num_experts needs num_experts_per_tok and moe_intermediate_size": flags.num_experts
-        and not (flags.num_experts_per_tok and flags.moe_intermediate_size),
-        "hidden_size is not a multiple of num_attention_heads, and head_dim is not given": not flags.head_dim
-        and flags.hidden_size % flags.num_attention_heads,
-    }
-    for message, clash in clashes.items():
-        if clash:
-            raise ConfigError(message, hint="Check config.json against the training run's.")
-    _check_quantization(flags.quantization_config)
+    without_clashes(
+        {
+            "fourier and rope_scaling both describe the position embedding": port
+            and (rope.fope or rope.rope_type != "default"),
+            f"rope_type is {rope.rope_type!r}, and only 'default' and 'linear' are supported": rope.rope_type
+            not in ("default", "linear"),
+            f"factor is {rope.factor} with rope_type 'default'": rope.rope_type == "default"
+            and rope.factor not in (None, 1.0),
+            "rope_type 'linear' needs a factor": rope.rope_type == "linear" and rope.factor is None,
+            f"layer_types has {odd[:1]}, and only full_attention is supported": odd,
+            "hidden_size is not a multiple of num_attention_heads, and head_dim is not given": not flags.head_dim
+            and flags.hidden_size % flags.num_attention_heads,
+        }
+    )
+    _check_experts(flags, kind)
+    if port:
+        paper.check(port)
 
 
-def _check_quantization(config: Mapping[str, Any] | None) -> None:
-    wanted = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    for name, value in wanted.items() if config is not None else ():
-        if (found := (config or {}).get(name)) != value:
-            raise ConfigError(
-                f"quantization_config.{name} is {found!r}, and only {value!r} is supported",
-                hint="Convert the checkpoint to bfloat16 first.",
-            )
+def _check_experts(flags: HfFlags, kind: Kind) -> None:
+    without_clashes(
+        {
+            "num_experts in a model type without experts": flags.num_experts and not kind.experts,
+            "num_experts is not given": kind.experts and flags.num_experts is None,
+            "num_experts needs num_experts_per_tok and moe_intermediate_size": flags.num_experts
+            and not (flags.num_experts_per_tok and flags.moe_intermediate_size),
+            "router_n_groups in a model type whose router has none": flags.router_n_groups > 1 and not kind.groups,
+        }
+    )
 
 
-def spectrum_of(flags: HfFlags, rope: Rope) -> tuple[SpectrumConfig, Tensor, Spectrum | None]:
-    """The spectrum's configuration, its frequencies, and the whole of it where no coefficients are stored."""
-    head_dim = flags.head_dim or flags.hidden_size // flags.num_attention_heads
-    freq = frequencies.exponential(rope.rope_theta, head_dim) / rope.factor
-    if not (rope.fope or flags.fourier):
+def positions_of(flags: HfFlags, rope: Rope, port: PaperFlags | None) -> Positions:
+    """The position embedding of every layer."""
+    head_dim, length = flags.head_dim or flags.hidden_size // flags.num_attention_heads, flags.max_position_embeddings
+    if port:
+        return paper.positions(port, head_dim=head_dim, groups=flags.num_key_value_heads, length=length)
+    freq = frequencies.exponential(rope.rope_theta, head_dim) / (rope.factor or 1.0)
+    if not rope.fope:
         whole = Spectrum.rope(freq.numpy(), head_dim)
-        return msgspec.structs.replace(whole.config, full_precision=False), freq, whole
-    slowest = 2 * math.pi / flags.max_position_embeddings
-    if rope.num_inv_freq is not None:
-        freq = freq[: rope.num_inv_freq]
-    else:  # the paper's code keeps a frequency of exactly one period, Intern-S1-Pro's does not
-        freq = freq[freq >= slowest] if flags.fourier else freq[freq > slowest]
-    separate = flags.fourier_separate_head if flags.fourier else bool(rope.fope_sep_head)
+        return Positions(msgspec.structs.replace(whole.config, full_precision=False), freq, freq, whole=whole)
+    # The paper's code keeps a frequency of exactly one period, Intern-S1-Pro's does not.
+    freq = freq[freq > 2 * math.pi / length] if rope.num_inv_freq is None else freq[: rope.num_inv_freq]
     config = SpectrumConfig(
         head_dim=head_dim,
         rotary_dim=head_dim,
         frequencies=len(freq),
-        pairs=min(len(freq), head_dim // 4) if flags.fourier else len(freq),
-        groups=flags.num_key_value_heads if separate else 1,
+        pairs=len(freq),
+        groups=flags.num_key_value_heads if rope.fope_sep_head else 1,
         sin_pad=1.0,
         cos_pad=1.0,
         sign=1,
         pairing="half",
-        full_precision=flags.rope_full_precision if flags.fourier else False,
+        full_precision=False,
     )
-    return config, freq, None
+    return Positions(config, freq, freq, adapt=lambda coef: coef if rope.fope_sep_head else coef[None])
 
 
 def model_config(flags: HfFlags, kind: Kind, rope: Rope, spectrum: SpectrumConfig) -> ModelConfig:
@@ -242,32 +246,33 @@ def _experts(flags: HfFlags) -> ExpertsConfig | None:
     )
 
 
-def blueprint(flags: HfFlags, rope: Rope, kind: Kind, prefix: str) -> Blueprint:
+def blueprint(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, prefix: str) -> Blueprint:
     """The decoder of `flags`, its tensors found under `prefix`."""
-    check(flags, rope, kind)
-    spectrum, freq, whole = spectrum_of(flags, rope)
-    config = model_config(flags, kind, rope, spectrum)
-    sources: dict[str, tuple[str, ...]] = {
-        "embed.weight": (f"{prefix}embed_tokens.weight",),
-        "norm.weight": (f"{prefix}norm.weight",),
-    }
+    check(flags, rope, port, kind)
+    positions = positions_of(flags, rope, port)
+    config = model_config(flags, kind, rope, positions.config)
+    embed = f"{prefix}embed_tokens.weight"
+    sources: dict[str, tuple[str, ...]] = {"embed.weight": (embed,), "norm.weight": (f"{prefix}norm.weight",)}
     if not config.tie_embeddings:
         sources["lm_head.weight"] = ("lm_head.weight",)
     constants: dict[str, Tensor] = {}
-    checksums = {f"{prefix}rotary_emb.inv_freq": freq}
+    checksums = {f"{prefix}rotary_emb.inv_freq": positions.inv_freq}
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"{prefix}layers.{i}"
         sources |= {f"{ours}.{name}": stored for name, stored in _layer(config, i, theirs).items()}
-        rotary, shared = f"{ours}.attention.rotary", not flags.fourier
-        embedding = f"{prefix}rotary_emb" if shared else f"{theirs}.self_attn.rotary_emb"
-        checksums[f"{theirs}.self_attn.rotary_emb.inv_freq"] = freq
-        constants[f"{rotary}.freq"] = freq if whole is None else torch.from_numpy(whole.freq)
-        for name in ("sin_coef", "cos_coef"):
-            if whole is not None:
-                constants[f"{rotary}.{name}"] = torch.from_numpy(getattr(whole, name))
-            else:
-                sources[f"{rotary}.{name}"] = (f"{embedding}.{name}",)
-    return Blueprint(config, sources, constants, partial(_adapt, config), checksums)
+        rotary, own = f"{ours}.attention.rotary", f"{theirs}.self_attn.rotary_emb"
+        constants |= positions.constants(rotary)
+        sources |= positions.sources(rotary, own if port else f"{prefix}rotary_emb")
+        checksums[f"{own}.inv_freq"] = positions.inv_freq
+    return Blueprint(
+        config,
+        sources,
+        constants,
+        partial(_adapt, config, positions),
+        checksums,
+        copies={"lm_head.weight": embed} if config.tie_embeddings else {},
+        fp8=None if flags.quantization_config is None else Fp8.of(flags.quantization_config),
+    )
 
 
 def _layer(config: ModelConfig, i: int, stored: str) -> dict[str, tuple[str, ...]]:
@@ -298,13 +303,11 @@ def _layer(config: ModelConfig, i: int, stored: str) -> dict[str, tuple[str, ...
     }
 
 
-def _adapt(config: ModelConfig, name: str, tensors: list[Tensor]) -> Tensor:
+def _adapt(config: ModelConfig, positions: Positions, name: str, tensors: list[Tensor]) -> Tensor:
     if name.endswith(("feed_forward.proj", "feed_forward.out")):
         assert config.experts
         return torch.stack([part.T for part in join(tensors).chunk(config.experts.count)]).contiguous()
-    if name.endswith("_coef") and config.spectrum.groups == 1 and tensors[0].ndim == 2:
-        return tensors[0][None]
-    return join(tensors)
+    return positions.adapt(tensors[0]) if name.endswith("_coef") else join(tensors)
 
 
 def _plan(folder: Path) -> Blueprint:
@@ -319,12 +322,30 @@ def _plan(folder: Path) -> Blueprint:
         data = {"quantization_config": data.get("quantization_config")} | inner
     if kind not in KINDS:
         raise ConfigError(f"{where}: model_type is {kind!r}", hint=f"One of: {', '.join(KINDS)}.")
-    fields = {name: value for name, value in data.items() if name not in WITHOUT_EFFECT}
+    return plan_of(data, where, prefix)
+
+
+def plan_of(data: Mapping[str, Any], where: str = "config.json", prefix: str = "model.") -> Blueprint:
+    """The decoder that the fields of a config.json describe, its tensors found under `prefix`."""
+    kind = KINDS[data["model_type"]]
+    fields = kind.silent | {name: value for name, value in data.items() if name not in WITHOUT_EFFECT}
+    port = {name: fields.pop(name) for name in sorted(PAPER_FIELDS & fields.keys())}
     flags = convert(fields, HfFlags, where=where)
     try:
-        return blueprint(flags, _rope(flags, where), KINDS[kind], prefix)
+        rope = _rope(flags, where)
+        return blueprint(flags, rope, _port(port, rope.rope_theta, where), kind, prefix)
     except ConfigError as cause:
-        raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause
+        message = str(cause)
+        raise ConfigError(message if message.startswith(where) else f"{where}: {cause}", hint=cause.hint) from cause
+
+
+def _port(given: Mapping[str, Any], theta: float, where: str) -> PaperFlags | None:
+    """The paper's flags, where a port of its code has any; silent about the floor, FoPE has one (D tells)."""
+    if not given:
+        return None
+    floor = dict.fromkeys(("rope_clamp_floor_freq", "rope_clamp_floor_to_zero"), given.get("fourier", False))
+    known: dict[str, Any] = {"rope": True, "rope_theta": theta}
+    return convert(known | floor | dict(given), PaperFlags, where=where)
 
 
 def _rope(flags: HfFlags, where: str) -> Rope:
@@ -332,9 +353,11 @@ def _rope(flags: HfFlags, where: str) -> Rope:
     if flags.rope_scaling and flags.rope_parameters:
         raise ConfigError("rope_scaling and rope_parameters are both given", hint="Keep the one that training used.")
     given = dict(flags.rope_parameters or flags.rope_scaling or {})
-    if "type" in given:
-        given.setdefault("rope_type", given.pop("type"))
-    given.setdefault("rope_theta", flags.rope_theta)
+    for name, other in (("rope_type", given.pop("type", None)), ("rope_theta", flags.rope_theta)):
+        if other is not None and given.setdefault(name, other) != other:
+            raise ConfigError(
+                f"{name} is {given[name]!r} and {other!r}", hint="Two fields say it: keep the one that training used."
+            )
     return convert(given, Rope, where=f"{where}: rope_parameters")
 
 

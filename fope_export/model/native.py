@@ -19,7 +19,8 @@ def _plan(folder: Path) -> Blueprint:
     path = folder / CONFIG
     config = convert(read_json(path), ModelConfig, where=str(path))
     _check_training_length(config, path)
-    return Blueprint(config, {name: (name,) for name in stored_names(config)})
+    copies = {"lm_head.weight": "embed.weight"} if config.tie_embeddings else {}
+    return Blueprint(config, {name: (name,) for name in stored_names(config)}, copies=copies)
 
 
 def _check_training_length(config: ModelConfig, path: Path) -> None:

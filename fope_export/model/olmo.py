@@ -11,20 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import torch
 from torch import Tensor
 
-from fope_export.config import Checked, Count, Layers, ModelConfig, Positive, Size, SpectrumConfig, convert
+from fope_export.config import Count, Layers, ModelConfig, Positive, SpectrumConfig, convert
 from fope_export.documents import read_yaml
 from fope_export.errors import CheckpointError, ConfigError
-from fope_export.fope import frequencies
-from fope_export.fope.rotary import normalized
-from fope_export.fope.spectrum import Spectrum
-from fope_export.model.blueprint import Blueprint, Format, join, model_type, read_json
+from fope_export.model import paper
+from fope_export.model.blueprint import (
+    Blueprint,
+    Format,
+    Positions,
+    join,
+    model_type,
+    only_supported,
+    read_json,
+    without_clashes,
+)
+from fope_export.model.paper import PaperFlags
 
 
-class OlmoFlags(Checked, frozen=True, kw_only=True):
+class OlmoFlags(PaperFlags, frozen=True, kw_only=True):
     """Every field of the fork's ModelConfig with its default; an omitted field means the default."""
 
     d_model: Count = 768
@@ -41,30 +47,7 @@ class OlmoFlags(Checked, frozen=True, kw_only=True):
     pad_token_id: int | None = 50256
     max_sequence_length: Count = 1024
     layer_norm_eps: Positive = 1e-5
-
     pos_emb: bool = True
-    rope: bool = False
-    rope_theta: Positive = 10_000.0
-    rope_full_precision: bool = True
-    rope_init_upper_freq: float = 1.0
-    rope_init_floor_freq: float = 0.0
-    rope_clamp_floor_freq: bool = False
-    rope_clamp_floor_to_zero: bool = False
-    rope_floor_freq_ratio: float = 1.0
-    fourier: bool = False
-    fourier_dim: Size = 0
-    fourier_separate_basis: bool = True
-    fourier_separate_head: bool = True
-    fourier_norm: bool = False
-    fourier_ignore_zero: bool = True
-    len_extra: bool = False
-    len_extra_type: str = "PI"
-    len_extra_before_clamp: bool = False
-    len_extra_orig_length: Size = 0
-    len_extra_yarn_scale: Positive = 16.0
-    len_extra_yarn_beta_fast: Positive = 32.0
-    len_extra_yarn_beta_slow: Positive = 1.0
-    len_extra_yarn_factor: float = 1.0
 
     # Each must have the value that REQUIRED states.
     activation_type: str = "swiglu"
@@ -75,13 +58,6 @@ class OlmoFlags(Checked, frozen=True, kw_only=True):
     include_bias: bool = True
     bias_for_layer_norm: bool | None = None
     alibi: bool = False
-    rope_init_distribution: str = "exponential"
-    rope_no_pos: bool = False
-    rope_learnable: bool = False
-    rope_include_neg_freq: bool = False
-    rope_clamp_upper_freq: bool = False
-    rope_zero_freq_ratio: float = -1.0
-    rope_clamp_to_linear: bool = False
     attention_layer_norm: bool = False
     attention_layer_norm_v: bool = False
     attention_layer_norm_out: bool = False
@@ -93,15 +69,6 @@ class OlmoFlags(Checked, frozen=True, kw_only=True):
     # Without effect on what a trained model computes: initialisation, dropout, kernels, and flags the code never reads.
     debug: bool = False
     alibi_bias_max: float = 8.0
-    rope_no_rotary: bool = False
-    rope_no_repetition: bool = False
-    rope_upper_freq_ratio: float = 1.0
-    rope_clamp_upper_to_zero: bool = True
-    rope_clamp_to_linear_mode: str = "ceil"
-    fourier_init: str = "eye_xavier_norm"
-    fourier_init_norm_gain: float = 0.3
-    fourier_learnable: bool = False
-    len_extra_fourier_expand: bool = False
     flash_attention: bool = False
     freqwise_attention: bool = False
     attention_dropout: float = 0.1
@@ -126,13 +93,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "include_bias": (False,),
     "bias_for_layer_norm": (False, None),
     "alibi": (False,),
-    "rope_init_distribution": ("exponential",),
-    "rope_no_pos": (False,),
-    "rope_learnable": (False,),
-    "rope_include_neg_freq": (False,),
-    "rope_clamp_upper_freq": (False,),
-    "rope_zero_freq_ratio": (-1.0,),
-    "rope_clamp_to_linear": (False,),
     "attention_layer_norm": (False,),
     "attention_layer_norm_v": (False,),
     "attention_layer_norm_out": (False,),
@@ -152,87 +112,24 @@ WRAPPER_KEYS = frozenset(
 
 def check(flags: OlmoFlags) -> None:
     """Raises ConfigError naming the first flag, or pair of flags, that this layout does not support."""
-    for name, supported in REQUIRED.items():
-        if (value := getattr(flags, name)) not in supported:
-            wanted = " or ".join(map(repr, supported))
-            raise ConfigError(
-                f"{name} is {value!r}, and only {wanted} is supported", hint="Open an issue with the config."
-            )
-    clashes = {
-        "d_model is not a multiple of n_heads": flags.d_model % flags.n_heads,
-        "fourier needs rope": flags.fourier and not flags.rope,
-        "rope needs pos_emb": flags.rope and not flags.pos_emb,
-        "pos_emb without rope is a table of learned positions, which is not supported": flags.pos_emb
-        and not flags.rope,
-        "rope_clamp_floor_freq needs rope_clamp_floor_to_zero": flags.rope_clamp_floor_freq
-        and not flags.rope_clamp_floor_to_zero,
-        "n_kv_heads below n_heads needs fourier_separate_head: false": flags.fourier
-        and flags.fourier_separate_head
-        and kv_heads(flags) != flags.n_heads,
-        f"len_extra_type {flags.len_extra_type!r} is neither PI nor YARN": flags.len_extra
-        and flags.len_extra_type not in ("PI", "YARN"),
-        "len_extra needs len_extra_orig_length": flags.len_extra and not flags.len_extra_orig_length,
-        "fourier_dim is odd": flags.fourier_dim % 2,
-    }
-    for message, clash in clashes.items():
-        if clash:
-            raise ConfigError(message, hint="Check the flags against the training run's config.")
+    only_supported(flags, REQUIRED)
+    paper.check(flags)
+    without_clashes(
+        {
+            "d_model is not a multiple of n_heads": flags.d_model % flags.n_heads,
+            "rope needs pos_emb": flags.rope and not flags.pos_emb,
+            "pos_emb without rope is a table of learned positions, which is not supported": flags.pos_emb
+            and not flags.rope,
+            "n_kv_heads below n_heads needs fourier_separate_head: false": flags.fourier
+            and flags.fourier_separate_head
+            and kv_heads(flags) != flags.n_heads,
+        }
+    )
 
 
 def kv_heads(flags: OlmoFlags) -> int:
     """n_kv_heads with its two older spellings."""
     return flags.n_kv_heads or (1 if flags.multi_query_attention else flags.n_heads)
-
-
-def base_frequencies(flags: OlmoFlags) -> Tensor:
-    """float32 [dim / 2], dim = max(fourier_dim, head_dim), zeros where a frequency was clamped away."""
-    dim = max(flags.fourier_dim if flags.fourier else 0, flags.d_model // flags.n_heads)
-    freq = frequencies.exponential(
-        flags.rope_theta, dim, upper=flags.rope_init_upper_freq, floor=flags.rope_init_floor_freq
-    )
-    if flags.len_extra and flags.len_extra_before_clamp:
-        freq = _extend(flags, freq, dim)
-    if flags.rope_clamp_floor_freq:
-        freq = frequencies.floor_to_zero(freq, flags.max_sequence_length, flags.rope_floor_freq_ratio)
-    if flags.len_extra and not flags.len_extra_before_clamp:
-        freq = _extend(flags, freq, dim)
-    return freq
-
-
-def _extend(flags: OlmoFlags, freq: Tensor, dim: int) -> Tensor:
-    if flags.len_extra_type == "PI":
-        return frequencies.interpolate(freq, flags.len_extra_orig_length, flags.max_sequence_length)
-    return frequencies.yarn(
-        freq, dim, flags.rope_theta, scale=flags.len_extra_yarn_scale, original_length=flags.len_extra_orig_length,
-        beta_fast=flags.len_extra_yarn_beta_fast, beta_slow=flags.len_extra_yarn_beta_slow,
-        factor=flags.len_extra_yarn_factor,
-    )  # fmt: skip
-
-
-def spectrum_of(flags: OlmoFlags) -> tuple[SpectrumConfig, Tensor, Spectrum | None]:
-    """The spectrum's configuration, its frequencies, and the whole of it where no coefficients are stored."""
-    head_dim = flags.d_model // flags.n_heads
-    freq = base_frequencies(flags)
-    if not flags.fourier:
-        kept = freq.numpy() if flags.rope else freq.numpy()[:0]
-        rope = Spectrum.rope(kept, head_dim)
-        config = msgspec.structs.replace(rope.config, full_precision=flags.rope_full_precision)
-        return config, torch.from_numpy(rope.freq), rope
-    if flags.fourier_ignore_zero:
-        freq = freq[freq != 0]
-    config = SpectrumConfig(
-        head_dim=head_dim,
-        rotary_dim=head_dim,
-        frequencies=len(freq),
-        pairs=min(len(freq), head_dim // 4) if flags.fourier_ignore_zero else head_dim // 2,
-        groups=flags.n_heads if flags.fourier_separate_head else 1,
-        sin_pad=1.0,
-        cos_pad=1.0,
-        sign=1,
-        pairing="half",
-        full_precision=flags.rope_full_precision,
-    )
-    return config, freq, None
 
 
 def model_config(flags: OlmoFlags, spectrum: SpectrumConfig) -> ModelConfig:
@@ -263,26 +160,28 @@ def model_config(flags: OlmoFlags, spectrum: SpectrumConfig) -> ModelConfig:
 def blueprint(flags: OlmoFlags, prefix: str = "") -> Blueprint:
     """The decoder of `flags`, its tensors found under `prefix`."""
     check(flags)
-    spectrum, freq, whole = spectrum_of(flags)
-    config = model_config(flags, spectrum)
-    sources = {"embed.weight": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight"}
+    positions = paper.positions(
+        flags, head_dim=flags.d_model // flags.n_heads, groups=flags.n_heads, length=flags.max_sequence_length
+    )
+    embed, head = f"{prefix}transformer.wte.weight", f"{prefix}transformer.ff_out.weight"
+    sources: dict[str, tuple[str, ...]] = {
+        "embed.weight": (embed,),
+        "norm.weight": (f"{prefix}transformer.ln_f.weight",),
+    }
     if not flags.weight_tying:
-        sources["lm_head.weight"] = "transformer.ff_out.weight"
+        sources["lm_head.weight"] = (head,)
     constants: dict[str, Tensor] = {}
     for i in range(flags.n_layers):
-        ours, theirs = f"layers.{i}", f"transformer.blocks.{i}"
+        ours, theirs = f"layers.{i}", f"{prefix}transformer.blocks.{i}"
         for module, names in LAYER_TENSORS.items():
-            sources |= {f"{ours}.{module}{name}.weight": f"{theirs}.{name}.weight" for name in names}
+            sources |= {f"{ours}.{module}{name}.weight": (f"{theirs}.{name}.weight",) for name in names}
         rotary = f"{ours}.attention.rotary"
-        constants[f"{rotary}.freq"] = freq
-        for name in ("sin_coef", "cos_coef"):
-            if whole is not None:
-                constants[f"{rotary}.{name}"] = torch.from_numpy(getattr(whole, name))
-            else:
-                stored = name if flags.fourier_separate_basis else "fourier_coef"
-                sources[f"{rotary}.{name}"] = f"{theirs}.pos_emb.{stored}"
-    stored_as = {ours: (prefix + theirs,) for ours, theirs in sources.items()}
-    return Blueprint(config, stored_as, constants, partial(_adapt, flags))
+        constants |= positions.constants(rotary)
+        sources |= positions.sources(rotary, f"{theirs}.pos_emb")
+    copies = {head: embed} if flags.weight_tying else {}
+    return Blueprint(
+        model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies
+    )
 
 
 LAYER_TENSORS = {
@@ -293,12 +192,9 @@ LAYER_TENSORS = {
 """Our module of a block -> the tensors it holds, which the fork keeps in the block itself."""
 
 
-def _adapt(flags: OlmoFlags, name: str, tensors: list[Tensor]) -> Tensor:
+def _adapt(positions: Positions, name: str, tensors: list[Tensor]) -> Tensor:
     tensor = join(tensors)
-    if not name.endswith("_coef"):
-        return tensor
-    tensor = normalized(tensor) if flags.fourier_norm and tensor.ndim > 1 else tensor
-    return tensor if flags.fourier_separate_head else tensor[None]
+    return positions.adapt(tensor) if name.endswith("_coef") else tensor
 
 
 class _NoGlobals(pickle.Unpickler):
@@ -325,7 +221,7 @@ def _plan_yaml(folder: Path) -> Blueprint:
     section = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")
-    return _plan(section, f"{path}: model")
+    return _plan(section, f"{path}: model", strict=False)  # as OmegaConf, which turns text into numbers and booleans
 
 
 def _plan_wrapper(folder: Path) -> Blueprint:
@@ -334,8 +230,8 @@ def _plan_wrapper(folder: Path) -> Blueprint:
     return _plan(data, str(path), prefix="model.")
 
 
-def _plan(section: Mapping[str, Any], where: str, prefix: str = "") -> Blueprint:
-    flags = convert(section, OlmoFlags, where=where, strict=False)
+def _plan(section: Mapping[str, Any], where: str, prefix: str = "", *, strict: bool = True) -> Blueprint:
+    flags = convert(section, OlmoFlags, where=where, strict=strict)
     try:
         return blueprint(flags, prefix)
     except ConfigError as cause:

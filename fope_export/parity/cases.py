@@ -1,7 +1,7 @@
 """What is compared: token sequences, where they stand, and in which steps a backend is fed them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ FAR = (100_000, 1_000_000)
 """The positions that the far cases end at."""
 FACTORS = (1, 2, 4, 8, 16)
 """Multiples of the training length that are compared."""
+ROWS, TOKENS = 64, 256
+"""Rows of a short prefill, or as many as make so many tokens: one token's error is luck, a mean over many is none."""
 KEPT = 1024
-"""Positions of a long case that are compared: its last ones."""
+"""Positions of a long case that are compared: its last ones,"""
+KEPT_LOGITS = 1 << 25
+"""or as many as have so many logits."""
 STEP_BYTES = 1 << 30
-"""Bound on the float64 logits of one step; longer prefills are fed in chunks."""
+"""Bound on the float64 logits and on the mask of one step; longer prefills are fed in chunks."""
 
 UNLIMITED = Limits()
 UNREADABLE = (
@@ -37,21 +41,19 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of L tokens, padded on the left, fed in `steps`. The logits of the last `kept` positions are compared."""
+    """B rows of L tokens, padded on the left, fed in `steps`, `together` rows at once (0: all). The logits of the last
+    `kept` positions are compared.
+    """
 
     name: str
     feeds: Feeds
     steps: tuple[int, ...]
     kept: int
+    together: int = 0
 
     @property
     def length(self) -> int:
         return int(self.feeds.input_ids.shape[1])
-
-    def fits(self, limits: Limits) -> bool:
-        """Whether there is room for it."""
-        sizes = self.feeds.input_ids.shape
-        return all(most is None or size <= most for size, most in zip(sizes, limits, strict=True))
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -61,25 +63,30 @@ class Case:
 
     def run(self, backend: Backend) -> Floats:
         """Logits [N, V] of the N kept positions that hold a token, row after row."""
+        rows = len(self.feeds.input_ids)
+        parts = (slice(start, start + (self.together or rows)) for start in range(0, rows, self.together or rows))
+        return np.concatenate([self._run(Feeds(*(array[part] for array in self.feeds)), backend) for part in parts])
+
+    def _run(self, feeds: Feeds, backend: Backend) -> Floats:
         first = self.length - self.kept
-        cache, start, kept = backend.empty_cache(len(self.feeds.input_ids)), 0, []
+        cache, start, kept = backend.empty_cache(len(feeds.input_ids)), 0, []
         for step in self.steps:
-            logits, cache = backend.step(self.feeds.part(start, start + step), cache)
+            logits, cache = backend.step(feeds.part(start, start + step), cache)
             kept.append(logits[:, max(first - start, 0) :])
             start += step
-        compared: Floats = np.concatenate(kept, axis=1)[self.feeds.attention_mask[:, first:] != 0]
+        compared: Floats = np.concatenate(kept, axis=1)[feeds.attention_mask[:, first:] != 0]
         return compared
 
-    def run_plainly(self, backend: Backend) -> Floats:
-        """The same logits without padding, batches and short steps: each row alone, whole as far as memory allows."""
-        return np.concatenate([row.run(backend) for row in self._rows(_largest_step(backend.vocab_size))])
-
-    def _rows(self, largest: int) -> Iterator["Case"]:
-        for i, mask in enumerate(self.feeds.attention_mask):
-            ids, _, positions = (array[i : i + 1, mask != 0] for array in self.feeds)
-            length = ids.shape[1]
-            feeds = Feeds(ids, np.ones_like(ids), positions)
-            yield Case(self.name, feeds, _chunks(length, largest), min(self.kept, length))
+    def prefilled(self, backend: Backend) -> Floats:
+        """The same logits without padding and short steps: rows of a length at once, whole as far as memory allows."""
+        counts = np.count_nonzero(self.feeds.attention_mask, axis=1)
+        found: dict[int, Floats] = {}
+        for count in np.unique(counts):
+            rows = np.flatnonzero(counts == count)
+            ids, mask, positions = (array[rows, -count:] for array in self.feeds)
+            case = _whole(self.name, Feeds(ids, mask, positions), backend.vocab_size, kept=min(self.kept, count))
+            found |= zip(rows, case.run(backend).reshape(len(rows), case.kept, -1), strict=True)
+        return np.concatenate([found[row] for row in range(len(counts))])
 
 
 def standard_cases(
@@ -87,7 +94,7 @@ def standard_cases(
 ) -> list[Case]:
     """Prefills from 1 token to 16 times the training length, or of `lengths`; a cached decode across the training
     length, uneven chunks, a padded batch that goes on decoding, and decodes that end at the FAR positions. Of
-    these, the ones that a backend with `limits` has room for.
+    these, the ones that a backend with `limits` has room for, as many rows at once as it takes.
 
     Raises ParityError for a length below 1, or where no case fits.
     """
@@ -98,6 +105,9 @@ def standard_cases(
     def tokens(rows: int, length: int) -> NDArray[np.int64]:
         return rng.integers(0, config.vocab_size, (rows, length))
 
+    def stepped(name: str, feeds: Feeds, steps: tuple[int, ...]) -> Case:
+        return Case(name, feeds, steps, _kept(feeds, config.vocab_size))
+
     wanted = lengths or (1, 7, trained // 2 + 1, *(trained * factor for factor in FACTORS))
     decoded, first, uneven = trained + 16, max(trained - 16, 1), (trained, 7, 1, 33, trained)
     padded = feeds_for(*pad_left([list(tokens(1, n)[0]) for n in (trained // 2 + 9, trained // 4 + 1, 11)]))
@@ -106,40 +116,42 @@ def standard_cases(
     far = {last: near._replace(position_ids=near.position_ids + last - 63) for last in FAR}
     cases = [
         *(prefill(config, length, seed) for length in sorted(set(wanted))),
-        Case(
-            f"decode across {trained}",
-            feeds_for(tokens(2, decoded)),
-            (first, *[1] * (decoded - first)),
-            min(decoded, KEPT),
-        ),
-        Case("uneven chunks", feeds_for(tokens(1, sum(uneven))), uneven, min(sum(uneven), KEPT)),
-        Case("padded batch", padded, (longest - 8, *[1] * 8), min(longest, KEPT)),
-        *(Case(f"decode to {last:,}", feeds, (48, *[1] * 16), 64) for last, feeds in far.items()),
+        stepped(f"decode across {trained}", feeds_for(tokens(2, decoded)), (first, *[1] * (decoded - first))),
+        stepped("uneven chunks", feeds_for(tokens(1, sum(uneven))), uneven),
+        stepped("padded batch", padded, (longest - 8, *[1] * 8)),
+        *(stepped(f"decode to {last:,}", feeds, (48, *[1] * 16)) for last, feeds in far.items()),
     ]
-    if fitting := [case for case in cases if case.fits(limits)]:
+    if fitting := [
+        replace(case, together=limits.batch or 0)
+        for case in cases
+        if limits.length is None or case.length <= limits.length
+    ]:
         return fitting
     raise ParityError(f"there is room for no case: {limits}", hint="Give shorter --lengths, or make more room.")
 
 
 def prefill(config: ModelConfig, length: int, seed: int) -> Case:
-    """`length` random tokens at once, or in the largest steps whose logits fit."""
-    ids = np.random.default_rng((seed, length)).integers(0, config.vocab_size, (1, length))
+    """Rows of `length` random tokens, more of them where they are short, at once or in the largest steps that fit."""
+    rows = min(-(-TOKENS // length), ROWS)
+    ids = np.random.default_rng((seed, length)).integers(0, config.vocab_size, (rows, length))
     return _whole(f"prefill {length}", feeds_for(ids), config.vocab_size)
 
 
-def _whole(name: str, feeds: Feeds, vocab_size: int) -> Case:
-    length = feeds.input_ids.shape[1]
-    return Case(name, feeds, _chunks(length, _largest_step(vocab_size)), min(length, KEPT))
+def _whole(name: str, feeds: Feeds, vocab_size: int, kept: int = 0) -> Case:
+    rows, length = feeds.input_ids.shape
+    largest = max(STEP_BYTES // (8 * rows * max(vocab_size, length)), 64)
+    return Case(name, feeds, _chunks(length, largest), kept or _kept(feeds, vocab_size))
+
+
+def _kept(feeds: Feeds, vocab_size: int) -> int:
+    rows, length = feeds.input_ids.shape
+    return int(min(length, KEPT, max(KEPT_LOGITS // (rows * vocab_size), 64)))
 
 
 def _chunks(length: int, largest: int) -> tuple[int, ...]:
     """`length` as steps of `largest` and a rest."""
     rest = length % largest
     return (largest,) * (length // largest) + ((rest,) if rest else ())
-
-
-def _largest_step(vocab_size: int) -> int:
-    return max(STEP_BYTES // (8 * vocab_size), 64)
 
 
 def save_inputs(path: Path, manifest: Manifest, cases: Sequence[Case]) -> None:

@@ -1,19 +1,26 @@
-"""The measure and the rule: a backend may be FACTOR times as far from float64 as PyTorch is in the tested dtype."""
+"""The measures and the rule: the error of every token and every logit, as a multiple of what rounding does to it."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fope_export.errors import ParityError
 
-FACTOR = 3.0
-"""How many times PyTorch's own error a backend's error may be. Another order of summation costs about 1, unless it adds
-without blocks (`quantised.factor_of`).
+LIMITS = {"rms": 2.5, "token": 20.0, "logit": 20.0, "column": 2.5}
+"""How many times the rounding an error may be: pooled over a case, of one token, of one token's worst logit, and of one
+logit pooled over all cases. A new order of summation costs about 1; README says how they were measured.
 """
-FLOOR = 8 * float(np.finfo(np.float32).eps)
-"""Errors below this share of the largest logit pass: for a few tokens PyTorch's own error is a matter of luck."""
+MEMBERS, MORE = 8, 56
+"""Copies of PyTorch that show the rounding, and how many join them before a refusal is spoken."""
+ENOUGH = 64
+"""Tokens that make a mean; where there are fewer, the missing ones count as if they were right."""
+CLEAR = 10.0
+"""Times a limit from which on a refusal is beyond doubt: eight times as many members cannot lift it."""
+LAST = 0.5
+"""Of a dtype's eps: the most that rounding a result itself costs, as a share of it."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -82,17 +89,119 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What rounding does to each token and each logit of one case: mean squares of the members' errors.
+
+    None is below what rounding the results themselves may cost, so that results which happen to be exact in PyTorch
+    need not be exact elsewhere.
+    """
+
+    members: int
+    tokens: Floats
+    """[N], of all of a token's logits together."""
+    peaks: Floats
+    """[N], of a token's worst logit."""
+    columns: Floats
+    """[V], of a logit over all tokens, each in units of the token's own noise."""
+    weights: Floats
+    """[N], one over that noise as the first members showed it."""
+    eps: float
+    allowance: float
+
+    @classmethod
+    def of(cls, truth: Floats, members: Sequence[Floats], eps: float, allowance: float = 1.0) -> Self:
+        """From logits [N, V]: `truth` in float64, `members` in the arithmetic that is judged, whose numbers are `eps`
+        apart. An operator is known to round `allowance` times as much as PyTorch's.
+
+        Raises ParityError where they are not finite.
+        """
+        tokens = np.mean([_finite(_squares(truth, got)).sum(axis=1) for got in members], axis=0)
+        tokens = np.maximum(tokens, _least(truth, eps).sum(axis=1))
+        weights = np.divide(1.0, tokens, out=np.zeros_like(tokens), where=tokens > 0)
+        nothing, columns = np.zeros_like(tokens), np.zeros(truth.shape[1])
+        return cls(0, nothing, nothing, columns, weights, eps, allowance).joined(truth, members)
+
+    def joined(self, truth: Floats, members: Iterable[Floats]) -> Self:
+        """With more members. Raises ParityError where they are not finite."""
+        count = self.members
+        tokens, peaks, columns = (count * known for known in (self.tokens, self.peaks, self.columns))
+        for got in members:
+            squares = _finite(_squares(truth, got))
+            tokens, peaks = tokens + squares.sum(axis=1), peaks + squares.max(axis=1)
+            columns, count = columns + self.weights @ squares, count + 1
+        least = _least(truth, self.eps)
+        return replace(
+            self,
+            members=count,
+            tokens=np.maximum(tokens / count, least.sum(axis=1)),
+            peaks=np.maximum(peaks / count, least.max(axis=1)),
+            columns=np.maximum(columns / count, self.weights @ least),
+        )
+
+    def ratios(self, truth: Floats, got: Floats) -> dict[str, float]:
+        """The errors of `got` [N, V] in units of the noise: pooled, of the worst token, of the worst token's logit."""
+        squares = _squares(truth, got)
+        tokens, peaks = _over(squares.sum(axis=1), self.tokens), _over(squares.max(axis=1), self.peaks)
+        rms = float(np.sqrt(np.square(tokens).sum() / max(len(tokens), ENOUGH)))
+        found = {"rms": rms, "token": float(tokens.max()), "logit": float(peaks.max())}
+        return {name: ratio / self.allowance for name, ratio in found.items()}
+
+    def tied(self) -> Floats:
+        """[N] errors of a logit that the rule allows."""
+        allowed: Floats = LIMITS["logit"] * self.allowance * np.sqrt(self.peaks)
+        return allowed
+
+
+def _squares(truth: Floats, got: Floats) -> Floats:
+    """Squared errors [N, V]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares: Floats = np.square(np.subtract(got, truth, dtype=np.float64))
+    return squares
+
+
+def _finite(squares: Floats) -> Floats:
+    if not np.isfinite(squares).all():
+        raise ParityError("PyTorch itself gives values that are not finite", hint="The model cannot be validated.")
+    return squares
+
+
+def _least(truth: Floats, eps: float) -> Floats:
+    """Squares [N, V] of what rounding the values themselves may cost."""
+    least: Floats = np.square(LAST * eps * truth)
+    return least
+
+
+def _over(squares: Floats, noise: Floats) -> Floats:
+    """Roots of the quotients. No error is 0, whatever the noise; an error where nothing can round is infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotients: Floats = np.sqrt(np.divide(squares, noise, out=np.zeros_like(squares), where=squares != 0))
+    return quotients
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Squared errors [V] of each logit, added over tokens in units of their noise: a backend's, and the noise."""
+
+    got: Floats
+    noise: Floats
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """A backend's measure beside PyTorch's own and the limits that follow from it."""
+    """A backend's errors in one case, in units of rounding, beside their limits."""
 
     got: Measure
-    noise: Measure
+    ratios: dict[str, float]
     limits: dict[str, float]
+    members: int
+    """How many showed the rounding."""
+    columns: Columns = field(repr=False, compare=False)
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """The metrics over their limits. A value that is not a number is over every limit."""
-        return tuple(name for name in METRICS if not getattr(self.got, name) <= self.limits[name])
+        """The ratios over their limits. A value that is not a number is over every limit."""
+        return over(self.ratios, self.limits)
 
     @property
     def passed(self) -> bool:
@@ -100,31 +209,68 @@ class Verdict:
 
     @property
     def ratio(self) -> float:
-        """The backend's root mean square error as a multiple of PyTorch's."""
-        got, noise = self.got.relative, self.noise.relative
-        return got / noise if noise else float("inf") if got else 0.0
+        """The root mean square error as a multiple of rounding's."""
+        return self.ratios["rms"]
 
 
-def limit(truth: Floats, noisy: Floats, factor: float = FACTOR) -> float:
-    """The largest absolute error allowed, where PyTorch in the tested dtype gives `noisy`."""
-    truth = truth.astype(np.float64)
-    return max(factor * float(np.abs(noisy - truth).max()), FLOOR * float(np.abs(truth).max()))
+def over(ratios: Mapping[str, float], limits: Mapping[str, float]) -> tuple[str, ...]:
+    """Names of the ratios that are not within their limits."""
+    return tuple(name for name, ratio in ratios.items() if not ratio <= limits[name])
 
 
-def judge(truth: Floats, noisy: Floats, got: Floats, factor: float = FACTOR) -> Verdict:
-    """`truth` in float64, `noisy` from PyTorch in the tested dtype, `got` from the backend: logits [N, V] each."""
-    noise = measure(truth, noisy, allowed=0.0)
-    if noise.non_finite:
-        raise ParityError("PyTorch itself gives values that are not finite", hint="The model cannot be validated.")
-    floor = FLOOR * float(np.abs(truth).max())
-    relative = floor / float(np.sqrt(np.square(truth, dtype=np.float64).mean()))
-    limits = {
-        "max_abs": limit(truth, noisy, factor),
-        "relative": max(factor * noise.relative, relative),
-        "cosine": max(factor**2 * noise.cosine, relative**2 / 2),
-        "kl": max(factor**2 * noise.kl, (2 * floor) ** 2 / 2),
-        "flips": 0.0,
-        "non_finite": 0.0,
-    }
-    near_tie = np.maximum(factor * np.abs(noisy - truth).max(axis=1), floor)
-    return Verdict(measure(truth, got, near_tie), noise, limits)
+def judge(truth: Floats, noise: Noise, got: Floats, again: Callable[[], Noise] | None = None) -> Verdict:
+    """Hold a backend's logits [N, V] of one case against the truth. `again` gives the noise of more members, which a
+    refusal is judged by once more where they could lift it.
+    """
+    verdict = _judged(truth, noise, got)
+    return _judged(truth, again(), got) if again and _doubtful(verdict.ratios, verdict.limits) else verdict
+
+
+def _judged(truth: Floats, noise: Noise, got: Floats) -> Verdict:
+    found, ratios = measure(truth, got, noise.tied()), noise.ratios(truth, got)
+    with np.errstate(invalid="ignore"):
+        sums = noise.weights @ _squares(truth, got)
+    columns = Columns(sums, noise.columns * noise.allowance**2, len(truth))
+    return Verdict(found, ratios, {name: LIMITS[name] for name in ratios}, noise.members, columns)
+
+
+def _doubtful(ratios: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether more members could turn a refusal: a limit is missed, and none by far."""
+    failed = over(ratios, limits)
+    return bool(failed) and all(ratios[name] < CLEAR * limits[name] for name in failed)
+
+
+@dataclass(frozen=True)
+class ColumnVerdict:
+    """Each logit over all tokens of all cases: an error that few weights of the last layer make shows here first."""
+
+    ratio: float
+    logit: int
+    """The worst."""
+    limit: float
+    members: int
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= self.limit
+
+
+def judge_columns(verdicts: Sequence[Verdict], again: Callable[[], Sequence[Noise]] | None = None) -> ColumnVerdict:
+    """Pool what the verdicts of one file's cases say of each logit; `again` gives their noises with more members."""
+    verdict = _pooled([each.columns for each in verdicts], min(each.members for each in verdicts))
+    if not again or not _doubtful({"column": verdict.ratio}, {"column": verdict.limit}):
+        return verdict
+    noises = again()
+    columns = [
+        replace(each.columns, noise=noise.columns * noise.allowance**2)
+        for each, noise in zip(verdicts, noises, strict=True)
+    ]
+    return _pooled(columns, min(noise.members for noise in noises))
+
+
+def _pooled(found: Sequence[Columns], members: int) -> ColumnVerdict:
+    got, noise = (np.sum([getattr(each, side) for each in found], axis=0) for side in ("got", "noise"))
+    missing = max(ENOUGH - sum(each.tokens for each in found), 0) / len(got)
+    ratios = _over(got + missing, noise + missing)
+    worst = int(ratios.argmax())
+    return ColumnVerdict(float(ratios[worst]), worst, LIMITS["column"], members)

@@ -1,7 +1,7 @@
 """Where a bundle first differs from its checkpoint: which tensor, and which module's output is too far off."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ import onnx
 from numpy.typing import NDArray
 from polygraphy.backend.onnx import modify_outputs
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
@@ -25,55 +24,70 @@ from fope_export.fope.replace import rotaries
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
-from fope_export.parity.judge import FACTOR, limit
+from fope_export.parity.judge import MEMBERS, Floats, Noise, over
+from fope_export.parity.yardstick import Yardstick
 
 Outputs = dict[str, NDArray[np.floating[Any]]]
 Running = tuple[nn.Module, Callable[[], object]]
 """A model, and what has it compute."""
 
 
+LIMITS = {"rms": 2.0, "token": 15.0}
+"""What a module's output may be off by, in units of rounding; less than logits, whose rounding is more alike."""
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """The first module, in order of execution, whose output is further from float64 than the rule allows."""
+    """The first module, in order of execution, whose output is further from float64 than rounding explains."""
 
     module: str
     value: str
     """The graph's name for the output."""
+    ratio: str
+    """Which is too large: "rms" or "token"."""
     error: float
+    """The ratio, in units of rounding."""
     allowed: float
 
 
-def first_divergence(
-    bundle: Bundle, single: EagerBackend, double: EagerBackend, feeds: Feeds, factor: float = FACTOR
-) -> Divergence | None:
+def first_divergence(bundle: Bundle, yardstick: Yardstick, feeds: Feeds) -> Divergence | None:
     """Compare every module's output on whole sequences `feeds` (no past): ONNX Runtime against PyTorch in float64."""
-    single_run, double_run = (
-        lambda backend=backend: backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
-        for backend in (single, double)
-    )
-    inputs = graph_feeds(bundle.manifest, feeds)
-    return divergence_of(bundle, (single.model, single_run), (double.model, double_run), inputs, factor)
+
+    def running(backend: EagerBackend) -> Running:
+        return backend.model, lambda: backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
+
+    members = (running(yardstick.member(number)) for number in range(MEMBERS))
+    inputs, double = graph_feeds(bundle.manifest, feeds), running(yardstick.double)
+    return divergence_of(bundle, double, members, inputs, yardstick.eps, yardstick.allowance)
 
 
 def divergence_of(
-    bundle: Bundle, single: Running, double: Running, inputs: Mapping[str, NDArray[Any]], factor: float = FACTOR
-) -> Divergence | None:
-    """The same for any module and a way to run it on what the graph is given as `inputs`."""
-    ending = _modules_that_end_themselves(single[0])
+    bundle: Bundle, double: Running, members: Iterable[Running], inputs: Mapping[str, NDArray[Any]], eps: float,
+    allowance: float = 1.0,
+) -> Divergence | None:  # fmt: skip
+    """The same for any module, its members, and a way to run each on what the graph is given as `inputs`."""
+    ending = _modules_that_end_themselves(double[0])
     values = {name: outputs for name, outputs in module_outputs(bundle.model).items() if name in ending}
-    truth, noisy = (_eager_outputs(*running, values) for running in (double, single))
+    truth, *noisy = (_eager_outputs(*running, values) for running in (double, *members))
     got = _bundle_outputs(bundle, list(truth), inputs) if truth else {}
-    truth = {name: array for name, array in truth.items() if array.shape == got[name].shape}
-    allowed = {name: limit(truth[name], noisy[name], factor) for name in truth}
-    compare = SimpleCompareFunc(rtol=0.0, atol=allowed, check_error_stat="max")
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = compare(IterationResult(got), IterationResult(truth))
     for module, names in values.items():
         for name in names:
-            if name in truth and not results[name]:
-                error = float(np.abs(got[name].astype(np.float64) - truth[name]).max())
-                return Divergence(module, name, error, allowed[name])
+            if name in truth and truth[name].shape == got[name].shape:
+                found = [_by_token(outputs[name]) for outputs in (truth, got, *noisy)]
+                ratios = _ratios(*found, eps=eps, allowance=allowance)
+                for ratio in over(ratios, LIMITS):
+                    return Divergence(module, name, ratio, ratios[ratio], LIMITS[ratio])
     return None
+
+
+def _ratios(truth: Floats, got: Floats, *members: Floats, eps: float, allowance: float) -> dict[str, float]:
+    found = Noise.of(truth.astype(np.float64), members, eps, allowance).ratios(truth, got)
+    return {name: found[name] for name in LIMITS}
+
+
+def _by_token(array: Floats) -> Floats:
+    """What belongs to one token as one row: all axes after batch and sequence."""
+    return array.reshape(int(np.prod(array.shape[: min(2, array.ndim - 1)])), -1)
 
 
 def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fope_export.backends.choose import BACKENDS
 from fope_export.backends.eager import in_numpy
 from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
@@ -21,9 +22,10 @@ from fope_export.fope.replace import rotaries
 from fope_export.graph.module import Inputs, arguments, class_name, constant, state_hash
 from fope_export.graph.reading import check_graphs
 from fope_export.parity.controls import CONTROLS, Control
-from fope_export.parity.judge import Verdict, judge
+from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localise import different_rotations, different_tensors, divergence_of
-from fope_export.parity.run import CaseResult, ControlResult, ParityResult, Place
+from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place
+from fope_export.parity.yardstick import Look, look, moved, neighbours
 
 Arrays = list[NDArray[Any]]
 DTYPES = {"float": torch.float32, "double": torch.float64}
@@ -42,28 +44,61 @@ class ModuleCase:
 
 @dataclass(frozen=True)
 class ModuleYardstick:
-    """A module as it is, and a copy that computes everything but the angles in float64."""
+    """A module in the arithmetic that ONNX Runtime computes it in, and a copy that computes everything but the angles
+    in float64.
+    """
 
     single: nn.Module
     double: nn.Module
     outputs: tuple[str, ...]
+    dtype: torch.dtype
+    """Of the arithmetic."""
+    widened: bool
+    """Whether that is another one than the module's own, so that inputs have to follow."""
 
-    def run(self, case: ModuleCase) -> tuple[Arrays, Arrays]:
-        """The truth, and what the module makes of it.
+    @property
+    def eps(self) -> float:
+        """Of the arithmetic."""
+        return float(torch.finfo(self.dtype).eps)
 
-        Raises ParityError where PyTorch does not run.
+    def member(self, case: ModuleCase, number: int) -> tuple[nn.Module, Callable[[], Arrays]]:
+        """A module that shows what rounding does, and its run: inputs are moved as weights are."""
+        model, generator = moved(self.single, number), torch.Generator().manual_seed(number)
+        inputs = {name: neighbours(tensor, generator) for name, tensor in case.inputs.items()}
+        return model, partial(self.run, model, inputs)
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Arrays:
+        """In the arithmetic."""
+        return run_module(model, inputs, self.dtype if self.widened else None)
+
+    def truth(self, case: ModuleCase) -> tuple[nn.Module, Callable[[], Arrays]]:
+        """The module in float64, and its run."""
+        return self.double, partial(run_module, self.double, case.inputs, torch.float64)
+
+    def looks(self, case: ModuleCase) -> list[Look]:
+        """At each output.
+
+        Raises ParityError where PyTorch does not run, or where an output is zero everywhere.
         """
-        hint = "Give inputs that the module takes."
+        members = cache(lambda number: self._run(case, self.member(case, number), "Give inputs that the module takes."))
+        members(0)
+        truth = self._run(case, self.truth(case), FOLLOW)
+        for name, output in zip(self.outputs, truth, strict=True):
+            if not output.any():
+                raise ParityError(
+                    f"output {name} is zero everywhere", hint="Give the module trained or random weights."
+                )
+
+        def given(output: int, numbers: range) -> Iterator[Floats]:
+            return (rows(members(number)[output]) for number in numbers)
+
+        return [look(rows(array), partial(given, output), self.eps) for output, array in enumerate(truth)]
+
+    def _run(self, case: ModuleCase, running: tuple[nn.Module, Callable[[], Arrays]], hint: str) -> Arrays:
         try:
-            noisy = run_module(self.single, case.inputs)
-            hint = FOLLOW
-            return run_module(self.double, case.inputs, torch.float64), noisy
+            return running[1]()
         except Exception as cause:  # the module's own code runs in there
             raise ParityError(f"{case.name}: PyTorch does not run the module: {cause}", hint=hint) from cause
-
-    def judge(self, reference: tuple[Arrays, Arrays], got: Arrays) -> list[Verdict]:
-        """Hold each output against the truth."""
-        return [_verdict(*each) for each in zip(self.outputs, *reference, got, strict=True)]
 
 
 def validate_module(
@@ -87,30 +122,40 @@ def validate_module(
     check_graphs(bundle)
     record, single = _check_source(bundle, module), constant(module)
     cases = _given(bundle, module, inputs) if inputs else list(standard_cases(bundle, seed))
-    names = tuple(port.name for port in bundle.manifest.outputs)
-    yardstick = ModuleYardstick(single, copy.deepcopy(single).double(), names)
+    yardstick = yardstick_of(bundle, single)
     total, broken = len(cases) + len(CONTROLS), ""
-    results: list[CaseResult] = []
-    failing: list[ModuleCase] = []
+    judged: list[tuple[ModuleCase, list[CaseResult]]] = []
+    columns: tuple[ColumnResult, ...] = ()
     try:
         graph = OrtGraph(bundle)
         for done, case in enumerate(cases):
             report(case.name, done, total)
-            found = _compare(case, yardstick, graph.run(_feeds(bundle, case)))
-            results += found
-            failing += [] if all(result.verdict.passed for result in found) else [case]
+            judged.append((case, _compare(case, yardstick, graph.run(_feeds(bundle, case)))))
+        columns = tuple(_columns(judged, yardstick))
     except BackendError as error:
         broken = str(error)
     largest = max(cases, key=lambda case: case.length)
     report("controls", len(cases), total)
     controls = _controls(largest, yardstick)
     damaged = bundle.damaged() | _contradictions(bundle, record, single)
+    results = tuple(each for _, outputs in judged for each in outputs)
     result = ParityResult(
-        "onnxruntime", tuple(results), controls, damaged, broken, None, dtype=bundle.manifest.export.precision
-    )
+        "onnxruntime", results, controls, damaged, broken, None, columns=columns,
+        dtype=str(yardstick.dtype).removeprefix("torch."),
+    )  # fmt: skip
     if result.passed:
         return result
+    failing = [case for case, outputs in judged if not all(each.verdict.passed for each in outputs)]
     return replace(result, place=_place(bundle, yardstick, None if broken else (failing or [largest])[0]))
+
+
+def yardstick_of(bundle: Bundle, module: nn.Module) -> ModuleYardstick:
+    """For a module without gradients."""
+    arithmetic = BACKENDS["onnxruntime"].arithmetic(bundle)
+    dtype, widened = getattr(torch, arithmetic), arithmetic != bundle.manifest.export.precision
+    single = copy.deepcopy(module).to(dtype) if widened else module
+    names = tuple(port.name for port in bundle.manifest.outputs)
+    return ModuleYardstick(single, copy.deepcopy(module).double(), names, dtype, widened)
 
 
 def run_module(module: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Arrays:
@@ -187,38 +232,45 @@ def _compare(case: ModuleCase, yardstick: ModuleYardstick, got: Arrays) -> list[
     """A comparison for each output."""
     several = len(yardstick.outputs) > 1
     names = [f"{case.name}: {output}" if several else case.name for output in yardstick.outputs]
-    verdicts = yardstick.judge(yardstick.run(case), got)
     return [
-        CaseResult(name, case.length, None, 1, len(_rows(array)), verdict)
-        for name, array, verdict in zip(names, got, verdicts, strict=True)
+        CaseResult(name, case.length, None, 1, len(rows(array)), look.judge(rows(array)), look.own)
+        for name, array, look in zip(names, got, yardstick.looks(case), strict=True)
     ]
 
 
-def _verdict(name: str, truth: NDArray[Any], noisy: NDArray[Any], got: NDArray[Any]) -> Verdict:
-    if not truth.any():
-        raise ParityError(f"output {name} is zero everywhere", hint="Give the module trained or random weights.")
-    return judge(_rows(truth), _rows(noisy), _rows(got))
+def _columns(
+    judged: Sequence[tuple[ModuleCase, list[CaseResult]]], yardstick: ModuleYardstick
+) -> Iterator[ColumnResult]:
+    """Pool the cases of each output, as far as its rows are of one length."""
+    for output, name in enumerate(yardstick.outputs):
+        found = [(case, results[output].verdict) for case, results in judged]
+        for width in dict.fromkeys(len(verdict.columns.got) for _, verdict in found):
+            alike = [(case, verdict) for case, verdict in found if len(verdict.columns.got) == width]
+
+            def again(alike: list[tuple[ModuleCase, Verdict]] = alike, output: int = output) -> list[Noise]:
+                return [yardstick.looks(case)[output].again() for case, _ in alike]
+
+            verdict = judge_columns([verdict for _, verdict in alike], again)
+            yield ColumnResult(f"all cases: {name}, {width} wide", verdict)
 
 
-def _rows(array: NDArray[Any]) -> NDArray[Any]:
+def rows(array: NDArray[Any]) -> NDArray[Any]:
     """As logits are judged: along the last axis."""
     return array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
 
 
 def _controls(case: ModuleCase, yardstick: ModuleYardstick) -> tuple[ControlResult, ...]:
-    reference = yardstick.run(case)
-    return tuple(_refuse(control, case, yardstick, reference) for control in CONTROLS)
+    looks = yardstick.looks(case)
+    return tuple(_refuse(control, case, yardstick, looks) for control in CONTROLS)
 
 
-def _refuse(
-    control: Control, case: ModuleCase, yardstick: ModuleYardstick, reference: tuple[Arrays, Arrays]
-) -> ControlResult:
+def _refuse(control: Control, case: ModuleCase, yardstick: ModuleYardstick, looks: Sequence[Look]) -> ControlResult:
     """Hold a deliberate mistake against the truth; it is refused when one output refuses it."""
     if reason := control.reason(yardstick.single):
         return ControlResult(control.name, reason, None)
     with control.made(yardstick.single):
-        wrong = run_module(yardstick.single, case.inputs)
-    verdicts = yardstick.judge(reference, wrong)
+        wrong = yardstick.run(yardstick.single, case.inputs)
+    verdicts = [look.judge(rows(array)) for look, array in zip(looks, wrong, strict=True)]
     return ControlResult(control.name, "", next((v for v in verdicts if not v.passed), verdicts[0]))
 
 
@@ -251,8 +303,8 @@ def _place(bundle: Bundle, yardstick: ModuleYardstick, case: ModuleCase | None) 
         rotations = tuple(different_rotations(bundle, yardstick.single))
         if case is None:
             return Place(None, tensors, rotations)
-        single = yardstick.single, partial(run_module, yardstick.single, case.inputs)
-        double = yardstick.double, partial(run_module, yardstick.double, case.inputs, torch.float64)
-        return Place(divergence_of(bundle, single, double, _feeds(bundle, case)), tensors, rotations)
+        members = [yardstick.member(case, number) for number in range(MEMBERS)]
+        found = divergence_of(bundle, yardstick.truth(case), members, _feeds(bundle, case), yardstick.eps)
+        return Place(found, tensors, rotations)
     except DecodeError:  # no ONNX file any more
         return Place(None, (), ())

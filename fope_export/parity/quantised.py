@@ -18,7 +18,7 @@ from fope_export.errors import BackendError, BundleError
 from fope_export.graph.qdq import rounded_layers
 from fope_export.graph.quantise import Quantised, Rounding, quantised_weights
 from fope_export.model.decoder import Decoder
-from fope_export.parity.judge import FACTOR, Floats, divergence, log_softmax
+from fope_export.parity.judge import Floats, divergence, log_softmax
 from fope_export.tokens import Text
 
 LIMITS = {"int4": 0.03, "int8": 0.005, "int8-qdq": 0.02, "fp8-qdq": 0.01}
@@ -96,8 +96,8 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
     return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantised, tuple(_strays(bundle, model)))
 
 
-def factor_of(bundle: Bundle, model: Decoder) -> float:
-    """How many times PyTorch's own error a bundle's may be.
+def allowance_of(bundle: Bundle, model: Decoder) -> float:
+    """How many times PyTorch's rounding the bundle's operators are known to cost; 1 is no more.
 
     ONNX Runtime's product with small integers adds the K terms of a sum one after the other where it has several rows,
     and rounding then grows with the square root of K, while PyTorch's grows with that of a block. What float16 rounds
@@ -105,20 +105,21 @@ def factor_of(bundle: Bundle, model: Decoder) -> float:
     """
     export = bundle.manifest.export
     if not export.quantize or export.calibrated or export.precision != "float32":
-        return FACTOR
+        return 1.0
     longest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
-    return FACTOR * max(1.0, math.sqrt(longest / BLOCKED))
+    return max(1.0, math.sqrt(longest / BLOCKED))
 
 
-def place_weights(bundle: Bundle, model: Decoder) -> None:
-    """Give the linear layers of `model` the weights that the bundle's small numbers stand for.
+def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
+    """Give the linear layers of `model` the weights that the bundle's small numbers stand for, in the `arithmetic` that
+    a backend computes it in (else its own dtype).
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
-    precision = getattr(torch, bundle.manifest.export.precision)
+    precision = getattr(torch, arithmetic or bundle.manifest.export.precision)
     for found in _layers(bundle):
         layer, weight = _layer(model, found.module), torch.from_numpy(found.weight)
-        if found.rounding:  # DequantizeLinear puts out the export's dtype; MatMulNBits multiplies by more digits
+        if found.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
         layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)

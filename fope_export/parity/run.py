@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 from google.protobuf.message import DecodeError
 
 from fope_export.backends.base import Backend, Feeds
@@ -20,12 +21,13 @@ from fope_export.errors import BackendError, ParityError
 from fope_export.graph.reading import check_graphs
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
-from fope_export.parity.cases import Case, Floats, load_inputs, prefill, save_inputs, standard_cases
+from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, FOLDED, Control
 from fope_export.parity.extended import Reach, reach_of
-from fope_export.parity.judge import FACTOR, Verdict, judge
+from fope_export.parity.judge import ColumnVerdict, Measure, Noise, Verdict, judge_columns
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
-from fope_export.parity.quantised import Cost, cost_of, factor_of, place_weights, round_inputs
+from fope_export.parity.quantised import Cost, allowance_of, cost_of, place_weights, round_inputs
+from fope_export.parity.yardstick import Look, Yardstick
 
 LOCALISED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
@@ -46,8 +48,18 @@ class CaseResult:
     steps: int
     compared: int
     verdict: Verdict
+    own: Measure
+    """PyTorch's errors: those of one member."""
     rounded: bool = False
     """Whether linear layers rounded their inputs here, other than in the other cases."""
+
+
+@dataclass(frozen=True)
+class ColumnResult:
+    """Each logit over all tokens of one file's cases."""
+
+    name: str
+    verdict: ColumnVerdict
 
 
 @dataclass(frozen=True)
@@ -92,13 +104,15 @@ class ParityResult:
     reach: Reach | None = None
     """What extending did to the loss by length; stated, and not judged."""
     dtype: str = "float32"
-    """Of PyTorch, whose error is the yardstick."""
-    factor: float = FACTOR
-    """How many times that error is allowed."""
+    """Of PyTorch, whose rounding is the yardstick."""
+    allowance: float = 1.0
+    """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
+    columns: tuple[ColumnResult, ...] = ()
 
     @property
     def passed(self) -> bool:
-        verdicts = [case.verdict.passed for case in self.cases] + [control.passed for control in self.controls]
+        verdicts = [case.verdict.passed for case in self.cases] + [each.verdict.passed for each in self.columns]
+        verdicts += [control.passed for control in self.controls]
         affordable = self.cost is None or not self.cost.failed
         return bool(self.cases) and all(verdicts) and affordable and not self.damaged and not self.broken
 
@@ -122,23 +136,22 @@ def validate(
     ParityError when the backend is PyTorch itself, or when inputs or lengths make no sense.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
-    if (chosen := choose(backend, read_machine())) == "torch":
+    if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
     source, exported = source_of(bundle, checkpoint), bundle.manifest.export
-    source.model.as_exported(exported)
     limits = BACKENDS[chosen].limits(bundle)
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
-    single, double = EagerBackend(source.model), EagerBackend.in_float64(source.model)
-    yardstick = Yardstick(single, double, factor_of(bundle, source.model))
+    yardstick = yardstick_of(bundle, source.model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
     total = len(cases) + len(mistakes)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
     rounded: list[CaseResult] = []
-    failing: list[Case] = []
-    results, cost, reach, broken = [], None, None, ""
+    found: dict[str, list[tuple[Case, CaseResult]]] = {}
+    columns: list[ColumnResult] = []
+    cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
         cost = _quantise(yardstick, bundle, used) if exported.quantize else None
@@ -148,22 +161,36 @@ def validate(
             rounded, judging, files[""] = _round(yardstick, bundle, files[""], reference)
         for done, case in enumerate(cases):
             report(case.name, done, total)
-            compared = judging.compare(case, *files.values())
-            results += [replace(each, name=case.name + which) for which, each in zip(files, compared, strict=True)]
-            failing += [case] if any(not each.verdict.passed for each in compared) else []
+            look = judging.look(case)
+            for which, tested in files.items():
+                found.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
+        columns = [_columns(which, judged, judging) for which, judged in found.items()]
     except BackendError as error:
         broken = str(error)
+    judged = [each for of_file in zip(*found.values(), strict=False) for each in of_file]
     folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
     controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
     damaged = bundle.damaged() | contradictions(bundle, source)
-    found = ParityResult(
-        chosen, (*folding, *rounded, *results), controls, damaged, broken, None, cost, reach,
-        exported.precision, yardstick.factor,
+    result = ParityResult(
+        chosen, (*folding, *rounded, *(each for _, each in judged)), controls, damaged, broken, None, cost, reach,
+        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns),
     )  # fmt: skip
-    if found.passed:
-        return found
-    searched = [] if broken else failing[:LOCALISED_CASES] or [reference]
-    return replace(found, place=_place(bundle, source.model, yardstick, searched, cost))
+    if result.passed:
+        return result
+    failing = list(dict.fromkeys(case.name for case, each in judged if not each.verdict.passed))
+    searched = [case for case in cases if case.name in failing[:LOCALISED_CASES]] or [reference]
+    return replace(result, place=_place(bundle, source.model, yardstick, [] if broken else searched, cost))
+
+
+def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
+    """For a checkpoint's `model`, which becomes as it was exported, in the arithmetic that `backend` computes in.
+
+    A quantised bundle's yardstick has the checkpoint's own weights until `_quantise`.
+    """
+    model.as_exported(bundle.manifest.export)
+    dtype = getattr(torch, BACKENDS[backend].arithmetic(bundle))
+    single = model if model.embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+    return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
 
 
 def _files(bundle: Bundle, chosen: str) -> dict[str, Backend]:
@@ -174,33 +201,29 @@ def _files(bundle: Bundle, chosen: str) -> dict[str, Backend]:
     return found
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    """PyTorch in the tested dtype and in float64, and how many times the error of the one a backend may be off."""
+def _compare(case: Case, look: Look, tested: Backend, name: str) -> CaseResult:
+    """Hold a backend against the truth of one case."""
+    got = case.run(tested)
+    return CaseResult(name, case.length, case.positions, len(case.steps), len(got), look.judge(got), look.own)
 
-    single: EagerBackend
-    double: EagerBackend
-    factor: float = FACTOR
 
-    def judge(self, truth: Floats, noisy: Floats, got: Floats) -> Verdict:
-        return judge(truth, noisy, got, self.factor)
+def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Yardstick) -> ColumnResult:
+    """Pool one file's cases."""
 
-    def compare(self, case: Case, *tested: Backend) -> list[CaseResult]:
-        """Hold backends against the truth of one case."""
-        truth, noisy = case.run_plainly(self.double), case.run(self.single)
-        return [
-            CaseResult(case.name, case.length, case.positions, len(case.steps), len(got), self.judge(truth, noisy, got))
-            for got in map(case.run, tested)
-        ]
+    def again() -> list[Noise]:
+        return [yardstick.look(case).again() for case, _ in judged]
+
+    return ColumnResult(f"all cases{which}", judge_columns([each.verdict for _, each in judged], again))
 
 
 def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
     """Hold PyTorch after folding against PyTorch before it, in float32."""
     model = trained.as_exported(msgspec.structs.replace(exported, dtype="fp32", fold_padding=False))
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
-    yardstick = Yardstick(EagerBackend(copy.deepcopy(model)), EagerBackend.in_float64(model))
-    model.fold_padding()
-    return replace(yardstick.compare(case, EagerBackend(model))[0], name="folded against unfolded")
+    look = Yardstick(EagerBackend(model), EagerBackend.in_float64(model)).look(case)
+    folded = copy.deepcopy(model)
+    folded.fold_padding()
+    return _compare(case, look, EagerBackend(folded), "folded against unfolded")
 
 
 def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
@@ -210,8 +233,9 @@ def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
     """
     cost = cost_of(bundle, yardstick.single.model, tested)
     yardstick.single.model = copy.deepcopy(yardstick.single.model)
+    arithmetic = str(yardstick.single.model.embed.weight.dtype).removeprefix("torch.")
     for backend in (yardstick.single, yardstick.double):
-        place_weights(bundle, backend.model)
+        place_weights(bundle, backend.model, arithmetic)
     return cost
 
 
@@ -221,36 +245,36 @@ def _round(
     """A comparison of the bundle that rounds its linear layers' inputs, and by what and on what the others are made.
 
     Which of two steps a number falls to is chance where the last digit decides, and one such flip outweighs all other
-    errors: two computations that round are no measure of each other. So float64 does not round, and the noise is
-    PyTorch's error with rounded inputs. As that hides small faults, ONNX Runtime does not round in the other cases.
+    errors: two computations that round are no measure of each other. So float64 does not round, and the noise is the
+    error of members with rounded inputs. As that hides small faults, ONNX Runtime does not round in the other cases.
     """
     model = copy.deepcopy(yardstick.single.model)
     round_inputs(bundle, model)
     rounding = Yardstick(EagerBackend(model), yardstick.double)
     if not isinstance(tested, OrtBackend):
         return [], rounding, tested
-    compared = replace(rounding.compare(case, tested)[0], name=f"{case.name}, inputs rounded", rounded=True)
-    return [compared], yardstick, OrtBackend(bundle, exact=True)
+    compared = _compare(case, rounding.look(case), tested, f"{case.name}, inputs rounded")
+    return [replace(compared, rounded=True)], yardstick, OrtBackend(bundle, exact=True)
 
 
 def _refusals(
     mistakes: Sequence[Control], case: Case, yardstick: Yardstick, report: Callable[[str, int], None]
 ) -> tuple[ControlResult, ...]:
     """What the rule says to deliberate mistakes in one case."""
-    truth, noisy = case.run_plainly(yardstick.double), case.run(yardstick.single)
-    found = []
+    look, found = yardstick.look(case), []
     for done, control in enumerate(mistakes):
         report(control.name, done)
-        found.append(_refuse(control, case, yardstick, truth, noisy))
+        found.append(_refuse(control, case, yardstick.single.model, look))
     return tuple(found)
 
 
-def _refuse(control: Control, case: Case, yardstick: Yardstick, truth: Floats, noisy: Floats) -> ControlResult:
+def _refuse(control: Control, case: Case, model: Decoder, look: Look) -> ControlResult:
     """Hold a deliberate mistake against the truth, where the model can make it."""
-    if reason := control.reason(yardstick.single.model):
+    if reason := control.reason(model):
         return ControlResult(control.name, reason, None)
-    with control.applied(yardstick.single.model) as wrong:
-        return ControlResult(control.name, "", yardstick.judge(truth, noisy, case.run(wrong)))
+    with control.applied(model) as wrong:
+        got = case.run(wrong)
+    return ControlResult(control.name, "", look.judge(got))
 
 
 def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
@@ -267,8 +291,7 @@ def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence
     try:
         tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
         tensors += cost.strays if cost else ()
-        sticks = yardstick.single, yardstick.double
-        found = (first_divergence(bundle, *sticks, _excerpt(case), yardstick.factor) for case in cases)
+        found = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)
         return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
     except DecodeError:  # no ONNX file any more
         return Place(None, (), ())

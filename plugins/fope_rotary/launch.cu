@@ -8,11 +8,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 rotary(__grid_constant__ FopeRotaryArguments const arguments, int chunk) {
     extern __shared__ __align__(16) unsigned char shared[];
     Block<Tile, Vector> const block(arguments, chunk, blockIdx.x, blockIdx.y, shared);
-    block.fill_basis(threadIdx.x, blockDim.x);
-    __syncthreads();
-    block.fill_table(threadIdx.x, blockDim.x);
-    __syncthreads();
-    block.template rotate<T>(threadIdx.x, blockDim.x);
+    block.template compute<T>(threadIdx.x, blockDim.x, [] { __syncthreads(); });
 }
 
 } // namespace fope

@@ -1,4 +1,4 @@
-// The arithmetic: what one block computes, in three phases with a barrier after each. The same code runs on the GPU
+// The arithmetic: what one block computes, in three phases with a barrier between them. The same code runs on the GPU
 // and on the host.
 //
 // A block takes `Tile` tokens and `chunk` coefficient groups, with all query and key heads of these groups. A pair of
@@ -15,8 +15,10 @@
 
 #ifdef __CUDACC__
 #define FOPE_BOTH __host__ __device__ __forceinline__
+#define FOPE_THREAD __device__ __forceinline__
 #else
 #define FOPE_BOTH inline
+#define FOPE_THREAD inline
 #endif
 
 namespace fope {
@@ -83,6 +85,16 @@ struct Block {
           table(reinterpret_cast<Turn*>(basis + basis_size(a.frequencies))) {
         tokens = a.tokens - first_token < Tile ? static_cast<int>(a.tokens - first_token) : Tile;
         groups = a.groups - first_group < chunk ? a.groups - first_group : chunk;
+    }
+
+    // All that one thread does. `barrier` returns when every thread of the block has called it.
+    template <typename T, typename Barrier>
+    FOPE_THREAD void compute(int thread, int threads, Barrier barrier) const {
+        fill_basis(thread, threads);
+        barrier();
+        fill_table(thread, threads);
+        barrier();
+        rotate<T>(thread, threads);
     }
 
     // Sines and cosines, shared by all heads: one thread for each frequency and token.

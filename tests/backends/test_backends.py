@@ -11,6 +11,8 @@ from fope_export.backends.choose import BACKENDS, load_backend, read_machine
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BundleError, require
 from fope_export.graph.export import export
+from fope_export.model.decoder import Decoder
+from tests.support import same_function, truth_of
 
 HERE = [name for name, row in BACKENDS.items() if not row.missing(read_machine()) and name != "tensorrt"]
 
@@ -24,15 +26,16 @@ def tokens(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, length))
 
 
-def test_steps_grow_a_cache_that_stays_valid(backend: Backend) -> None:
+def test_steps_grow_a_cache_that_stays_valid(backend: Backend, decoder: Decoder) -> None:
     ids = tokens(2, 8)
+    truth = truth_of(decoder, ids)
     whole, _ = backend.step(feeds_for(ids), backend.empty_cache(2))
     assert whole.shape == (2, 8, backend.vocab_size)
     _, past = backend.step(feeds_for(ids[:, :6]), backend.empty_cache(2))
     mask = np.ones((2, 8), np.int64)
     for _ in range(2):  # the same past, twice
         logits, _ = backend.step(feeds_for(ids[:, 6:], mask), past)
-        np.testing.assert_allclose(logits, whole[:, 6:], rtol=0, atol=1e-5)
+        same_function(logits, whole[:, 6:], truth[:, 6:])
 
 
 def test_logits_belong_to_the_caller(backend: Backend) -> None:
@@ -42,12 +45,12 @@ def test_logits_belong_to_the_caller(backend: Backend) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_backends_agree(bundle: Bundle) -> None:
+def test_backends_agree(bundle: Bundle, decoder: Decoder) -> None:
     ids = tokens(3, 70)
     results = [
         load_backend(bundle, name).step(feeds_for(ids), load_backend(bundle, name).empty_cache(3))[0] for name in HERE
     ]
-    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5)
+    same_function(results[0], results[1], truth_of(decoder, ids))
 
 
 def test_feeds_count_positions_from_the_first_token() -> None:

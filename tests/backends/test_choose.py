@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fope_export.backends.choose import Machine, abilities, choose, read_machine
+from fope_export.backends.choose import PORTABLE, Machine, abilities, choose, read_machine
+from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
 
 
@@ -17,11 +18,49 @@ EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "tensorrt", "tensorrt-rt
 BARE = machine("torch", "onnx", "onnxscript")
 
 
-def test_the_best_that_runs_is_chosen() -> None:
+def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
     assert choose(None, FULL) == "onnxruntime"
-    assert choose(None, BARE) == "torch"
-    assert choose("torch", FULL) == "torch"
+    assert choose("torch", BARE) == "torch"
     assert choose(None, machine("torch", "onnxruntime-gpu")) == "onnxruntime"
+
+
+@pytest.mark.parametrize("found", [BARE, replace(EVERYTHING, packages={"tensorrt": "10.13"})], ids=["bare", "GPU"])
+def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[cpu\]'") as caught:
+        choose(None, found)
+    assert "`run` can also take --backend " in caught.value.hint and "torch" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "export", "reason"),
+    [
+        ("1.22.1", PORTABLE, "onnxruntime is 1.22.1, and opset 23 needs 1.23: pip install 'onnxruntime>=1.23'"),
+        ("1.23.2", PORTABLE, ""),
+        ("1.23.2", ExportConfig(opset=24), "onnxruntime is 1.23.2, and opset 24 needs 1.24"),
+        ("1.24.4", ExportConfig(opset=24), ""),
+        ("1.24.4", ExportConfig(cache="static"), "onnxruntime is 1.24.4, and a static cache needs 1.25"),
+        ("1.25.0", ExportConfig(cache="static"), ""),
+        ("1.23.2", ExportConfig(quantize="int8-qdq"), "onnxruntime is 1.23.2, and int8-qdq or fp8-qdq needs 1.24"),
+        ("1.31.0", ExportConfig(quantize="fp8-qdq", dtype="fp16"), "and int8-qdq or fp8-qdq in fp16 needs 1.32"),
+        ("1.24.4", ExportConfig(quantize="fp8-qdq"), ""),
+    ],
+)
+def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: ExportConfig, reason: str) -> None:
+    found = replace(FULL, packages=FULL.packages | {"onnxruntime": version})
+    if not reason:
+        assert choose(None, found, export) == "onnxruntime"
+        return
+    with pytest.raises(BackendError, match=reason):
+        choose(None, found, export)
+
+
+@pytest.mark.parametrize(
+    ("version", "portable", "static"), [("1.22", False, False), ("1.24", True, False), ("1.25", True, True)]
+)
+def test_abilities_tell_old_versions_apart(version: str, portable: bool, static: bool) -> None:
+    said = abilities(replace(FULL, packages=FULL.packages | {"onnxruntime": version}))
+    able = [not said[what] for what in ("validate a bundle", "run a static cache in ONNX Runtime")]
+    assert able == [portable, static]
 
 
 def test_a_refusal_gives_the_reason_and_the_next_step() -> None:

@@ -17,9 +17,11 @@ from fope_export.config import BuildConfig, ExportConfig
 from fope_export.demo import shipped
 from fope_export.engine import api, compile
 from fope_export.engine.build import build
+from fope_export.engine.record import plan_name
 from fope_export.errors import BackendError, ConfigError
 from fope_export.graph.export import export
 from tests.backends.test_backends import tokens
+from tests.conftest import small_decoder, write_native
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,27 @@ def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
     assert record.plugin_layers == 2 and record.architectures == ("sm89",) and record.dtype == "fp32"
     assert (built.path / "engines/tensorrt-rtx:sm89.plan").is_file()
     assert not list(built.path.glob(".engine-*"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype", "cache"),
+    [
+        (1, 1, "fp16", "dynamic"),
+        (2, 1, "bf16", "static"),
+        (3, 1, "fp16", "static"),
+        (3, 3, "bf16", "dynamic"),
+        (4, 2, "bf16", "static"),
+        (4, 4, "fp16", "dynamic"),
+    ],
+)
+def test_any_number_of_heads_builds_and_attention_stays_fused(
+    heads: int, kv_heads: int, dtype: str, cache: str, tmp_path: Path
+) -> None:
+    checkpoint = write_native(small_decoder(heads=heads, kv_heads=kv_heads, num_layers=1), tmp_path / "checkpoint")
+    made = export(checkpoint, tmp_path / "bundle", ExportConfig(dtype=dtype, cache=cache))
+    made, record = build(made, BuildConfig(target="tensorrt-rtx:sm89", plugin=False, timing_cache=False))
+    plan = (made.path / plan_name(record.target)).read_bytes()
+    assert (b"_gemm_mha_v2" in plan) == (heads > 1)  # the fused kernel's name; a lone head has none
 
 
 def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

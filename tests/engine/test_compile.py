@@ -1,5 +1,6 @@
 """Finding compilers and keeping what they made, on made-up machines."""
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -253,8 +254,23 @@ def test_the_cache_is_where_the_user_wants_it() -> None:
     assert compiling.cache_folder({}) == Path.home() / ".cache" / "fope-export"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # nobody's
+    with pytest.raises(BackendError, match="no folder for what is compiled") as caught:
+        compiling.cache_folder({})
+    assert "FOPE_EXPORT_CACHE" in caught.value.hint
+
+
+def test_a_cache_that_cannot_be_written_is_named(machine: Machine) -> None:
+    (machine.root / "file").write_text("")
+    with pytest.raises(BackendError, match=r"what is compiled cannot be kept in .*/file/cache") as caught:
+        compiling.build(compiling.KERNEL, machine.find(), ("80",), cache=machine.root / "file" / "cache")
+    assert "FOPE_EXPORT_CACHE" in caught.value.hint
+
+
 def test_the_sources_are_there() -> None:
-    targets = (compiling.PLUGIN, compiling.KERNEL, compiling.HOST, compiling.HARNESS)
+    targets = (compiling.PLUGIN, compiling.KERNEL, compiling.HOST, compiling.THREADS, compiling.HARNESS)
     assert {name for target in targets for name in target.sources} <= {
         file.name for file in compiling.SOURCES.iterdir()
     }

@@ -19,6 +19,7 @@ import pytest
 from fope_export.engine import compile as compiling
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
+from tests.support import magnitude
 
 ULPS = 4
 GUARD = 64  # elements on both sides of an output; a multiple of 16 bytes, so that outputs stay aligned
@@ -161,30 +162,6 @@ def run(library: ctypes.CDLL, call: Call, *plan: int, shift: int = 0) -> list[np
     return [output.value for output in outputs]
 
 
-def magnitude(numbers: Spectrum, x: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-    """|left| * sum |cos * coef| + |right| * sum |sin * coef|, for each element of x [B, S, H, E]."""
-    c = numbers.config
-    angles = (position_ids[..., None].astype(np.float32) * numbers.freq).astype(np.float64)
-    sums = []
-    for basis, coef, pad in (
-        (np.sin(angles), numbers.sin_coef, c.sin_pad),
-        (np.cos(angles), numbers.cos_coef, c.cos_pad),
-    ):
-        table = np.full((*position_ids.shape, c.groups, c.rotary_dim // 2), abs(pad))
-        table[..., : c.pairs] = np.einsum("bsd,gdf->bsgf", abs(basis), abs(coef).astype(np.float64))
-        sums.append(np.repeat(table, x.shape[2] // c.groups, axis=2))
-    size = abs(x.astype(np.float64))
-    own = other = size[..., : c.rotary_dim]
-    if c.pairing == "interleaved":
-        sin, cos = (np.repeat(table, 2, axis=-1) for table in sums)
-        other = other.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(own.shape)
-    else:
-        sin, cos = (np.concatenate((table, table), axis=-1) for table in sums)
-        other = np.roll(other, c.rotary_dim // 2, axis=-1)
-    size[..., : c.rotary_dim] = own * cos + other * sin
-    return size
-
-
 def worst(call: Call, outputs: list[np.ndarray]) -> float:
     """The largest error in ulps."""
     errors = []
@@ -325,6 +302,15 @@ def test_no_tokens_are_no_work(host: ctypes.CDLL) -> None:
     assert code_of(host.fope_rotary_host, {"tokens": 0, "q": None}, 0, 0, 0) == 0
 
 
+def mutated(folder: Path, old: str, new: str) -> Path:
+    """The sources with one thing changed in the kernel."""
+    sources = Path(shutil.copytree(compiling.SOURCES, folder / "sources"))
+    text = (sources / "rotary.cuh").read_text()
+    assert text.count(old) == 1
+    (sources / "rotary.cuh").write_text(text.replace(old, new))
+    return sources
+
+
 MUTATIONS = {
     "direction": ("-(right * by.sin)", "right * by.sin"),
     "sign": ("a.sign * sum.at[t].sin", "sum.at[t].sin"),
@@ -342,13 +328,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS])
 def test_a_broken_kernel_is_noticed(toolchain: compiling.Toolchain, tmp_path: Path, mutation: str | None) -> None:
-    sources = Path(shutil.copytree(compiling.SOURCES, tmp_path / "sources"))
-    text = (sources / "rotary.cuh").read_text()
-    if mutation:
-        old, new = MUTATIONS[mutation]
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    (sources / "rotary.cuh").write_text(text)
+    sources = mutated(tmp_path, *MUTATIONS[mutation]) if mutation else compiling.SOURCES
     built = compiling.build(compiling.HOST, toolchain, cache=tmp_path, flags=("-O0",), sources=sources)
     shape = SHAPES["two-key-heads-a-group"]
     call = make(shape, KINDS["fp32"], spectrum(shape, sign=-1, pairing="interleaved"))

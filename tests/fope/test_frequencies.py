@@ -7,8 +7,9 @@ import torch
 
 from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
-from fope_export.model import olmo
+from fope_export.model import olmo, paper
 from tests.conftest import variant_flags
+from tests.support import EPS, FACTOR
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_the_floor_keeps_what_the_paper_keeps(head_dim: int, length: int, kept: 
 
 def test_the_affine_map() -> None:
     freq = frequencies.exponential(1e4, 8, upper=0.5, floor=0.1)
-    np.testing.assert_allclose(freq, 0.1 + 0.4 * 1e4 ** (-np.arange(0, 8, 2) / 8), rtol=1e-6)
+    np.testing.assert_allclose(freq, 0.1 + 0.4 * 1e4 ** (-np.arange(0, 8, 2) / 8), rtol=FACTOR * EPS)
 
 
 def test_position_interpolation_squeezes() -> None:
@@ -49,18 +50,19 @@ def test_yarn_attention_factor_is_hugging_faces() -> None:
 @pytest.mark.parametrize("name", ["yarn_after", "pi_after"])
 def test_extending_a_floored_spectrum_is_what_the_papers_flags_do(name: str) -> None:
     flags = msgspec.convert(variant_flags(name), olmo.OlmoFlags, strict=False)
-    kept = olmo.base_frequencies(msgspec.structs.replace(flags, len_extra=False))
-    wanted = olmo.base_frequencies(flags)
+    sizes = flags.d_model // flags.n_heads, flags.max_sequence_length
+    kept = paper.base_frequencies(msgspec.structs.replace(flags, len_extra=False), *sizes)
+    wanted = paper.base_frequencies(flags, *sizes)
     original = flags.len_extra_orig_length
     length = flags.max_sequence_length if name == "pi_after" else int(original * flags.len_extra_yarn_scale)
     got = frequencies.extended(
         kept[kept != 0],
-        flags.d_model // flags.n_heads,
+        sizes[0],
         flags.len_extra_type.lower(),
         original_length=original,
         length=length,
     )
-    torch.testing.assert_close(got, wanted[wanted != 0], rtol=1e-7, atol=0)
+    torch.testing.assert_close(got, wanted[wanted != 0], rtol=FACTOR * EPS, atol=0)
 
 
 def test_frequencies_are_not_extended_twice_by_yarn() -> None:

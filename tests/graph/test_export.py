@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx_ir.passes import PostconditionError
 
 from fope_export.backends.base import feeds_for
@@ -20,9 +22,12 @@ from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.graph import passes
 from fope_export.graph.export import export, to_onnx
+from fope_export.model.checkpoint import load_checkpoint
+from fope_export.model.decoder import Decoder
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
-from tests.model.test_olmo import EXPECTED
+from tests.model.test_olmo import EXPECTED, IDS
+from tests.support import same_function, truth_of
 
 
 class Session:
@@ -58,32 +63,33 @@ def test_the_reference_logits_come_out_whole_and_step_by_step(
     expected = np.load(olmo_fope / "expected.npz")
     ids, wanted = expected[f"ids_{length}"], expected[f"logits_{length}"]
     session, last = Session(reference_bundle.path), wanted.shape[1]
+    truth = truth_of(load_checkpoint(olmo_fope).model, ids)[:, -last:]
     single = min(length, 12)
     for steps in ((length,), ((length - single,) if length > single else ()) + (1,) * single):
-        np.testing.assert_allclose(session.logits(ids, steps)[:, -last:], wanted, rtol=0, atol=1e-5)
+        same_function(session.logits(ids, steps)[:, -last:], wanted, truth)
 
 
 @pytest.mark.parametrize(
     "name", ["yarn_after", "shared_head", "wide", "zeros_kept", "tied", "nope", "rope_gqa", "norm"]
 )
 def test_variants_come_out_too(name: str, write_variant, tmp_path: Path) -> None:
-    session = Session(export(write_variant(name), tmp_path / "out").path)
-    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
+    folder = write_variant(name)
+    session, truth = Session(export(folder, tmp_path / "out").path), truth_of(load_checkpoint(folder).model, IDS)
     for steps in ((300,), (290, 3, *[1] * 7)):
-        np.testing.assert_allclose(session.logits(ids, steps)[:, -4:], EXPECTED[name], rtol=0, atol=1e-5)
+        same_function(session.logits(IDS, steps)[:, -4:], EXPECTED[name], truth[:, -4:])
 
 
 @pytest.mark.parametrize(
     ("batch", "steps"), [(1, (1,)), (1, (1, 1)), (5, (2, 1, 6)), (2, (65, 1)), (3, (1, 9))], ids=str
 )
-def test_any_batch_sequence_and_past(batch: int, steps: tuple[int, ...], bundle: Bundle) -> None:
+def test_any_batch_sequence_and_past(batch: int, steps: tuple[int, ...], bundle: Bundle, decoder: Decoder) -> None:
     ids = np.random.default_rng(0).integers(0, 256, (batch, sum(steps)))
     session = Session(bundle.path)
     whole = session.logits(ids, (sum(steps),))
-    np.testing.assert_allclose(session.logits(ids, steps), whole, rtol=0, atol=1e-5)
+    same_function(session.logits(ids, steps), whole, truth_of(decoder, ids))
 
 
-def test_a_left_padded_batch_is_its_rows(bundle: Bundle) -> None:
+def test_a_left_padded_batch_is_its_rows(bundle: Bundle, decoder: Decoder) -> None:
     session, rng = Session(bundle.path), np.random.default_rng(0)
     rows = [rng.integers(0, 256, (1, n)) for n in (9, 4, 1)]
     ids = np.concatenate([np.pad(row, ((0, 0), (9 - row.shape[1], 0)), constant_values=3) for row in rows])
@@ -93,7 +99,7 @@ def test_a_left_padded_batch_is_its_rows(bundle: Bundle) -> None:
         assert np.isfinite(logits).all()
         for i, row in enumerate(rows):
             alone = session.logits(row, (row.shape[1],))[0]
-            np.testing.assert_allclose(logits[i, 9 - row.shape[1] :], alone, rtol=0, atol=1e-5)
+            same_function(logits[i, 9 - row.shape[1] :], alone, truth_of(decoder, row)[0])
 
 
 def test_names_shapes_and_types_are_the_contracts(bundle: Bundle) -> None:
@@ -153,14 +159,14 @@ def test_onnx_runtime_says_nothing_when_it_loads_and_runs(bundle: Bundle, capfd:
 
 
 @pytest.mark.parametrize("opset", [23, 24])
-def test_both_opsets(opset: int, native: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_both_opsets(opset: int, native: Path, bundle: Bundle, decoder: Decoder, tmp_path: Path) -> None:
     other = export(native, tmp_path / "out", ExportConfig(opset=opset))
     model = onnx.load(other.model, load_external_data=False)
     assert {o.domain: o.version for o in model.opset_import} == {"": opset, "fope": 1}
     assert {o.version for f in model.functions for o in f.opset_import} == {opset}
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
     wanted = Session(bundle.path).logits(ids, (9,))
-    np.testing.assert_allclose(Session(other.path).logits(ids, (8, 1)), wanted, rtol=0, atol=1e-5)
+    same_function(Session(other.path).logits(ids, (8, 1)), wanted, truth_of(decoder, ids))
 
 
 def test_exporting_again_gives_the_same_bytes(native: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_grouped_heads(tmp_path: Path) -> None:
     model = small_decoder(heads=4, kv_heads=2)
     session = Session(export(write_native(model, tmp_path / "checkpoint"), tmp_path / "out").path)
     ids = np.random.default_rng(0).integers(0, 256, (2, 70))
-    np.testing.assert_allclose(session.logits(ids, (66, 1, 3)), session.logits(ids, (70,)), rtol=0, atol=1e-5)
+    same_function(session.logits(ids, (66, 1, 3)), session.logits(ids, (70,)), truth_of(model, ids))
 
 
 def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
@@ -288,3 +294,59 @@ def test_a_full_disk_is_noticed_before_the_work(native: Path, tmp_path: Path, mo
     with pytest.raises(ExportError, match=r"needs 0.0 GB, and 0.0 GB are free") as caught:
         export(native, tmp_path / "deep" / "out")
     assert "--dtype fp16" in caught.value.hint and not (tmp_path / "deep").exists()
+
+
+def block_of(low: float, high: float) -> Callable[[Decoder], None]:
+    """A head whose last row has both numbers among its first inputs."""
+
+    def change(model: Decoder) -> None:
+        model.lm_head.weight[-1, :2] = torch.tensor([low, high])
+
+    return change
+
+
+def padded_channel(model: Decoder) -> None:
+    """A row of q that folding multiplies by the square root of 2, and that does not fit then."""
+    model.layers[1].attention.att_proj.weight[7, 0] = 50_000.0
+
+
+OVERFLOWS: dict[str, tuple[Callable[[Decoder], None], ExportConfig, str]] = {
+    "float16": (block_of(0, 1e5), ExportConfig(dtype="fp16"), "weight reaches 100000, and float16 ends at 65504"),
+    "float16, negative": (block_of(-65520, 0), ExportConfig(dtype="fp16"), "lm_head.weight reaches 65520"),
+    "bfloat16": (block_of(0, 3.4e38), ExportConfig(dtype="bf16"), "weight reaches 3.4e[+]38, and bfloat16 ends"),
+    "float16, folded": (
+        padded_channel, ExportConfig(dtype="fp16", fold_padding=True), "att_proj.weight reaches 70710.7, and float16"
+    ),
+    "4 bits in float16": (
+        block_of(0, 65504), ExportConfig(dtype="fp16", quantize="int4"), "lm_head.weight.T in 4 bits reaches 65520"
+    ),
+    "8 bits in float16": (
+        block_of(0, 65504), ExportConfig(dtype="fp16", quantize="int8"), "lm_head.weight.T in 8 bits reaches 65535"
+    ),
+    "scales in float32": (block_of(-3e38, 3e38), ExportConfig(quantize="int4"), "in 4 bits reaches (inf|nan)"),
+    "8-bit layers in float16": (
+        block_of(0, 1e5), ExportConfig(dtype="fp16", quantize="int8-qdq"), "lm_head.weight reaches 100000"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_a_weight_that_the_dtype_cannot_hold_is_named(name: str, tmp_path: Path) -> None:
+    spoil, config, message = OVERFLOWS[name]
+    model = small_decoder()
+    spoil(model)
+    checkpoint = write_native(model, tmp_path / "in")
+    with pytest.raises(ExportError, match=message) as caught:
+        export(checkpoint, tmp_path / "out", config)
+    assert caught.value.hint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExportConfig(dtype="fp16"), ExportConfig(dtype="fp16", quantize="int4"), ExportConfig(dtype="bf16")],
+    ids=str,
+)
+def test_the_largest_weights_that_fit_are_exported(config: ExportConfig, tmp_path: Path) -> None:
+    model = small_decoder()
+    block_of(-30_000, 60_000)(model)
+    assert export(write_native(model, tmp_path / "in"), tmp_path / "out", config).model.exists()

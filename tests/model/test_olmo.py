@@ -1,4 +1,4 @@
-"""The paper's checkpoints: its own logits, to the bit, for every flag that changes a model."""
+"""The paper's checkpoints: its own logits for every flag that changes a model."""
 
 import base64
 import json
@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fope_export.errors import CheckpointError
+from fope_export.errors import CheckpointError, ConfigError
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.olmo import tensor_name
 from tests.conftest import DATA, VARIANTS, variant_flags, variant_tensors
+from tests.support import same_function, truth_of
 
 EXPECTED = np.load(DATA / "olmo_variants.npz")
+IDS = np.random.default_rng(5).integers(0, 96, (2, 300))
 
 
 def last_logits(model: Decoder, ids: np.ndarray, count: int) -> np.ndarray:
@@ -29,19 +31,21 @@ def last_logits(model: Decoder, ids: np.ndarray, count: int) -> np.ndarray:
     return logits[:, -count:].numpy()
 
 
+def same_as_theirs(model: Decoder, ids: np.ndarray, wanted: np.ndarray) -> None:
+    """Hold the last logits by those of the code that a checkpoint comes from."""
+    count = wanted.shape[1]
+    same_function(last_logits(model, ids, count), wanted, truth_of(model, ids)[:, -count:])
+
+
 @pytest.mark.parametrize("name", VARIANTS["cases"])
 def test_variants_of_the_flags(name: str, write_variant: Callable[[str], Path]) -> None:
-    model = load_checkpoint(write_variant(name)).model
-    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
-    np.testing.assert_allclose(last_logits(model, ids, 4), EXPECTED[name], rtol=0, atol=2e-6)
+    same_as_theirs(load_checkpoint(write_variant(name)).model, IDS, EXPECTED[name])
 
 
 @pytest.mark.parametrize("length", [1, 16, 512, 600, 1500])
 def test_the_reference_checkpoint(length: int, olmo_fope: Path) -> None:
     expected = np.load(olmo_fope / "expected.npz")
-    wanted = expected[f"logits_{length}"]
-    got = last_logits(load_checkpoint(olmo_fope).model, expected[f"ids_{length}"], wanted.shape[1])
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
+    same_as_theirs(load_checkpoint(olmo_fope).model, expected[f"ids_{length}"], expected[f"logits_{length}"])
 
 
 def encoded(name: str) -> str:
@@ -55,8 +59,7 @@ def test_safetensors_are_preferred_and_their_names_decoded(
     folder = write_variant("plain")
     (folder / "model.pt").write_bytes(b"not looked at")
     save_file({encode(name): t for name, t in variant_tensors("plain").items()}, folder / "model.safetensors")
-    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
-    np.testing.assert_allclose(last_logits(load_checkpoint(folder).model, ids, 4), EXPECTED["plain"], rtol=0, atol=2e-6)
+    same_as_theirs(load_checkpoint(folder).model, IDS, EXPECTED["plain"])
 
 
 class Evil:
@@ -86,5 +89,13 @@ def test_the_hugging_face_wrapper(weights: str, tmp_path: Path) -> None:
         save_file(tensors, tmp_path / weights)
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.dialect == "hf_olmo"
-    ids = np.random.default_rng(5).integers(0, 96, (2, 300))
-    np.testing.assert_allclose(last_logits(checkpoint.model, ids, 4), EXPECTED["yarn_after"], rtol=0, atol=2e-6)
+    same_as_theirs(checkpoint.model, IDS, EXPECTED["yarn_after"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("rope_clamp_floor_freq", "false"), ("fourier", 1), ("n_layers", "2")])
+def test_json_says_flags_by_their_types(field: str, value: Any, tmp_path: Path) -> None:
+    """The fork's code takes any text for true, and does not read it as YAML does."""
+    flags = {"model_type": "hf_olmo"} | variant_flags("yarn_after") | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(flags))
+    with pytest.raises(ConfigError, match=f"{field}: Expected"):
+        load_checkpoint(tmp_path)

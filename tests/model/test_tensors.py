@@ -120,7 +120,8 @@ def test_what_holds_no_numbers_is_refused(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tensors",
-    [{"w": WEIGHT}, {"w": WEIGHT, "shared": WEIGHT, "turned": WEIGHT.T}, {"none": torch.zeros(0, 5)}, {"one": torch.tensor(3.0)}],
+    [{"w": WEIGHT}, {"w": WEIGHT, "shared": WEIGHT, "turned": WEIGHT.T}, {"none": torch.zeros(0, 5)},
+     {"one": torch.tensor(3.0)}],
     ids=["plain", "shared", "empty", "scalar"],
 )  # fmt: skip
 def test_what_holds_numbers_is_read(tensors: dict[str, Tensor], tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from fope_export.graph.export import export
 from fope_export.graph.quantise import BLOCK, EXACT, OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity import quantised
-from fope_export.parity.judge import FACTOR
-from fope_export.parity.quantised import LIMITS, SCORED, cost_of, factor_of
+from fope_export.parity.quantised import LIMITS, SCORED, allowance_of, cost_of
 from fope_export.parity.run import validate
 from fope_export.report import parity_page, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
@@ -46,7 +45,7 @@ def spoilable(made: Bundle, tmp_path: Path) -> Bundle:
 def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bundle, inputs: int) -> None:
     """Its error is as much larger than PyTorch's as the allowance says: no factor without a reason."""
     model = torch.nn.Sequential(torch.nn.Linear(inputs, 512, bias=False))
-    allowed = factor_of(made, model) / FACTOR
+    allowed = allowance_of(made, model)
     assert allowed == pytest.approx((inputs / 384) ** 0.5)
     rng, blocks = np.random.default_rng(0), inputs // BLOCK
     x = rng.standard_normal((16, inputs), np.float32)
@@ -75,10 +74,10 @@ def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bund
 
 def test_no_more_error_is_allowed_elsewhere(made: Bundle) -> None:
     wide, narrow = (torch.nn.Sequential(torch.nn.Linear(inputs, 8)) for inputs in (4096, 64))
-    assert factor_of(made, narrow) == FACTOR < factor_of(made, wide)
+    assert allowance_of(made, narrow) == 1 < allowance_of(made, wide)
     for change in ({"quantize": None}, {"quantize": "int8-qdq"}, {"dtype": "fp16"}):
         export = msgspec.structs.replace(made.manifest.export, **change)
-        assert factor_of(Bundle(made.path, msgspec.structs.replace(made.manifest, export=export)), wide) == FACTOR
+        assert allowance_of(Bundle(made.path, msgspec.structs.replace(made.manifest, export=export)), wide) == 1
 
 
 SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {

@@ -1,0 +1,98 @@
+// The kernel's blocks and threads as threads of the CPU, all at once, for ThreadSanitizer: it reports a barrier that is
+// missing, and two threads that meet in one place. Takes the numbers of `Wanted` in their order.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <pthread.h>
+#include <thread>
+#include <vector>
+
+#include "plan.h"
+
+namespace {
+
+using namespace fope;
+
+struct Wanted {
+    int tile, vector, threads, dtype;
+    int tokens, heads, kv_heads, head_dim, rotary_dim, frequencies, pairs, groups, interleaved;
+};
+constexpr int kNumbers = sizeof(Wanted) / sizeof(int);
+constexpr int kRefused = 1, kDifferent = 2;
+
+// What the threads of one block share.
+struct Shared {
+    pthread_barrier_t barrier;
+    std::vector<Basis<8>> memory;
+
+    Shared(unsigned threads, size_t bytes) : memory(bytes / sizeof(Basis<8>) + 1) {
+        pthread_barrier_init(&barrier, nullptr, threads);
+    }
+    ~Shared() { pthread_barrier_destroy(&barrier); }
+};
+
+template <typename T, int Tile, int Vector>
+int run(FopeRotaryArguments const& a, Plan const& plan) {
+    std::deque<Shared> blocks;
+    std::vector<std::thread> threads;
+    for (int y = 0; y < plan.chunks; ++y) {
+        for (int64_t x = 0; x < plan.tiles; ++x) {
+            Shared& shared = blocks.emplace_back(plan.threads, plan.shared_bytes);
+            for (int thread = 0; thread < plan.threads; ++thread)
+                threads.emplace_back([&a, &plan, &shared, x, y, thread] {
+                    Block<Tile, Vector> const block(a, plan.chunk, x, y, shared.memory.data());
+                    block.template compute<T>(thread, plan.threads, [&] { pthread_barrier_wait(&shared.barrier); });
+                });
+        }
+    }
+    for (std::thread& thread : threads) thread.join();
+    return 0;
+}
+
+template <typename T>
+std::vector<T> numbers(size_t count) {
+    std::vector<T> made(count);
+    for (size_t i = 0; i < count; ++i) made[i] = static_cast<T>(1.0F + static_cast<float>(i * 7 % 64) / 64.0F);
+    return made;
+}
+
+// Once with real threads and once with one after the other; the results must be the same.
+template <typename T>
+int compare(Wanted const& w) {
+    size_t const q_size = static_cast<size_t>(w.tokens) * w.heads * w.head_dim;
+    size_t const k_size = static_cast<size_t>(w.tokens) * w.kv_heads * w.head_dim;
+    std::vector<T> const q = numbers<T>(q_size), k = numbers<T>(k_size);
+    std::vector<T> q_met(q_size), k_met(k_size), q_alone(q_size), k_alone(k_size);
+    std::vector<int64_t> positions(w.tokens);
+    for (int i = 0; i < w.tokens; ++i) positions[i] = 3 * i;
+    std::vector<float> const freq = numbers<float>(w.frequencies);
+    std::vector<float> const coef = numbers<float>(static_cast<size_t>(w.groups) * w.frequencies * w.pairs);
+    FopeRotaryArguments a = {
+        q.data(), k.data(), positions.data(), freq.data(), coef.data(), coef.data(), q_met.data(), k_met.data(),
+        w.tokens, w.heads, w.kv_heads, w.head_dim, w.rotary_dim, w.frequencies, w.pairs, w.groups, w.interleaved,
+        w.dtype, 0.5F, 0.25F, -1.0F};
+    Plan plan;
+    if (choose(a, plan, w.tile, w.vector, w.threads)) return kRefused;
+    dispatch(w.dtype, plan, [&](auto c) { return run<typename decltype(c)::T, c.Tile, c.Vector>(a, plan); });
+    a.q_rotated = q_alone.data(), a.k_rotated = k_alone.data();
+    if (fope_rotary_host(&a, w.tile, w.vector, w.threads)) return kRefused;
+    bool const same = !std::memcmp(q_met.data(), q_alone.data(), q_size * sizeof(T)) &&
+                      !std::memcmp(k_met.data(), k_alone.data(), k_size * sizeof(T));
+    return same ? 0 : kDifferent;
+}
+
+} // namespace
+
+int main(int count, char** words) {
+    if (count != 1 + kNumbers) {
+        std::fprintf(stderr, "expected %d numbers\n", kNumbers);
+        return kRefused;
+    }
+    int numbers[kNumbers];
+    for (int i = 0; i < kNumbers; ++i) numbers[i] = std::atoi(words[i + 1]);
+    Wanted wanted;
+    std::memcpy(&wanted, numbers, sizeof(wanted));
+    if (wanted.dtype == kFloat) return compare<float>(wanted);
+    return wanted.dtype == kHalf ? compare<__half>(wanted) : compare<__nv_bfloat16>(wanted);
+}

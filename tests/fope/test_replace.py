@@ -1,0 +1,267 @@
+"""Replacing somebody else's rotation: what computes the same takes its place, what does not is refused by its path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fope_export.errors import ConfigError
+from fope_export.fope.replace import replace_rotary
+from fope_export.fope.rotary import FopeRotary
+
+HEADS, WIDTH = 2, 16
+ROTARY = FopeRotary.create(
+    head_dim=WIDTH, groups=HEADS, training_length=64, generator=torch.Generator().manual_seed(0)
+).eval()
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """FoPE of x [B, H, S, E] at positions [B, S] or [S], as Hugging Face's models write it."""
+    angles = positions.float()[..., None] * ROTARY.freq
+    rest = (0, WIDTH // 2 - ROTARY.sin_coef.shape[-1])
+    sin, cos = (
+        nn.functional.pad(torch.einsum("...sd,hdf->...hsf", wave, coef), rest, value=1.0).repeat_interleave(
+            x.shape[1] // HEADS, -3
+        )
+        for wave, coef in ((angles.sin(), ROTARY.sin_coef), (angles.cos(), ROTARY.cos_coef))
+    )
+    left, right = x.chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+def ours(q: Tensor, k: Tensor, positions: Tensor, rotary: FopeRotary = ROTARY) -> tuple[Tensor, Tensor]:
+    """The same by FopeRotary."""
+    rows = positions.expand(len(q), -1)
+    q, k = rotary(q.transpose(1, 2), k.transpose(1, 2), rows)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+class Explicit(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return turned(q, position_ids), turned(k, position_ids)
+
+
+class Optional(nn.Module):
+    """Positions from an offset, and none means from 0; keyword only."""
+
+    def forward(self, query: Tensor, key: Tensor, *, offset: int = 0) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(offset, offset + query.shape[2])
+        return turned(query, positions), turned(key, positions)
+
+
+class Single(nn.Module):
+    """One tensor at a time, sequence first, and the length beside it."""
+
+    def forward(self, x: Tensor, seq_len: int | None = None) -> Tensor:
+        return turned(x.transpose(1, 2), torch.arange(seq_len or x.shape[1])).transpose(1, 2)
+
+
+class Anything(nn.Module):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = tensors
+        return turned(q, torch.arange(q.shape[2])), turned(k, torch.arange(q.shape[2]))
+
+
+class Grouped(nn.Module):
+    """Four queries' heads share a key's, and nothing else is taken."""
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        assert q.shape[1] == 4 * k.shape[1] == 4 * HEADS
+        return turned(q, position_ids), turned(k, position_ids)
+
+
+Forward = Callable[..., Any]
+
+
+def adapter(forward: Forward, **changes: Any) -> Callable[[nn.Module], nn.Module]:
+    """Makes a module that has a FopeRotary with `changes` of its configuration, and calls `forward(rotary, …)`."""
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rotary = FopeRotary.from_spectrum(ROTARY.spectrum)
+            self.rotary.config = msgspec.structs.replace(self.rotary.config, **changes)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return forward(self.rotary, *args, **kwargs)
+
+    return lambda part: Adapter()
+
+
+def explicit(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return ours(q, k, positions, rotary)
+
+
+def optional(rotary: FopeRotary, q: Tensor, k: Tensor, offset: int = 0) -> Any:
+    return ours(q, k, torch.arange(offset, offset + q.shape[2]), rotary)
+
+
+def single(rotary: FopeRotary, x: Tensor, seq_len: int | None = None) -> Tensor:
+    return rotary(x, x, torch.arange(seq_len or x.shape[1]).expand(len(x), -1))[0]
+
+
+def implicit(rotary: FopeRotary, q: Tensor, k: Tensor) -> Any:
+    return ours(q, k, torch.arange(q.shape[2]), rotary)
+
+
+KINDS: dict[str, tuple[type[nn.Module], Forward]] = {
+    "explicit positions": (Explicit, explicit),
+    "an offset by name": (Optional, optional),
+    "one tensor, sequence first": (Single, single),
+    "any arguments": (Anything, implicit),
+    "grouped queries": (Grouped, explicit),
+}
+
+
+def around(part: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"block": nn.ModuleList([nn.Linear(2, 2), part])}).eval()
+
+
+@pytest.mark.parametrize(("kind", "forward"), KINDS.values(), ids=KINDS)
+def test_the_same_rotation_takes_the_place(kind: type[nn.Module], forward: Forward) -> None:
+    model = around(kind())
+    assert replace_rotary(model, kind, adapter(forward)) == 1
+    assert not isinstance(model["block"][1], kind)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "pad of the sine": {"sin_pad": 0.0},
+    "pad of the cosine": {"cos_pad": 0.99},
+    "sign": {"sign": -1},
+    "pairing": {"pairing": "interleaved"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "changes"),
+    [
+        *((*pair, CHANGES["pad of the sine"]) for pair in KINDS.values()),
+        *((Explicit, explicit, changes) for changes in CHANGES.values()),
+    ],
+    ids=[*KINDS, *CHANGES],
+)
+def test_another_rotation_is_refused(kind: type[nn.Module], forward: Forward, changes: dict[str, Any]) -> None:
+    part = kind()
+    model = around(part)
+    with pytest.raises(ConfigError, match=rf"block\.1: what replaces {kind.__name__} is not the same: off by .*%"):
+        replace_rotary(model, kind, adapter(forward, **changes))
+    assert model["block"][1] is part
+    assert replace_rotary(model, kind, adapter(forward, **changes), same=False) == 1
+
+
+def swapped_heads(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return tuple(x.flip(1) for x in ours(q.flip(1), k.flip(1), positions, rotary))
+
+
+def one_later(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return ours(q, k, positions + 1, rotary)
+
+
+def first_row(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return ours(q, k, positions[:1] if positions.ndim == 2 else positions, rotary)
+
+
+def slower(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    with torch.no_grad():
+        rotary.freq *= 1 - 1e-4
+    return ours(q, k, positions, rotary)
+
+
+def tables_in_half(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return tuple(x.half().float() for x in ours(q, k, positions, rotary))
+
+
+def keys_unturned(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return ours(q, k, positions, rotary)[0], k
+
+
+def other_shapes(rotary: FopeRotary, q: Tensor, k: Tensor, positions: Tensor) -> Any:
+    return tuple(x.transpose(1, 2) for x in ours(q, k, positions, rotary))
+
+
+WRONG = (swapped_heads, one_later, first_row, slower, tables_in_half, keys_unturned, other_shapes)
+
+
+@pytest.mark.parametrize("forward", WRONG, ids=lambda forward: forward.__name__)
+def test_every_mistake_of_an_adapter_is_refused(forward: Forward) -> None:
+    with pytest.raises(ConfigError, match=r"block\.1: what replaces Explicit is not the same"):
+        replace_rotary(around(Explicit()), Explicit, adapter(forward))
+
+
+class Attention(nn.Module):
+    """What takes tables, or a mask, cannot be called without its own model."""
+
+    def forward(self, x: Tensor, cos: Tensor) -> Tensor:
+        q = x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)
+        return turned(q, torch.arange(x.shape[1])).transpose(1, 2).flatten(2) + 0 * cos.sum()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor, twice: Tensor | None = None) -> Tensor:
+        cos = torch.ones(x.shape[1])
+        x = self.first(x, cos=cos)
+        return x if twice is None else self.second(x, cos)
+
+
+def attention(rotary: FopeRotary, x: Tensor, cos: Tensor) -> Tensor:
+    q = x.unflatten(-1, (HEADS, WIDTH))
+    return rotary(q, q, torch.arange(x.shape[1]).expand(len(x), -1))[0].flatten(2)
+
+
+X = torch.randn(2, 9, HEADS * WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("inputs", [(X, X), {"x": X, "twice": X}], ids=["a tuple", "by name"])
+def test_the_models_own_calls_compare_what_nothing_else_can(inputs: Any) -> None:
+    with pytest.raises(ConfigError, match="first: Attention cannot be compared") as caught:
+        replace_rotary(Model(), Attention, adapter(attention))
+    assert "inputs" in caught.value.hint
+    with pytest.raises(ConfigError, match="first: what replaces Attention is not the same"):
+        replace_rotary(Model(), Attention, adapter(attention, sin_pad=0.5), inputs=inputs)
+    model = Model().eval()
+    before = model(X, X)
+    assert replace_rotary(model, Attention, adapter(attention), inputs=inputs) == 2
+    torch.testing.assert_close(model(X, X), before)
+
+
+class Uncopied(Explicit):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Uncopied":
+        raise RuntimeError("only leaves support the deepcopy protocol")
+
+
+def test_what_cannot_be_copied_is_told() -> None:
+    with pytest.raises(ConfigError, match="Uncopied cannot be copied, to be compared: only leaves"):
+        replace_rotary(around(Uncopied()), Uncopied, adapter(explicit))
+
+
+class Wrapping(Explicit):
+    """Positions beyond a table's end begin anew."""
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(q, k, position_ids % 512)
+
+
+def test_far_positions_are_compared_too() -> None:
+    with pytest.raises(ConfigError, match="what replaces Wrapping is not the same"):
+        replace_rotary(around(Wrapping()), Wrapping, adapter(explicit))
+
+
+def test_inputs_that_do_not_reach_a_part_or_do_not_run_are_told() -> None:
+    with pytest.raises(ConfigError, match="second: Attention cannot be compared"):
+        replace_rotary(Model(), Attention, adapter(attention), inputs=(X,))
+    with pytest.raises(ConfigError, match="Model does not run on the inputs"):
+        replace_rotary(Model(), Attention, adapter(attention), inputs=(X, X, X))
+
+
+def test_a_half_model_is_compared_in_float32() -> None:
+    model = around(Explicit()).half()
+    assert replace_rotary(model, Explicit, adapter(explicit)) == 1
+    with pytest.raises(ConfigError, match="is not the same"):
+        replace_rotary(around(Explicit()).half(), Explicit, adapter(tables_in_half))

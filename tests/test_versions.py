@@ -1,0 +1,52 @@
+"""The libraries that are installed, the oldest that are declared among them: what they can run is right, and what they
+cannot is refused by name.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from fope_export.backends.choose import choose, load_backend, read_machine
+from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.errors import BackendError
+from fope_export.generation import Sampling, generate
+from fope_export.graph.export import export
+from fope_export.graph.optimise import optimise
+from fope_export.parity.run import validate
+
+KINDS = {
+    "bf16": ExportConfig(dtype="bf16"),
+    "int8": ExportConfig(quantize="int8"),
+    "opset 24": ExportConfig(opset=24),
+    "static": ExportConfig(cache="static", capacity=64),
+}
+
+
+def written(bundle: Bundle, backend: str | None = None) -> list[int | None]:
+    """What a bundle continues with."""
+    steps = generate(load_backend(bundle, backend), [[5, 6, 7]], Sampling(max_new_tokens=4))
+    return [token for (token,) in steps]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_bundle_runs_or_is_refused_by_name(kind: str, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", KINDS[kind])
+    reason = ""
+    try:
+        choose(None, read_machine(), made.manifest.export)
+    except BackendError as refusal:
+        reason = str(refusal)
+    if not reason:
+        assert len(written(made)) == 4
+        return
+    for ask in (written, validate):
+        with pytest.raises(BackendError, match=r"onnxruntime is [\d.]+, and .* needs [\d.]+: pip install") as caught:
+            ask(made)
+        assert str(caught.value) == reason
+
+
+def test_the_portable_and_the_optimised_file_write_what_pytorch_writes(spoilable: Bundle) -> None:
+    wanted = written(spoilable, "torch")
+    assert written(spoilable) == written(optimise(spoilable)) == wanted
+    assert validate(spoilable, lengths=(7,)).passed
