@@ -233,7 +233,11 @@ def summary(outcomes: list[Outcome]) -> None:
         print(f"{kind:28} {', '.join(f'{count} {what}' for what, count in sorted(counts.items()))}")
     unclean = sum(bool(outcome.faults) for outcome in outcomes)
     longest, largest = max(o.seconds for o in outcomes), max(o.memory for o in outcomes)
-    print(f"{len(outcomes)} inputs, {unclean} not clean; longest {longest:.1f} s, largest {largest >> 20} MiB")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{len(outcomes)} inputs, {unclean} not clean; longest {longest:.1f} s, largest {largest >> 20} MiB, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of processors in all"
+    )
 
 
 def main() -> int:
