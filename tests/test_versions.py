@@ -47,6 +47,7 @@ def test_every_kind_of_bundle_runs_or_is_refused_by_name(kind: str, native: Path
 
 
 def test_the_portable_and_the_optimised_file_write_what_pytorch_writes(spoilable: Bundle) -> None:
-    wanted = written(spoilable, "torch")
-    assert written(spoilable) == written(optimise(spoilable)) == wanted
-    assert validate(spoilable, lengths=(7,)).passed
+    wanted, portable = written(spoilable, "torch"), written(spoilable)
+    made = optimise(spoilable)
+    assert portable == written(made) == wanted
+    assert validate(made, lengths=(7,)).passed
