@@ -137,42 +137,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.export.opset is None:
             raise ConfigError("export.opset is missing", hint=AGAIN)
         self._check_spectra()
-        self._check_inputs()
-        self._check_outputs()
+        self._check_ports()
 
     def _check_spectra(self) -> None:
         if isinstance(self.model, ModelConfig):
             configs = [self.model.spectrum] * self.model.num_layers
         else:
             configs = list(self.model.rotations.values())
-        found = [len(each["freq"]) if each.keys() == SPECTRUM else None for each in self.spectra]
+        freqs = [each["freq"] if each.keys() == SPECTRUM else None for each in self.spectra]
+        found = [len(freq) if isinstance(freq, list) else None for freq in freqs]
         if found != (wanted := [config.frequencies for config in configs]):
             raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
 
-    def _check_outputs(self) -> None:
-        found = [port.name for port in self.outputs]
-        wanted = found if isinstance(self.model, ModuleRecord) else decoder_outputs(self.model)
-        if len(set(found)) < len(found) or not found or {*found} != {*wanted}:
-            different = sorted({*found} ^ {*wanted}) or [*found, "any"]
-            raise ConfigError(f"outputs has or lacks {cut(different[-1])}", hint=AGAIN)
-
-    def _check_inputs(self) -> None:
-        found = {port.name: port for port in self.inputs}
-        sizes = set(self.model.sizes if isinstance(self.model, ModuleRecord) else SIZES)
+    def _check_ports(self) -> None:
+        model = self.model
+        sizes = set(model.sizes if isinstance(model, ModuleRecord) else SIZES)
         for port in self.inputs:
             if unknown := port.names() - sizes:
                 raise ConfigError(f"{cut(port.name)} has the unknown size {cut(min(unknown))}", hint=AGAIN)
-        wanted: Mapping[str, Port | None] = (
-            dict.fromkeys(self.model.values)
-            if isinstance(self.model, ModuleRecord)
-            else decoder_inputs(self.model, self.export)
-        )
-        if len(found) < len(self.inputs) or found.keys() != wanted.keys():
-            different = sorted(found.keys() ^ wanted.keys()) or [*found]
-            raise ConfigError(f"inputs has or lacks {cut(different[0])}", hint=AGAIN)
-        for name, expected in wanted.items():
-            if expected is not None and expected != found[name]:
-                raise ConfigError(f"inputs has {cut(found[name])}, expected {expected}", hint=AGAIN)
+        if isinstance(model, ModuleRecord):
+            _compare("inputs", self.inputs, dict.fromkeys(model.values))
+            _compare("outputs", self.outputs, {port.name: None for port in self.outputs})
+        else:
+            _compare("inputs", self.inputs, decoder_inputs(model, self.export))
+            _compare("outputs", self.outputs, decoder_outputs(model, self.export))
 
     def decoder(self) -> ModelConfig:
         """The decoder that the bundle holds. Raises BundleError where it holds another module."""
@@ -194,6 +182,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 SPECTRUM = {"freq", "sin_coef_sha256", "cos_coef_sha256"}
+ELEMENTS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
 """Symbolic sizes of a decoder's inputs."""
 
@@ -206,7 +195,7 @@ def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
         "attention_mask": [batch, total],
         "position_ids": [batch, sequence],
     }
-    dtype = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[export.dtype]
+    dtype = ELEMENTS[export.dtype]
     room = export.capacity if export.cache == "static" else past
     if room is None:
         raise ConfigError("a static cache without a capacity", hint=AGAIN)
@@ -216,9 +205,22 @@ def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
     return {port.name: port for port in (*ports, *(Port(name=name, dtype=dtype, shape=cache) for name in names))}
 
 
-def decoder_outputs(model: ModelConfig) -> list[str]:
-    """The names of a decoder's outputs."""
-    return ["logits", *(f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))]
+def decoder_outputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port | None]:
+    """Its outputs by name, the cache's without what is said of them."""
+    logits = Port(name="logits", dtype=ELEMENTS[export.dtype], shape=[*SIZES[:2], model.vocab_size])
+    names = (f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
+    return {"logits": logits, **dict.fromkeys(names)}
+
+
+def _compare(what: str, ports: list[Port], wanted: Mapping[str, Port | None]) -> None:
+    """Raises ConfigError unless `ports` are those that are wanted, each once."""
+    found = {port.name: port for port in ports}
+    if not ports or len(found) < len(ports) or found.keys() != wanted.keys():
+        different = sorted(found.keys() ^ wanted.keys()) or [*found, "any"]
+        raise ConfigError(f"{what} has or lacks {cut(different[0])}", hint=AGAIN)
+    for name, expected in wanted.items():
+        if expected is not None and expected != found[name]:
+            raise ConfigError(f"{what} has {cut(found[name])}, expected {expected}", hint=AGAIN)
 
 
 def _stays(name: str) -> bool:

@@ -25,7 +25,13 @@ TEXT = 16 << 20
 LISTING = 64 << 20
 """Bytes at most of what grows with a model: the index of its weights, its tokenizer."""
 YAML = 2 << 20
-"""Bytes of YAML at most: its reader takes seconds for each million."""
+"""Bytes of YAML at most."""
+PARTS, YAML_PARTS = 4 << 20, 30_000
+"""Signs at most that begin a list, a mapping, or one of its values: each takes a few hundred bytes of memory, and in
+YAML a fifth of a millisecond.
+"""
+LINES = 1 << 20
+"""Of a file with a JSON value each, at most."""
 DEPTH = 64
 DIGITS = 40
 """Of an integer at most; Hugging Face writes 10 ** 30 for no limit."""
@@ -112,7 +118,10 @@ def read_json_lines(path: Path, *, raises: type[FopeError] = DocumentError, hint
 
     Raises `raises` with the number of the first line that is wrong.
     """
-    lines = enumerate(read_text(path, raises=raises, hint=hint).split("\n"), 1)
+    text = read_text(path, raises=raises, hint=hint)
+    if (count := text.count("\n")) > LINES:
+        raise raises(f"{path} has {count:,} lines, expected {LINES:,} at most", hint=hint)
+    lines = enumerate(text.split("\n"), 1)
     return [_parsed(line, f"{path}, line {i}", raises=raises, hint=hint) for i, line in lines if line.strip()]
 
 
@@ -136,6 +145,7 @@ def as_record(
 def read_yaml(path: Path, *, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> Any:
     """What a YAML file says: plain values, no references. Raises `raises` with the place of what is wrong."""
     text = read_text(path, most=YAML, raises=raises, hint=hint)
+    _check_parts(text, "[{:,\n", YAML_PARTS, str(path), raises=raises, hint=hint)
     try:
         found = yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader that knows less)
     except RecursionError as cause:
@@ -168,10 +178,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _parsed(text: str, where: str, *, raises: type[FopeError], hint: str) -> Any:
+    _check_parts(text, "[{:", PARTS, where, raises=raises, hint=hint)
     try:
-        found = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
-        )
+        found = DECODER.decode(text)
     except RecursionError as cause:
         raise raises(f"{where}: nested deeper than {DEPTH}", hint=hint) from cause
     except ValueError as cause:
@@ -207,6 +216,17 @@ def _number(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_no_number
+)
+
+
+def _check_parts(text: str, signs: str, most: int, where: str, *, raises: type[FopeError], hint: str) -> None:
+    """Raises `raises` before a short text becomes a large thing in memory."""
+    if (count := sum(map(text.count, signs))) > most:
+        raise raises(f"{where} has {count:,} parts, expected {most:,} at most", hint=hint)
 
 
 def _check(document: Any, where: str, *, raises: type[FopeError], hint: str) -> None:

@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
-from fuzz_kinds import KINDS, Place, make_sources
+from fuzz_kinds import KINDS
+from fuzz_sources import Place, make_sources
 
 SECONDS, MEMORY, MESSAGE = 60.0, 2 << 30, 2000
 REAL = 20
@@ -165,12 +166,18 @@ def faults_of(trial: Trial, code: int, said: str, printed: str) -> list[str]:
     told = said.count("error: ")
     wrong = {
         f"exit code {code}": code not in (0, 2) and not failed,
-        f"traceback: {said.strip().splitlines()[-2:][:1]}": "Traceback (most recent" in said,
+        f"traceback: {last_line(said)}": "Traceback (most recent" in said,
         f"a message of {len(said)} characters": len(said) >= MESSAGE,
         f"{told} messages": code == 2 and told != 1,
         "no next step": code == 2 and "hint: " not in said and "usage: " not in said,
     }
     return [fault for fault, found in wrong.items() if found]
+
+
+def last_line(said: str) -> str:
+    """Of a traceback: the exception."""
+    lines = said.partition("Traceback (most recent")[2].splitlines()[1:]
+    return next((line[:200] for line in lines if line and not line.startswith(" ")), "")
 
 
 def changes(trial: Trial) -> list[str]:
@@ -226,7 +233,11 @@ def summary(outcomes: list[Outcome]) -> None:
         print(f"{kind:28} {', '.join(f'{count} {what}' for what, count in sorted(counts.items()))}")
     unclean = sum(bool(outcome.faults) for outcome in outcomes)
     longest, largest = max(o.seconds for o in outcomes), max(o.memory for o in outcomes)
-    print(f"{len(outcomes)} inputs, {unclean} not clean; longest {longest:.1f} s, largest {largest >> 20} MiB")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{len(outcomes)} inputs, {unclean} not clean; longest {longest:.1f} s, largest {largest >> 20} MiB, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of processors in all"
+    )
 
 
 def main() -> int:

@@ -37,6 +37,7 @@ JSON = {
     "Latin-1": ('{"a": "é"}'.encode("latin-1"), "is not UTF-8: byte 7 is 0xe9"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "is not UTF-8"),
     "no end": (b'{"a": ', "not valid JSON"),
+    "lists without end": (b"[" + b"[]," * 5_000_000 + b"[]]", "5,000,002 parts, expected"),
     "nothing": (b"", "not valid JSON"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a pointer of git-lfs"),
 }
@@ -75,6 +76,7 @@ YAML = {
     "surrogate": (rb'a: "\ud800"', "surrogate"),
     "code": (b"a: !!python/object/apply:os.system [ls]", "not valid YAML"),
     "no date": (b"a: 2024-13-45", "not valid YAML"),
+    "lists without end": (b"[" + b"[]," * 30_000 + b"[]]", "parts, expected"),
     "no integer": (b'a: !!int ""', "not valid YAML"),
     "no boolean": (b"a: !!bool maybe", "not valid YAML"),
     "no time": (b"a: !!timestamp soon", "not valid YAML"),

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
-from fope_export.bundle import MODEL, OPTIMISED, Bundle
+from fope_export.bundle import OPTIMISED, Bundle
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, cut
 
@@ -51,10 +51,26 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 
 
 def check_graphs(bundle: Bundle) -> None:
-    """Raises BundleError as `read_onnx` does, for any of a bundle's ONNX files."""
-    for name in (MODEL, OPTIMISED):
-        if name == MODEL or name in bundle.manifest.files:
-            read_onnx(bundle.path / name)
+    """Raises BundleError as `read_onnx` does, for any of a bundle's ONNX files, and where the first has other inputs
+    and outputs than the manifest says.
+    """
+    graph = read_onnx(bundle.model).graph
+    found = {value.name: _extents(value) for value in (*graph.input, *graph.output)}
+    for port in (*bundle.manifest.inputs, *bundle.manifest.outputs):
+        sizes = found.get(port.name)
+        wanted = [size if isinstance(size, int) else None for size in port.shape]
+        if sizes != wanted:
+            raise BundleError(
+                f"{bundle.model}: {cut(port.name)} has sizes {cut(sizes)}, and {wanted} in the manifest", hint=AGAIN
+            )
+    if OPTIMISED in bundle.manifest.files:
+        read_onnx(bundle.path / OPTIMISED)
+
+
+def _extents(value: onnx.ValueInfoProto) -> list[int | None]:
+    """The sizes of a graph's input or output; None where they are symbolic."""
+    sizes = value.type.tensor_type.shape.dim
+    return [size.dim_value if size.HasField("dim_value") else None for size in sizes]
 
 
 def load_onnx(path: Path) -> ir.Model:

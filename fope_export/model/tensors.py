@@ -22,6 +22,8 @@ from fope_export.errors import CheckpointError, ConfigError, cut
 
 AGAIN = "The file looks truncated or damaged: copy it again."
 DENSE = "Save dense tensors from the CPU; quantised (but for blockwise FP8) and sparse checkpoints are not read."
+NAME = 1000
+"""Characters of a tensor's name at most."""
 PAGE = 1 << 16
 """Bytes that a file of tensors may hold less than they take together: alignment, and a storage that ends early."""
 
@@ -71,6 +73,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a dictionary of tensors, found {type(data).__name__}",
             hint="Save the model's state_dict() alone.",
         )
+    if long := [name for name in data if len(name) > NAME]:
+        raise CheckpointError(f"{path}: a tensor is called {cut(long[0])}", hint=AGAIN)
     for name, tensor in data.items():
         _check_dense(tensor, f"{path}: {cut(name)}")
     _check_promises(data.values(), size, path)

@@ -13,7 +13,7 @@ from polygraphy.json import from_json, save_json
 from fope_export.backends.base import Backend, Feeds, Limits, empty_past, feeds_for
 from fope_export.bundle import Manifest
 from fope_export.config import ModelConfig
-from fope_export.documents import LISTING, read_text
+from fope_export.documents import LISTING, read_json
 from fope_export.errors import ParityError, cut
 from fope_export.generation import pad_left
 
@@ -166,7 +166,8 @@ def load_inputs(path: Path, config: ModelConfig) -> list[Case]:
     """
     hint = "Write them with --save-inputs."
     try:
-        saved = from_json(read_text(path, most=LISTING, raises=ParityError, hint=hint))
+        read_json(path, most=LISTING, raises=ParityError, hint=hint)  # holds it to bounds
+        saved = from_json(path.read_text(encoding="utf-8-sig"))
         sets = [[np.asarray(inputs[name], np.int64) for name in Feeds._fields] for inputs in saved]
     except UNREADABLE as cause:
         raise ParityError(f"{path}: not inputs of this model: {cut(cause)}", hint=hint) from cause

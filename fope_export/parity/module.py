@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -300,13 +299,10 @@ def _contradictions(bundle: Bundle, record: ModuleRecord, module: nn.Module) -> 
 
 def _place(bundle: Bundle, yardstick: ModuleYardstick, case: ModuleCase | None) -> Place:
     """Where the bundle first differs, on `case` if it runs."""
-    try:
-        tensors = tuple(different_tensors(bundle, yardstick.single))
-        rotations = tuple(different_rotations(bundle, yardstick.single))
-        if case is None:
-            return Place(None, tensors, rotations)
-        members = [yardstick.member(case, number) for number in range(MEMBERS)]
-        found = divergence_of(bundle, yardstick.truth(case), members, _feeds(bundle, case), yardstick.eps)
-        return Place(found, tensors, rotations)
-    except DecodeError:  # no ONNX file any more
-        return Place(None, (), ())
+    tensors = tuple(different_tensors(bundle, yardstick.single))
+    rotations = tuple(different_rotations(bundle, yardstick.single))
+    if case is None:
+        return Place(None, tensors, rotations)
+    members = [yardstick.member(case, number) for number in range(MEMBERS)]
+    found = divergence_of(bundle, yardstick.truth(case), members, _feeds(bundle, case), yardstick.eps)
+    return Place(found, tensors, rotations)

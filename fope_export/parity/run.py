@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from google.protobuf.message import DecodeError
 
 from fope_export.backends.base import Backend, Feeds
 from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend, read_machine
@@ -297,13 +296,10 @@ def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
 
 
 def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence[Case], cost: Cost | None) -> Place:
-    try:
-        tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
-        tensors += cost.strays if cost else ()
-        found = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)
-        return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
-    except DecodeError:  # no ONNX file any more
-        return Place(None, (), ())
+    tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
+    tensors += cost.strays if cost else ()
+    found = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)
+    return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
 
 
 def _excerpt(case: Case) -> Feeds:

@@ -10,7 +10,7 @@ import pytest
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.errors import BundleError
-from fope_export.graph.reading import load_onnx, read_onnx
+from fope_export.graph.reading import check_graphs, load_onnx, read_onnx
 
 Spoil = Callable[[Path], object]
 
@@ -100,6 +100,13 @@ def test_what_is_no_whole_onnx_file_is_refused(kind: str, spoilable: Bundle) -> 
         with pytest.raises(BundleError, match=message) as caught:
             read(spoilable.model)
         assert str(caught.value).startswith(str(spoilable.model)) and caught.value.hint
+
+
+def test_a_graph_has_the_manifests_inputs(spoilable: Bundle) -> None:
+    check_graphs(spoilable)
+    edited(lambda model: setattr(model.graph.input[3].type.tensor_type.shape.dim[1], "dim_value", 2))(spoilable.model)
+    with pytest.raises(BundleError, match=r"past_key_values\.0\.key has sizes \[None, 2, None, 16\], and \[None, 4"):
+        check_graphs(spoilable)
 
 
 def test_a_link_to_the_data_is_read(spoilable: Bundle, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "parts larger than the file": (claimed, r"its parts claim 2,147,\d+,\d+ bytes, the file has"),
     "meta": (pickled({"w": torch.empty(8, device="meta")}), "w holds no numbers: it is on device meta"),
     "expanded": (pickled({"w": torch.ones(1).expand(1 << 20, 1 << 20)}), "and 4 bytes for it"),
+    "a long name": (pickled({"a." * 100_000: WEIGHT}), "a tensor is called a.a."),
     "sparse": (pickled({"w": WEIGHT.to_sparse()}), "w is torch.float32, torch.sparse_coo; expected dense"),
     "a pointer": (pointer, "is a pointer of git-lfs"),
     "a pipe": (pipe, "is a pipe, expected a file"),
