@@ -13,6 +13,7 @@ from fope_export.bundle import MANIFEST, Bundle, Manifest
 from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
 from fope_export.errors import FopeError
+from fope_export.links import loadable
 
 Description = dict[str, dict[str, Any]]
 """Section -> what it says."""
@@ -88,7 +89,8 @@ def _what(manifest: Manifest) -> Description:
 def _onnx(path: Path) -> Description:
     try:
         model = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(path)
+        data = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+        onnx.checker.check_model(loadable(path, *sorted(data)))
     except Exception as cause:  # protobuf, the checker and the file system raise unrelated classes
         raise FopeError(
             f"{path}: not a valid ONNX file: {cause}", hint="Give a checkpoint, a bundle or a .onnx file."
