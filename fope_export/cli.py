@@ -5,10 +5,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
+from fope_export.engine.compile import cache_folder
 from fope_export.errors import FopeError
 from fope_export.lock import TIMEOUT
 from fope_export.processes import clean_path
@@ -246,6 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(argv)
 
 
+def _sweep() -> None:
+    """Remove what commands that were killed have left in temporary folders."""
+    sweep()
+    with suppress(RuntimeError):  # there is no home
+        sweep(cache_folder())
+
+
 @contextmanager
 def _ended_by_exceptions() -> Iterator[None]:
     """What asks this process to end raises SystemExit meanwhile, so that all is cleaned up as after an interrupt. What
@@ -279,7 +287,7 @@ def _main(argv: Sequence[str] | None) -> int:
         parser().print_help()
         return MISUSED
     try:
-        sweep()
+        _sweep()
         return int(args.function(args))
     except (FopeError, OSError) as error:
         if args.traceback:

@@ -1,4 +1,4 @@
-"""ONNX files behind symbolic links, as in a hub's cache: ONNX's libraries refuse weights that are links, of either kind."""
+"""ONNX files behind symbolic links, as in a hub's cache: libraries refuse weights that are links, of either kind."""
 
 import shutil
 from functools import cache

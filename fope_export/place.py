@@ -33,6 +33,7 @@ def holding(folder: Path, timeout: float, settle: Settle) -> Iterator[None]:
     try:
         with held(folder, time.monotonic() + timeout):
             tidy(folder, settle)
+            _tidy_beside(folder.resolve())
             try:
                 yield
             finally:
@@ -144,6 +145,16 @@ def tidy(folder: Path, settle: Settle) -> None:
     for path in folder.glob(f"{OURS}*"):
         if path.name != FILE:
             _remove(path)
+
+
+def _tidy_beside(out: Path) -> None:
+    """The same for the folder beside `out`, unless it has a living writer or may not be touched."""
+    if (beside := _beside(out, "partial")).is_dir():
+        with suppress(OSError, BundleError, Gone), ExitStack() as stack:
+            stack.callback(_remove_empty, beside)
+            stack.enter_context(held(beside, 0, name=out))
+            _brought_back(out)
+            _clear(beside)
 
 
 def repair(folder: Path, settle: Settle) -> None:

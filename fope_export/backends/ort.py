@@ -132,7 +132,10 @@ def open_session(
     spoken: bool = True,
     cuda_graph: bool = False,
 ) -> Any:
-    """A session of any file, as of a bundle's, or of a file's bytes, whose weights lie in folder `data`. Raises BackendError without the device, and what ONNX Runtime raises."""
+    """A session of any file, as of a bundle's, or of a file's bytes, whose weights lie in folder `data`.
+
+    Raises BackendError without the device, and what ONNX Runtime raises.
+    """
     ort = require("onnxruntime", "cpu")
     _has(PROVIDERS[device][0], ort.get_available_providers())
     options = ort.SessionOptions()

@@ -19,10 +19,9 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
-        self._running = child(
-            python("fope_export.benchmark.worker"),
-            stdin=PIPE, stdout=PIPE, stderr=self._said, text=True, env=environment(QUIET | {"OMP_NUM_THREADS": str(threads)}),
-        )  # fmt: skip
+        environ = environment(QUIET | {"OMP_NUM_THREADS": str(threads)})
+        command = python("fope_export.benchmark.worker")
+        self._running = child(command, stdin=PIPE, stdout=PIPE, stderr=self._said, text=True, env=environ)
         self._process = self._running.__enter__()
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
