@@ -18,6 +18,7 @@ from fope_export.bundle import MODEL, Bundle
 from fope_export.config import Positive
 from fope_export.documents import as_record, read_object
 from fope_export.errors import ConfigError, DocumentError
+from fope_export.lock import TIMEOUT
 
 COLUMNS = (
     "contender",
@@ -114,14 +115,14 @@ def _row(result: BenchResult, cell: Cell) -> list[str]:
     return [*start, f"{result.share(cell):.0%}", f"{cell.peak / 2**20:,.0f} MiB" if cell.peak else ""]
 
 
-def write_bench(bundle: Bundle, result: BenchResult, out: Path | None = None) -> Path:
+def write_bench(bundle: Bundle, result: BenchResult, out: Path | None = None, *, lock_timeout: float = TIMEOUT) -> Path:
     """`bench.json` and `bench.html`, into folder `out` or among the bundle's reports. Returns the page's path."""
     files = {
         JSON: msgspec.json.format(msgspec.json.encode(bench_record(bundle, result)), indent=2) + b"\n",
         PAGE: bench_page(bundle, result).encode(),
     }
     if out is None:
-        bundle.add({f"reports/{name}": content for name, content in files.items()})
+        bundle.add({f"reports/{name}": content for name, content in files.items()}, lock_timeout=lock_timeout)
         return bundle.path / "reports" / PAGE
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

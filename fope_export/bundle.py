@@ -4,17 +4,21 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
+from fope_export import place
 from fope_export.config import Count, ExportConfig, ModelConfig, Size, SpectrumConfig
 from fope_export.documents import as_record, read_object
 from fope_export.errors import BundleError, ConfigError, DocumentError, cut
+from fope_export.links import loadable
+from fope_export.lock import TIMEOUT
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
@@ -25,6 +29,16 @@ KEPT = "logits_to_keep"
 gets those of the last, -1.
 """
 REPORTS, ENGINES = "reports/", "engines/"
+MADE = re.compile(
+    r"model(\.cpu)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
+)
+"""Files that only this program makes, and that it makes again."""
+COPIED = re.compile(
+    r"(config|generation_config|\w*token\w*|vocab)\.json|merges\.txt|tokenizer\.model|chat_template\.jinja"
+)
+"""Other files of bundles, by which one is told whose manifest is destroyed."""
+PAUSE, READS = 0.1, 50
+"""Seconds between two readings while a writer puts files in their places, and how many there are."""
 FORMAT_VERSION = 1
 AGAIN = "Export the checkpoint again."
 DTYPES = frozenset(
@@ -239,12 +253,27 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Self:
-        """Read the bundle in folder `path`; `verify` also compares every file with its hash.
+        """Read the bundle in folder `path`, of which every file must be there; `verify` also compares them with their
+        hashes. What a killed writer left is finished or removed first, where that can be done.
 
         Raises BundleError naming the folder or file, and what to do.
         """
         folder = Path(path)
+        place.repair(folder, _settle)
+        for _ in range(READS):
+            before = _stamp(folder)
+            try:
+                return cls._read(folder, verify=verify)
+            except BundleError:
+                if before == _stamp(folder) and not place.committing(folder):
+                    raise
+            time.sleep(PAUSE)
+        return cls._read(folder, verify=verify)
+
+    @classmethod
+    def _read(cls, folder: Path, *, verify: bool) -> Self:
         bundle = cls(folder, _read_manifest(folder))
+        _check_whole(folder, bundle.manifest)
         if verify and (damaged := bundle.damaged()):
             name, reason = next(iter(damaged.items()))
             raise BundleError(
@@ -255,7 +284,12 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        return self.path / MODEL
+        """The portable file, or a copy of its name where that is a link, which libraries refuse."""
+        return self.loadable(MODEL)
+
+    def loadable(self, name: str) -> Path:
+        """The ONNX file `name` as libraries load it."""
+        return loadable(self.path / name, f"{MODEL}.data")
 
     def damaged(self) -> dict[str, str]:
         """Files that are gone or no longer what the manifest records, with the reason. Reports, which can be made again
@@ -271,18 +305,67 @@ class Bundle:
                 found[name] = "differs from the hash in the manifest"
         return found
 
-    def add(self, files: Mapping[str, bytes | Path]) -> Self:
-        """Add or replace files, of some content or moved from a path on the same disk; interrupted anywhere, what
-        remains is still a valid bundle.
+    def add(self, files: Mapping[str, bytes | Path], *, lock_timeout: float = TIMEOUT) -> Self:
+        """Add or replace files, of some content or moved from a path; interrupted anywhere, the bundle is as before or
+        the next command finishes it. Another writer is waited for, and what it wrote stays.
+
+        Raises BundleError where this is another model's bundle by now, and OSError where it cannot be written.
         """
-        others = {name: digest for name, digest in self.manifest.files.items() if name not in files}
-        _write_manifest(self.path, msgspec.structs.replace(self.manifest, files=others))
+        with self.changing(lock_timeout) as now:
+            if _identity(now.manifest) != _identity(self.manifest):
+                raise BundleError(
+                    f"{self.path} was replaced by another export meanwhile; {', '.join(files)} would not belong to it",
+                    hint="Run the command again, on what is there now.",
+                )
+            return now.put(files)
+
+    @contextmanager
+    def changing(self, lock_timeout: float = TIMEOUT) -> Iterator[Self]:
+        """Be the only writer of this bundle; what is given is the bundle as it is now, for `put`.
+
+        Raises BundleError, also where files are no longer what a newer manifest says.
+        """
+        with place.holding(self.path, lock_timeout, _settle):
+            now = type(self)(self.path, _read_manifest(self.path))
+            if now.manifest.files != self.manifest.files and _identity(now.manifest) != _identity(self.manifest):
+                now = type(self)._read(self.path, verify=True)
+            yield now
+
+    def put(self, files: Mapping[str, bytes | Path]) -> Self:
+        """`add` for who holds the lock, and has the bundle as it is now."""
+        staged = self.path / place.STAGED
+        staged.mkdir()
         for name, content in files.items():
-            _write(self.path / name, content)
-        added = {name: sha256(self.path / name) for name in files}
-        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((others | added).items())))
-        _write_manifest(self.path, manifest)
+            _stage(staged / name, content)
+        added = {name: sha256(staged / name) for name in files}
+        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((self.manifest.files | added).items())))
+        _write_manifest(staged, manifest)
+        place.flush(staged)
+        place.commit(self.path, _settle)
         return type(self)(self.path, manifest)
+
+
+def _identity(manifest: Manifest) -> Manifest:
+    """What is no longer the same when another model was exported to the same place."""
+    portable = {name: digest for name, digest in manifest.files.items() if name in (MODEL, f"{MODEL}.data")}
+    return msgspec.structs.replace(manifest, files=portable)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Changes when a writer puts another manifest in place."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _check_whole(folder: Path, manifest: Manifest) -> None:
+    """Raises BundleError where a manifest describes files that are not there, or none."""
+    missing = [name for name in manifest.files if not name.startswith(REPORTS) and not (folder / name).is_file()]
+    if missing or MODEL not in manifest.files:
+        told = f"{folder / missing[0]}: is missing" if missing else f"{folder / MANIFEST}: lists no {MODEL}"
+        raise BundleError(f"not a whole bundle: {told}", hint="Export the checkpoint again.")
 
 
 def judged_files(manifest: Manifest) -> dict[str, str]:
@@ -297,83 +380,114 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def creating(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write a bundle into; it becomes `out` when the block ends with a manifest in it.
+def creating(out: Path, *, lock_timeout: float = TIMEOUT) -> Iterator[Path]:
+    """A folder to write a bundle into; it becomes `out` when the block ends with a manifest in it. Another writer of
+    `out` is waited for, for `lock_timeout` seconds.
 
-    An error leaves `out` as it was, and so does a kill; where one falls between the two renames that replace a bundle,
-    the next call brings the old one back first. Raises BundleError when `out` is not free for a bundle.
+    It lies beside `out` and takes its place in one step. Where `out` itself must stay (something is mounted there, this
+    process stands in it, or nothing can be written beside it), it lies inside, and its files are moved.
+
+    An error leaves `out` as it was, and so does a kill; where one falls between moving two files, the next command
+    moves the others. Raises BundleError when `out` is not free for a bundle.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    check_target(out)
-    work = out.parent / f".{out.name}.{os.getpid()}.partial"
-    work.mkdir()
-    try:
+    with place.preparing(out, lock_timeout, _settle) as work:
+        check_target(out)
         yield work
-        _read_manifest(work)
-        _put_in_place(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _check_whole(work, _read_manifest(work))
+        place.put(work, out, _settle)
 
 
 def check_target(out: Path) -> None:
-    """Raises BundleError unless `out` is free, an empty folder, or a bundle with nothing else in it."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Raises BundleError unless `out` is free, a folder without files, or a bundle, whole or damaged, with nothing else
+    in it.
+    """
+    if not out.exists():
         return
-    try:
-        listed = _read_manifest(out).files.keys() | {MANIFEST}
-    except BundleError as cause:
+    found = _found(out) if out.is_dir() else ["."]
+    if found and MANIFEST not in found:
         raise BundleError(
-            f"{out} exists and would be lost; nothing was written: {cause}", hint="Choose another folder, or remove it."
-        ) from cause
-    found = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    if others := sorted(name for name in found if name not in listed and not Path(name).name.startswith(".")):
+            f"{out} exists and would be lost; nothing was written: it has no {MANIFEST}",
+            hint="Choose another folder, or remove it.",
+        )
+    known = _listed(out)
+    others = [name for name in found if name not in known and not Path(name).name.startswith(".")]
+    if others := [name for name in others if not (MADE.fullmatch(name) or (not known and COPIED.fullmatch(name)))]:
         raise BundleError(
             f"{out} holds {others[0]}, which is not the bundle's and would be lost; nothing was written",
             hint="Move it away, or choose another folder.",
         )
 
 
+def _found(folder: Path) -> list[str]:
+    """Files in a folder, but for those of a writer."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return [path.as_posix() for path in paths if not path.parts[0].startswith(place.OURS)]
+
+
+def _listed(folder: Path) -> set[str]:
+    """What a manifest lists and its own name, also where it is damaged; nothing where nothing can be read from it."""
+    try:
+        files = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, Any])["files"]
+        return {str(name) for name in files} | {MANIFEST} if files else set()
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, RecursionError):
+        return set()
+
+
 def complete(folder: Path, manifest: Manifest) -> Manifest:
     """Write `manifest` with the hashes of all files of `folder`: the last write of a bundle."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = msgspec.structs.replace(manifest, files={p.relative_to(folder).as_posix(): sha256(p) for p in files})
+    names = [name for name in _found(folder) if name != MANIFEST]
+    manifest = msgspec.structs.replace(manifest, files={name: sha256(folder / name) for name in names})
     _write_manifest(folder, manifest)
     return manifest
 
 
-def _put_in_place(work: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    if out.exists():
-        out.rename(old)
+def _settle(folder: Path) -> None:
+    """Move what a writer has committed to its place: `place.Settle` for bundles. Until the last step, the manifest, no
+    file is listed that is not there, whole.
+    """
+    staged = folder / place.COMMITTED
+    names = [name for name in _found(staged) if name != MANIFEST]
+    if (staged / MANIFEST).is_file():
+        new, old = _listed(staged), _listed(folder)
+        for name in old - new:
+            _drop(folder, name)
+        if old:
+            _keep_listed(folder, new - set(names))
+        for name in names:
+            target = _inside(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staged / name).replace(target)
+            place.flush_folder(target.parent)
+        place.flush_folder(folder)
+        (staged / MANIFEST).replace(folder / MANIFEST)
+        place.flush_folder(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+
+
+def _keep_listed(folder: Path, names: set[str]) -> None:
+    """Leave only these names in a manifest, as long as their files are all that is sure."""
     try:
-        work.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        manifest = _read_manifest(folder)
+    except BundleError:
+        return
+    kept = {name: digest for name, digest in manifest.files.items() if name in names}
+    _write_manifest(folder, msgspec.structs.replace(manifest, files=kept))
 
 
-def _sweep(out: Path) -> None:
-    """Undo what runs that no longer live have left beside `out`."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,9}})\.(partial|old)")
-    for path in sorted(out.parent.iterdir()):
-        if (match := pattern.fullmatch(path.name)) and not _alive(int(match[1])):
-            if match[2] == "old" and not out.exists():
-                path.rename(out)
-            shutil.rmtree(path, ignore_errors=True)
+def _drop(folder: Path, name: str) -> None:
+    """Remove a file that a manifest lists, unless the name leads out of the folder."""
+    with suppress(BundleError, OSError):
+        _inside(folder, name).unlink()
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a bundle's file. Raises BundleError where writing there would write elsewhere."""
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()) or ".." in Path(name).parts:
+        raise BundleError(f"{path} leads out of the bundle", hint="Copy the bundle without links between folders.")
+    return path
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -393,13 +507,17 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    _write(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    """Replace it in one step."""
+    partial = folder / f"{place.OURS}manifest"
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST)
 
 
-def _write(path: Path, content: bytes | Path) -> None:
-    """Replace a file in one step."""
+def _stage(path: Path, content: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = content if isinstance(content, Path) else path.with_name(f".{path.name}.partial")
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    partial.replace(path)
+    if isinstance(content, Path):
+        shutil.move(content, path)
+    else:
+        path.write_bytes(content)

@@ -6,12 +6,17 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
+from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
+from fope_export.lock import TIMEOUT
+from fope_export.processes import clean_path
+from fope_export.scratch import sweep
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
 DIGITS = re.compile(r"[0-9]{1,18}")
@@ -103,6 +108,7 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text, or ids as .npy or .json, for -qdq (default: Python's own)",
     )
+    _lock(sub)
 
 
 def _optimize_options(sub: argparse.ArgumentParser) -> None:
@@ -111,6 +117,7 @@ def _optimize_options(sub: argparse.ArgumentParser) -> None:
         "--int8-activations", action=argparse.BooleanOptionalAction, default=True,
         help="round activations too where weights are quantised: several times faster",
     )  # fmt: skip
+    _lock(sub)
 
 
 def _build_options(sub: argparse.ArgumentParser) -> None:
@@ -137,6 +144,7 @@ def _build_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tf32", action="store_true", help="let float32 products round to 10 bits")
     sub.add_argument("--refit", action="store_true", help="weights can be replaced later (needs a GPU)")
     sub.add_argument("--strip", action="store_true", help="leave the weights out, to be refitted (needs a GPU)")
+    _lock(sub)
     sub.add_argument("--version-compatible", action="store_true", help="runs in later versions of TensorRT too")
     sub.add_argument("--hardware-compatible", action="store_true", help="runs on all GPUs from Ampere on")
 
@@ -150,6 +158,9 @@ def _validate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=_natural, default=0, help="of the random tokens (default: 0)")
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
     sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the reports (default: OUT/reports)")
+    sub.add_argument("--junit", type=Path, metavar="FILE", help="write the JUnit report there too")
+    _lock(sub)
     _backend(sub)
 
 
@@ -198,6 +209,24 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--peers", type=_names, default=(), help="genai,optimum: on a RoPE twin of the same shape")
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
+    _lock(sub)
+
+
+def _lock(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lock-timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS",
+        help=f"how long to wait for another command that writes this bundle (default: {TIMEOUT:.0f})",
+    )  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _inspect_options(sub: argparse.ArgumentParser) -> None:
@@ -233,6 +262,39 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
+    clean_path()
+    with _ended_by_exceptions():
+        return _main(argv)
+
+
+def _sweep() -> None:
+    """Remove what commands that were killed have left in temporary folders."""
+    sweep()
+    with suppress(RuntimeError):  # there is no home
+        sweep(cache_folder())
+
+
+@contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """What asks this process to end raises SystemExit meanwhile, so that all is cleaned up as after an interrupt. What
+    is ignored, as under nohup, stays so.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    asking = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    changed = [number for number in asking if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the reader of our output has seen enough, end quietly
     _open_streams()
@@ -246,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().print_help()
         return MISUSED
     try:
+        _sweep()
         code = int(args.function(args))
         sys.stdout.flush()
     except (FopeError, OSError) as error:

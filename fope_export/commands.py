@@ -64,8 +64,9 @@ def export(args: argparse.Namespace) -> int:
     config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
     with stages("export") as report:
         bundle = export_bundle(
-            args.checkpoint, args.out, config, calibration=args.calibration, report=report, progress=report.progress
-        )
+            args.checkpoint, args.out, config, calibration=args.calibration, lock_timeout=args.lock_timeout,
+            report=report, progress=report.progress,
+        )  # fmt: skip
     if args.json:
         _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     else:
@@ -82,7 +83,9 @@ def optimize(args: argparse.Namespace) -> int:
     from fope_export.terminal import RESULTS, waiting
 
     with waiting("optimizing"):
-        bundle = optimise(Bundle.open(args.bundle), int8_activations=args.int8_activations)
+        bundle = optimise(
+            Bundle.open(args.bundle), int8_activations=args.int8_activations, lock_timeout=args.lock_timeout
+        )
     if args.json:
         _print_json({"bundle": str(bundle.path), "file": OPTIMISED})
     else:
@@ -105,7 +108,7 @@ def build(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     check_graphs(bundle)
     with progress("build") as report:
-        bundle, record = build_engine(bundle, config, report=report)
+        bundle, record = build_engine(bundle, config, lock_timeout=args.lock_timeout, report=report)
     if args.json:
         _print_json(record)
     else:
@@ -122,7 +125,7 @@ def validate(args: argparse.Namespace) -> int:
     """Bundle against checkpoint."""
     from fope_export.bundle import Bundle
     from fope_export.parity.run import validate as validate_bundle
-    from fope_export.report import parity_record, print_parity, write_parity
+    from fope_export.report import parity_record, print_parity, write_reports
     from fope_export.terminal import RESULTS, progress
 
     bundle = Bundle.open(args.bundle, verify=False)
@@ -135,9 +138,11 @@ def validate(args: argparse.Namespace) -> int:
         _print_json(parity_record(bundle, result))
     else:
         print_parity(result, RESULTS)
-    bundle = write_parity(bundle, result)
-    if not args.json:
-        RESULTS.print(f"report: {bundle.path / 'reports/parity.html'}", markup=False)
+    for written in write_reports(bundle, result, args.out, args.junit, lock_timeout=args.lock_timeout):
+        if isinstance(written, OSError):
+            _unwritten(written)
+        elif not args.json:
+            RESULTS.print(f"report: {written}", markup=False)
     return PASSED if result.passed else FAILED
 
 
@@ -208,7 +213,11 @@ def bench(args: argparse.Namespace) -> int:
         _print_json(bench_record(bundle, result))
     else:
         print_bench(result, RESULTS, old)
-    page = write_bench(bundle, result, args.out)
+    try:
+        page = write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout)
+    except OSError as cause:
+        _unwritten(cause)
+        return PASSED
     if not args.json:
         RESULTS.print(f"report: {page}", markup=False)
     return PASSED
@@ -223,6 +232,13 @@ def inspect(args: argparse.Namespace) -> int:
         description = describe(args.path)
     _print_json(description) if args.json else print_sections(description)
     return PASSED
+
+
+def _unwritten(cause: OSError) -> None:
+    """Say on stderr that a report is not there; what it would have told was printed."""
+    from fope_export.terminal import ERRORS
+
+    ERRORS.print(f"the report was not written: {cause}; --out FOLDER puts it elsewhere", markup=False)
 
 
 def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:

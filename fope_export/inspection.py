@@ -13,6 +13,7 @@ from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
 from fope_export.errors import FopeError, cut
 from fope_export.graph.reading import promised_bytes, read_onnx
+from fope_export.links import loadable
 
 Description = dict[str, dict[str, Any]]
 """Section -> what it says."""
@@ -90,7 +91,8 @@ def _what(manifest: Manifest) -> Description:
 def _onnx(path: Path) -> Description:
     model = read_onnx(path)
     try:
-        onnx.checker.check_model(path)
+        data = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
+        onnx.checker.check_model(loadable(path, *sorted(data)))
     except (onnx.checker.ValidationError, OSError) as cause:
         raise FopeError(f"{path}: not a valid ONNX file: {cut(' '.join(str(cause).split()))}", hint=GIVE) from cause
     counted = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)

@@ -1,7 +1,8 @@
 """What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
-from fope_export.bundle import MODEL, Bundle, judged_files
+from fope_export.bundle import MODEL, REPORTS, Bundle, judged_files
 from fope_export.config import ModelConfig
+from fope_export.lock import TIMEOUT
 from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, ColumnVerdict, Verdict
 from fope_export.parity.run import ParityResult
 
+PAGE, JUNIT = "parity.html", "parity.xml"
 UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no way to write: control characters, lone surrogates, two that are no characters."""
 RATIOS = {
@@ -38,16 +41,49 @@ LABELS = {
 }
 
 
-def write_parity(bundle: Bundle, result: ParityResult) -> Bundle:
-    """Put `reports/parity.json`, `.html` and `.xml` into the bundle."""
+def write_parity(bundle: Bundle, result: ParityResult, *, lock_timeout: float = TIMEOUT) -> Bundle:
+    """Put `reports/parity.json`, `.html` and `.xml` into the bundle. Raises BundleError and OSError as `Bundle.add`."""
+    files = parity_files(bundle, result)
+    return bundle.add({f"{REPORTS}{name}": content for name, content in files.items()}, lock_timeout=lock_timeout)
+
+
+def write_reports(
+    bundle: Bundle, result: ParityResult, out: Path | None = None, junit: Path | None = None, *, lock_timeout: float
+) -> Iterator[Path | OSError]:
+    """Put the reports into folder `out`, or into the bundle, and the JUnit file to `junit` too: gives the page's path
+    and the file's, or why it could not be written. Raises BundleError as `Bundle.add`.
+    """
+    files = parity_files(bundle, result)
+    try:
+        if out is None:
+            write_parity(bundle, result, lock_timeout=lock_timeout)
+        else:
+            for name, content in files.items():
+                _write(out / name, content)
+        yield (out or bundle.path / REPORTS) / PAGE
+    except OSError as cause:
+        yield cause
+    if junit:
+        try:
+            _write(junit, files[JUNIT])
+            yield junit
+        except OSError as cause:
+            yield cause
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def parity_files(bundle: Bundle, result: ParityResult) -> dict[str, bytes]:
+    """The reports by name: parity.json, parity.html and parity.xml."""
     record = parity_record(bundle, result)
-    return bundle.add(
-        {
-            "reports/parity.json": msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n",
-            "reports/parity.html": parity_page(bundle, result).encode(),
-            "reports/parity.xml": parity_junit(bundle, result),
-        }
-    )
+    return {
+        "parity.json": msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n",
+        PAGE: parity_page(bundle, result).encode(),
+        JUNIT: parity_junit(bundle, result),
+    }
 
 
 def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Bundles: whole or not at all, whatever happens while they are written."""
 
+import errno
+import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,15 @@ import msgspec
 import pytest
 
 from fope_export import bundle as module
-from fope_export.bundle import MANIFEST, Bundle, creating, sha256
+from fope_export import place
+from fope_export.backends.choose import load_backend
+from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.bundle import MANIFEST, OPTIMISED, Bundle, creating, sha256
 from fope_export.errors import BundleError
 from fope_export.graph import export as exporter
 from fope_export.graph.export import export
+from fope_export.graph.optimise import optimise
+from fope_export.inspection import inspect
 
 
 def test_the_manifest_lists_every_file(bundle: Bundle) -> None:
@@ -58,27 +67,39 @@ def test_files_join_and_replace(spoilable: Bundle) -> None:
     assert {"reports/a.json", "b", "model.onnx"} <= set(again.manifest.files)
 
 
-@pytest.mark.parametrize("writes", range(5))
-def test_a_bundle_stays_valid_when_adding_is_cut_short(
-    writes: int, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoilable.add({"reports/a.json": b"old", "reports/b.json": b"old"})
-    real, left = module._write, [writes]
+class Cut(BaseException):
+    """In the place of a kill."""
 
-    def cut(path: Path, content: bytes) -> None:
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, holder: object, name: str, count: int) -> None:
+    """End the program at the `count`-th call of a function from now on."""
+    real, left = getattr(holder, name), [count]
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
         if not left[0]:
-            raise KeyboardInterrupt
+            raise Cut
         left[0] -= 1
-        real(path, content)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "_write", cut)
+    monkeypatch.setattr(holder, name, deadly)
+
+
+@pytest.mark.parametrize("moves", range(8))
+def test_adding_that_is_cut_short_is_undone_or_finished(
+    moves: int, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = spoilable.add({"reports/a.json": b"old", "config.json": b"old"})
+    with monkeypatch.context() as patch, suppress(Cut):
+        cut_at(patch, Path, "replace", moves)
+        before.add({"reports/a.json": b"new", "config.json": b"new"})
+    found = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
+    assert moves == 3 or len(found) == 1
     opened = Bundle.open(spoilable.path)
-    if writes < 4:
-        with pytest.raises(KeyboardInterrupt):
-            opened.add({"reports/a.json": b"new", "reports/b.json": b"new"})
-    else:
-        opened.add({"reports/a.json": b"new", "reports/b.json": b"new"})
-    Bundle.open(spoilable.path)
+    found = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
+    assert found == {b"old" if moves == 0 else b"new"}
+    assert {p.relative_to(opened.path).as_posix() for p in opened.path.rglob("*") if p.is_file()} == {
+        *opened.manifest.files, MANIFEST,
+    }  # fmt: skip
 
 
 def write_half(out: Path, error: Exception | None = None) -> None:
@@ -119,21 +140,22 @@ def test_a_link_leads_to_the_bundle(native: Path, bundle: Bundle, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
 
 
-def test_a_rename_that_fails_brings_the_old_bundle_back(
-    native: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [errno.EBUSY, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def test_where_folders_cannot_be_exchanged_at_once(
+    error: int, native: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(bundle.path, tmp_path / "out"))
-    real = Path.rename
+    change(out / "config.json", "{", "{ ")
 
-    def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
-            raise OSError("no")
-        return real(self, target)
+    def refuse(*_: Path) -> bool:
+        if error in place.UNKNOWN:
+            return False
+        raise OSError(error, "no")
 
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"):
-        export(native, out)
+    monkeypatch.setattr(place, "_exchanged", refuse)
+    export(native, out)
     assert Bundle.open(out) and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in out.iterdir()} == {path.name for path in bundle.path.iterdir()}
 
 
 def test_reports_are_not_part_of_a_bundles_integrity(spoilable: Bundle) -> None:
@@ -142,19 +164,122 @@ def test_reports_are_not_part_of_a_bundles_integrity(spoilable: Bundle) -> None:
     Bundle.open(spoilable.path)
 
 
-def test_leftovers_of_dead_runs_are_swept_and_of_living_ones_not(native: Path, tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".out.4194305.partial", tmp_path / f".out.{os.getppid()}.partial"
-    for folder in (dead, alive, tmp_path / ".outer.4194305.partial"):
-        folder.mkdir()
-    export(native, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, ".outer.4194305.partial"}
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "inside"])
+def test_leftovers_of_dead_runs_are_swept(inside: bool, native: Path, spoilable: Bundle) -> None:
+    out = spoilable.path
+    folder = out / place.STAGED if inside else out.with_name(f".{out.name}.partial")
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"half")
+    spoilable.add({"reports/a.json": b"1"})
+    assert [path.name for path in out.parent.iterdir()] == [out.name] and not list(out.glob(f"{place.OURS}*"))
+
+
+def test_a_living_writer_is_waited_for_and_named(
+    native: Path, spoilable: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = spoilable.path
+    with place.holding(out, 0, lambda folder: None):
+        for write in (lambda: export(native, out, lock_timeout=0.3), lambda: spoilable.add({"b": b""}, lock_timeout=0)):
+            with pytest.raises(BundleError, match=rf"is being written by `.*` on .*{os.getpid()}.* since 20") as caught:
+                write()
+            assert "--lock-timeout" in caught.value.hint
+        assert "waiting for `" in caplog.text
+        Bundle.open(out)  # readers need no lock
+    spoilable.add({"b": b""}, lock_timeout=0)
+
+
+def test_two_first_exports_do_not_meet(native: Path, tmp_path: Path) -> None:
+    with creating(tmp_path / "out"), pytest.raises(BundleError, match="is being written by"):
+        export(native, tmp_path / "out", lock_timeout=0)
+
+
+def test_what_others_wrote_meanwhile_stays(native: Path, spoilable: Bundle, rope_bundle: Bundle) -> None:
+    other = Bundle.open(spoilable.path)
+    other.add({"reports/a.json": b"1"})
+    assert {"reports/a.json", "reports/b.json"} <= set(spoilable.add({"reports/b.json": b"2"}).manifest.files)
+    shutil.rmtree(spoilable.path)
+    shutil.copytree(rope_bundle.path, spoilable.path)
+    with pytest.raises(BundleError, match="was replaced by another export"):
+        spoilable.add({"reports/b.json": b"2"})
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_refused(
+    number: int, native: Path, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(BundleError, match=r"file system without locks \(\w+: "):
+        export(native, spoilable.path)
+    with pytest.raises(BundleError, match="file system without locks"):
+        spoilable.add({"b": b""})
+    assert not list(spoilable.path.glob(f"{place.OURS}*")) and len(list(spoilable.path.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: [path.unlink() for path in folder.iterdir() if path.name != MANIFEST],
+        lambda folder: (folder / "model.onnx.data").unlink(),
+        lambda folder: change(folder / MANIFEST, '"model.onnx"', '"other"'),
+        lambda folder: (folder / MANIFEST).write_text(
+            re.sub(r'"files": {[^}]*}\n}', '"files": {}}', _manifest(folder))
+        ),
+        lambda folder: (folder / MANIFEST).write_text("{"),
+    ],
+    ids=["manifest alone", "weights gone", "no model", "lists nothing", "destroyed"],
+)
+def test_damaged_bundles_are_refused_and_can_be_exported_again(
+    spoil: Callable[[Path], object], native: Path, spoilable: Bundle
+) -> None:
+    spoil(spoilable.path)
+    with pytest.raises(BundleError):
+        Bundle.open(spoilable.path, verify=False)
+    export(native, spoilable.path)
+    Bundle.open(spoilable.path)
+
+
+def _manifest(folder: Path) -> str:
+    return (folder / MANIFEST).read_text()
+
+
+def test_the_current_folder_stays_the_bundle(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    inode = out.stat().st_ino
+    monkeypatch.chdir(out)
+    for _ in range(2):
+        export(native, Path())
+    assert Bundle.open(out) and out.stat().st_ino == inode and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_links_are_followed_and_never_written_through(spoilable: Bundle, tmp_path: Path) -> None:
+    """Hugging Face's hub cache: files are links to blobs with other names."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for i, path in enumerate(sorted(spoilable.path.iterdir())):
+        path.rename(blobs / str(i))
+        path.symlink_to(blobs / str(i))
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    assert load_backend(spoilable).vocab_size == 256
+    assert "nodes" in inspect(spoilable.path / "model.onnx")
+    made = optimise(Bundle.open(spoilable.path))
+    assert not (made.path / OPTIMISED).is_symlink() and not (made.path / MANIFEST).is_symlink()
+    assert OptimisedOrtBackend(Bundle.open(made.path), exact=True).vocab_size == 256
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+    (made.path / "reports").symlink_to(blobs)
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        made.add({"reports/0": b"through"})
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
 
 
 def _export(native: Path, out: Path, moment: str) -> None:
     """Export, and be killed at `moment`: the n-th call of a function."""
     if moment:
         name, count = moment.split()
-        holder = {"complete": exporter, "_read_manifest": module, "rename": Path}[name]
+        holder = {"complete": exporter, "_read_manifest": module, "_exchange": place, "_clear": place}[name]
         real, left = getattr(holder, name), [int(count)]
 
         def deadly(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +307,7 @@ def killed(server: Any, native: Path, out: Path, moment: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 1", "rename 1"])
+@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 1", "_exchange 1"])
 def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any, native: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed(server, native, out, moment)
@@ -191,17 +316,17 @@ def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any,
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and Bundle.open(out)
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 3", "rename 1", "rename 2"])
+@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 1", "_exchange 1", "_clear 2"])
 def test_a_kill_at_the_worst_moments_of_replacing_a_bundle(
     moment: str, server: Any, native: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(bundle.path, tmp_path / "out"))
     before = out.stat().st_ino
     killed(server, native, out, moment)
-    assert out.exists() == (moment != "rename 2")
+    assert Bundle.open(out) and (out.stat().st_ino == before) == (moment != "_clear 2")
     with pytest.raises(BundleError), creating(out):
         pass  # an export that fails early
-    assert Bundle.open(out) and out.stat().st_ino == before
+    assert Bundle.open(out) and [path.name for path in tmp_path.iterdir()] == ["out"]
     export(native, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and Bundle.open(out)
 

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import onnx
@@ -22,6 +23,7 @@ from fope_export.report import (
     parity_table,
     place,
     write_parity,
+    write_reports,
 )
 
 
@@ -45,6 +47,17 @@ def test_all_three_join_the_bundle(spoilable: Bundle, passed: ParityResult) -> N
     write_parity(spoilable, passed)
     reports = {f"reports/parity.{kind}" for kind in ("json", "html", "xml")}
     assert reports <= set(Bundle.open(spoilable.path).manifest.files)
+
+
+def test_reports_go_elsewhere_and_what_cannot_be_written_is_told(
+    bundle: Bundle, passed: ParityResult, tmp_path: Path
+) -> None:
+    out, junit = tmp_path / "new" / "reports", tmp_path / "ci" / "junit.xml"
+    assert list(write_reports(bundle, passed, out, junit, lock_timeout=0)) == [out / "parity.html", junit]
+    assert junit.read_bytes() == (out / "parity.xml").read_bytes()
+    assert json.loads((out / "parity.json").read_bytes())["passed"] and Bundle.open(bundle.path) == bundle
+    written = list(write_reports(bundle, passed, junit / "below", junit / "below", lock_timeout=0))
+    assert all(isinstance(each, OSError) for each in written) and len(written) == 2
 
 
 def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) -> None:

@@ -3,11 +3,11 @@
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from subprocess import TimeoutExpired
 
 from fope_export.backends.base import Backend, Limits
 from fope_export.backends.ort import too_old
@@ -16,6 +16,7 @@ from fope_export.config import ExportConfig
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
+from fope_export.processes import output
 
 PACKAGES = (
     "torch",
@@ -88,8 +89,8 @@ def _gpus() -> tuple[str, ...]:
         return ()
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
+        done = output(command, timeout=20)
+    except (OSError, TimeoutExpired):
         return ()
     return tuple(done.stdout.split("\n")[:-1]) if done.returncode == 0 else ()
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from fope_export.bundle import MODEL, Bundle
 from fope_export.config import ExportConfig
 from fope_export.engine.api import version_of
 from fope_export.errors import BackendError, require
+from fope_export.scratch import scratch
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -131,6 +131,8 @@ def session_of(
     except BackendError:
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
+        if not exact and (copied := bundle.loadable(name)) != bundle.path / name:  # some of its versions refuse links
+            return open_session(copied, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
         raise failure("load", bundle.path / name, cause) from cause
 
 
@@ -144,14 +146,25 @@ def too_old(name: str, version: str, export: ExportConfig) -> str:
 
 
 def open_session(
-    path: Path, *, threads: int = 0, device: str = "cpu", spoken: bool = True, cuda_graph: bool = False
+    path: Path | bytes,
+    *,
+    data: Path | None = None,
+    threads: int = 0,
+    device: str = "cpu",
+    spoken: bool = True,
+    cuda_graph: bool = False,
 ) -> Any:
-    """A session of any file, as of a bundle's. Raises BackendError without the device, and what ONNX Runtime raises."""
+    """A session of any file, as of a bundle's, or of a file's bytes, whose weights lie in folder `data`.
+
+    Raises BackendError without the device, and what ONNX Runtime raises.
+    """
     ort = require("onnxruntime", "cpu")
     _has(PROVIDERS[device][0], ort.get_available_providers())
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # kernels for int8 saturate on some processors
+    if data:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     options.intra_op_num_threads = threads
     options.log_severity_level = -1 if spoken else 3
     graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
@@ -192,5 +205,5 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
     from fope_export.graph.quantise import EXACT, Products
 
     edits = [*([Widen()] if wide else []), *([ExactInputs(), Products(EXACT)] if exact else [])]
-    with TemporaryDirectory(prefix="fope-export-") as folder:
-        yield rewritten(bundle.path / name, Path(folder) / MODEL, edits)
+    with scratch() as folder:
+        yield rewritten(bundle.loadable(name), folder / MODEL, edits)

@@ -1,14 +1,13 @@
 """The other end of a worker."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
+from subprocess import PIPE
 from typing import Any
 
 from fope_export.errors import BackendError
+from fope_export.processes import child, environment, python
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 SHOWN = 300
@@ -20,11 +19,10 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
-        environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "fope_export.benchmark.worker"]
-        self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=environment
-        )
+        environ = environment(QUIET | {"OMP_NUM_THREADS": str(threads)})
+        command = python("fope_export.benchmark.worker")
+        self._running = child(command, stdin=PIPE, stdout=PIPE, stderr=self._said, text=True, env=environ)
+        self._process = self._running.__enter__()
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         """One request and its answer. Raises BackendError with what the contender says, or with how it ended."""
@@ -49,6 +47,5 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._running.__exit__(None, None, None)
         self._said.close()

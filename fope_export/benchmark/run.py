@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from fope_export.config import Checked, Count, ModelConfig
 from fope_export.documents import read_object
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.model.checkpoint import source_of
+from fope_export.scratch import scratch
 
 CHECKED = 24
 """Tokens of the prompt on which contenders show that they compute the same, and ANSWERED of their answers to it."""
@@ -163,14 +163,14 @@ def benchmark(
     entries: dict[str, Entry] = {}
     bandwidth = {"read": 0.0, "copy": 0.0}
     sittings: list[list[Cell]] = []
-    with TemporaryDirectory(prefix="fope-export-") as folder:
+    with scratch() as folder:
         place = str(checkpoint) if checkpoint else None
         jobs = [
             Job(
                 contender=name,
                 bundle=str(bundle.path),
                 checkpoint=place,
-                folder=folder,
+                folder=str(folder),
                 threads=threads,
                 device=config.device,
             )

@@ -4,7 +4,6 @@ import ctypes
 import importlib.util
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from fope_export.errors import BackendError, require
+from fope_export.scratch import KEPT
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,17 @@ def _preload_rtx(library: Library) -> None:
             hint="Import fope_export.engine.api first, and load the library through it.",
         )
     names = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
-    folder = tempfile.TemporaryDirectory(prefix="fope-export-")
-    _KEPT.append(folder)
+    folder = KEPT.folder()
     for name in names:
         for link in (name, name.removesuffix(".1")):
-            (Path(folder.name) / link).symlink_to(Path(package.submodule_search_locations[0]) / name)
+            (folder / link).symlink_to(Path(package.submodule_search_locations[0]) / name)
     try:
         for name in names:
-            ctypes.CDLL(str(Path(folder.name) / name))
+            ctypes.CDLL(str(folder / name))
     except OSError as cause:
         raise BackendError(
             f"{library.module} is installed but its libraries do not load: {cause}", hint=f"Reinstall {library.module}."
         ) from cause
-
-
-_KEPT: list[Any] = []
-"""What must live as long as the process: the folder that the parser finds its library in."""
 
 
 def make_log(trt: ModuleType) -> Any:

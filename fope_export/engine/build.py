@@ -1,11 +1,10 @@
 """Bundle to engine: preflight, the plugin, a worker process, and the plan with its record in the bundle."""
 
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO
 
 import msgspec
@@ -17,21 +16,32 @@ from fope_export.engine.record import EngineRecord, plan_name, record_name
 from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
 from fope_export.errors import BackendError, ConfigError
 from fope_export.fope import contract
+from fope_export.lock import TIMEOUT
+from fope_export.place import OURS
+from fope_export.processes import child, environment, python
 
 
 def build(
     bundle: Bundle,
     config: BuildConfig | None = None,
     *,
+    lock_timeout: float = TIMEOUT,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Bundle, EngineRecord]:
     """Build an engine from a bundle's ONNX file and add it; `report` is told phase, steps done and steps in all.
+
+    Another writer of the bundle is waited for, for `lock_timeout` seconds.
 
     With the plugin, every FopeRotary node must become one plugin layer; without it, none may.
 
     Raises BackendError or ConfigError with the first thing that stands in the way; the bundle is then as it was.
     """
-    config, manifest = config or BuildConfig(), bundle.manifest
+    with bundle.changing(lock_timeout) as now:
+        return _built(now, config or BuildConfig(), report)
+
+
+def _built(bundle: Bundle, config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[Bundle, EngineRecord]:
+    manifest = bundle.manifest
     ranges = profiles.make_profiles(config, manifest)
     if manifest.export.quantize and not manifest.export.calibrated:
         raise ConfigError(
@@ -49,7 +59,7 @@ def build(
     tools, plugin = _plugin(config, report) if config.plugin else (None, None)
     layers = 0 if isinstance(manifest.model, ModuleRecord) else manifest.model.num_layers
     rotations = manifest.model.calls if isinstance(manifest.model, ModuleRecord) else layers
-    with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".engine-") as scratch:
+    with tempfile.TemporaryDirectory(dir=bundle.path, prefix=OURS) as scratch:
         plan = Path(scratch) / "plan"
         request = Request(
             model=str(bundle.model.resolve()), plan=str(plan.resolve()), config=config,
@@ -69,7 +79,7 @@ def build(
             seconds={name: round(value, 3) for name, value in built.seconds.items()}, options=config,
         )  # fmt: skip
         content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
-        return bundle.add({plan_name(config.target): plan, record_name(config.target): content}), record
+        return bundle.put({plan_name(config.target): plan, record_name(config.target): content}), record
 
 
 def _plugin(config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[compile.Toolchain, Path]:
@@ -89,10 +99,11 @@ def _timing_cache(config: BuildConfig) -> Path:
 
 def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
     """Have a worker serve the request."""
-    command = [sys.executable, "-m", "fope_export.engine.worker"]
+    command = python("fope_export.engine.worker")
+    temporary = {"TMPDIR": str(Path(request.plan).parent)}
     with (
         tempfile.TemporaryFile() as noise,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise) as process,  # noqa: S603
+        child(command, stdin=PIPE, stdout=PIPE, stderr=noise, env=environment(temporary)) as process,
     ):
         assert process.stdin and process.stdout
         process.stdin.write(msgspec.json.encode(request))

@@ -5,13 +5,13 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fope_export.errors import BackendError
+from fope_export.processes import environment, output
+from fope_export.scratch import KEPT, scratch
 
 PACKAGE = Path(__file__).parent.parent
 SOURCES = next(
@@ -188,19 +188,22 @@ def build(
         return built
     if target.cuda:
         _check_architectures(toolchain, architectures)
-    with _scratch(folder) as scratch:
-        output = Path(scratch) / built.name
-        _run([*command, "-o", str(output)])
-        output.replace(built)
+    if not _writable(folder):
+        built = KEPT.folder() / built.name
+    with scratch(built.parent) as temporary:
+        product = temporary / built.name
+        _run([*command, "-o", str(product)], temporary)
+        product.replace(built)
     return built
 
 
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+def _writable(folder: Path) -> bool:
+    """Whether what is compiled can be kept in this folder, which is made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder)
-    except OSError as cause:
-        raise BackendError(f"what is compiled cannot be kept in {folder}: {cause}", hint=CHOOSE_CACHE) from cause
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _command(target: Target, toolchain: Toolchain, architectures: tuple[str, ...], sources: Path) -> list[str]:
@@ -247,14 +250,15 @@ def _check_architectures(toolchain: Toolchain, architectures: tuple[str, ...]) -
         )
 
 
-def _run(command: Sequence[str | Path]) -> str:
+def _run(command: Sequence[str | Path], temporary: Path | None = None) -> str:
     """What a compiler prints. Raises BackendError with its first complaints.
 
-    Flags that the environment would add are kept from it: a file's name could not tell them.
+    Its own files lie in folder `temporary`. Flags that the environment would add are kept from it: a file's name could
+    not tell them.
     """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("NVCC_")}
+    environ = {name: value for name, value in environment().items() if not name.startswith("NVCC_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)  # noqa: S603
+        done = output(command, env=environ | ({"TMPDIR": str(temporary)} if temporary else {}))
     except OSError as cause:
         raise BackendError(f"{command[0]} does not start: {cause}", hint="Reinstall the compiler.") from cause
     if done.returncode:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from fope_export.config import BuildConfig
 from fope_export.engine import api
 from fope_export.errors import BackendError, FopeError
 from fope_export.fope import contract
+from fope_export.scratch import scratch
 
 PLUGIN_LAYER = "PLUGIN_V3"
 EVERY = 0.1
@@ -92,8 +94,8 @@ def build(request: Request, report: Callable[[Progress], None]) -> Built:
             f"{trt.__name__} does not build the engine: {log.errors()}", hint=_advice(log.errors(), config)
         )
     Path(request.plan).write_bytes(plan)
-    if request.timing_cache:
-        _keep(Path(request.timing_cache), bytes(settings.get_timing_cache().serialize()))
+    if request.timing_cache and (timings := settings.get_timing_cache()):
+        _keep(Path(request.timing_cache), bytes(timings.serialize()))
     seconds = {"parse": parsed - started, "build": time.perf_counter() - parsed}
     return Built(library_version=trt.__version__, layers=layers, seconds=seconds)
 
@@ -156,10 +158,19 @@ def _settings(trt: ModuleType, builder: Any, request: Request) -> Any:
     for i, capability in enumerate(capabilities):
         settings.set_compute_capability(capability, i)
     if request.timing_cache:
-        known = Path(request.timing_cache)
-        cache = settings.create_timing_cache(known.read_bytes() if known.is_file() else b"")
-        settings.set_timing_cache(cache, ignore_mismatch=True)
+        _use_timings(settings, Path(request.timing_cache))
     return settings
+
+
+def _use_timings(settings: Any, known: Path) -> None:
+    """Take what earlier builds measured, unless it is damaged or cannot be read."""
+    content = b""
+    with suppress(OSError):
+        content = known.read_bytes() if known.is_file() else b""
+    for each in (content, b""):
+        cache = settings.create_timing_cache(each)
+        if cache is not None and settings.set_timing_cache(cache, ignore_mismatch=True):
+            return
 
 
 def _set_flags(trt: ModuleType, settings: Any, config: BuildConfig) -> None:
@@ -218,10 +229,12 @@ def _monitor(trt: ModuleType, report: Callable[[Progress], None]) -> Any:
 
 
 def _keep(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    """Write a file that only saves time: the engine does not depend on it."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(path.parent) as folder:
+            (folder / path.name).write_bytes(content)
+            (folder / path.name).replace(path)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from fope_export.graph.companions import companions
 from fope_export.graph.qdq import InsertQdq
 from fope_export.graph.quantise import QuantiseWeights
 from fope_export.graph.translation import TRANSLATIONS
+from fope_export.lock import TIMEOUT
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
 from fope_export.model.decoder import Decoder
 
@@ -53,14 +54,15 @@ def export(
     config: ExportConfig | None = None,
     *,
     calibration: Path | None = None,
+    lock_timeout: float = TIMEOUT,
     report: Callable[[str], None] = lambda stage: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
-    A bundle that stands there is replaced; the same checkpoint gives the same bytes. `report` is told each stage, and
-    `progress` the bytes of weights that are written, and of all. `calibration` is a file with text or token ids for
-    int8-qdq and fp8-qdq, in place of Python's standard library.
+    A bundle that stands there is replaced; the same checkpoint gives the same bytes. Another writer is waited for, for
+    `lock_timeout` seconds. `report` is told each stage, and `progress` the bytes of weights that are written, and of
+    all. `calibration` is a file with text or token ids for int8-qdq and fp8-qdq, in place of Python's standard library.
 
     Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantiser is not installed;
     then `out` is as it was.
@@ -72,10 +74,10 @@ def export(
     config = (config or ExportConfig()).resolved(source.config.training_length)
     decoder = source.model.as_exported(config)
     require_space(out, sum(parameter.nbytes for parameter in decoder.parameters()))
-    ranges = _ranges(source, decoder, config, calibration, report)
-    report("tracing and translating")
-    model = to_onnx(decoder, config, ranges)
-    with creating(out) as folder:
+    with creating(out, lock_timeout=lock_timeout) as folder:
+        ranges = _ranges(source, decoder, config, calibration, report)
+        report("tracing and translating")
+        model = to_onnx(decoder, config, ranges)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
         save(model, folder / MODEL, progress)
         for name, content in companions(source.config, config, source.tokenizer_files).items():

@@ -27,6 +27,7 @@ from fope_export.fope.replace import rotaries
 from fope_export.fope.rotary import FopeRotary, normalized
 from fope_export.graph.export import check, lower, manifest_of, quiet, save
 from fope_export.graph.sizes import Axes, axes_of, dimensions, extents, symbols_of
+from fope_export.lock import TIMEOUT
 from fope_export.model.decoder import DTYPES
 
 Inputs = Sequence[Tensor] | Mapping[str, Tensor]
@@ -46,6 +47,7 @@ def export_module(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     config: ExportConfig | None = None,
+    lock_timeout: float = TIMEOUT,
 ) -> Bundle:
     """Write the bundle of a module that is in eval mode and has a FopeRotary inside, whole or not at all.
 
@@ -53,7 +55,8 @@ def export_module(
     Inputs are named after the forward's parameters and outputs after a dictionary's keys, where no names are given. The
     smallest and largest value of each example is recorded: `validate_module` draws its inputs between them.
 
-    The module is exported in the dtype that it has, and left as it is; of `config` only the opset counts.
+    The module is exported in the dtype that it has, and left as it is; of `config` only the opset counts. Another
+    writer of `out` is waited for, for `lock_timeout` seconds.
 
     Raises ExportError, ConfigError or BundleError; then `out` is as it was.
     """
@@ -78,7 +81,7 @@ def export_module(
         calls=sum(node.domain == contract.DOMAIN for node in model.graph),
     )
     source = Source(path=class_name(module), dialect="module", files={"state_dict": state_hash(module)})
-    with creating(out) as folder:
+    with creating(out, lock_timeout=lock_timeout) as folder:
         save(model, folder / MODEL)
         check(folder / MODEL)
         spectra = [rotary.spectrum.describe() for rotary in rotations.values()]

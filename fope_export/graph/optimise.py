@@ -27,6 +27,8 @@ from fope_export.graph.export import check
 from fope_export.graph.passes import NUMBERS
 from fope_export.graph.quantise import INT8, OPERATOR, Products
 from fope_export.graph.reading import load_onnx
+from fope_export.lock import TIMEOUT
+from fope_export.place import OURS
 
 MICROSOFT = "com.microsoft"
 CAPACITY = "capacity"
@@ -344,13 +346,19 @@ def _save(model: ir.Model, path: Path) -> None:
         ) from cause
 
 
-def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
+def optimise(bundle: Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
     """Add the optimised file to a decoder's bundle, and have ONNX Runtime GenAI load it.
 
-    `int8_activations` concerns bundles with quantised weights alone.
+    `int8_activations` concerns bundles with quantised weights alone. Another writer of the bundle is waited for, for
+    `lock_timeout` seconds.
 
     Raises ConfigError for a static cache, ExportError where the file is not as this package writes it.
     """
+    with bundle.changing(lock_timeout) as now:
+        return _optimised(now, int8_activations)
+
+
+def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
     config, export = bundle.manifest.decoder(), bundle.manifest.export
     if export.cache == "static":
         raise ConfigError(
@@ -360,15 +368,16 @@ def optimise(bundle: Bundle, *, int8_activations: bool = True) -> Bundle:
     passes: list[InPlacePass] = [Optimise(), TopologicalSortPass(), RemoveUnusedNodesPass()]
     if int8_activations and export.quantize:
         passes.append(Products(INT8))
+    portable = bundle.model
     try:
-        model = Sequential(*passes, ShapeInferencePass())(load_onnx(bundle.model)).model
+        model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model
     except PassError as cause:
         raise ExportError(f"{bundle.model} cannot be optimised: {cause.__cause__}", hint="Export it again.") from cause
     model.metadata_props["fope.optimised"] = bundle.manifest.files[MODEL]
-    partial = bundle.path / f".{OPTIMISED}.partial"
+    partial = portable.with_name(f"{OURS}{OPTIMISED}")  # beside its weights
     try:
         _save(model, partial)
         check(partial)
-        return bundle.add({OPTIMISED: partial, **for_genai(config, export, optimised=True)})
+        return bundle.put({OPTIMISED: partial, **for_genai(config, export, optimised=True)})
     finally:
         partial.unlink(missing_ok=True)

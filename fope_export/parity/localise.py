@@ -1,8 +1,6 @@
 """Where a bundle first differs from its checkpoint: which tensor, and which module's output is too far off."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,19 +167,13 @@ def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArr
     exact = bundle.manifest.export.calibrated
     with (
         runnable(bundle, exact=exact) as model,
-        _with_outputs(model, names) as path,
         G_LOGGER.verbosity(G_LOGGER.CRITICAL),
-        OnnxrtRunner(open_session(path)) as runner,
+        OnnxrtRunner(open_session(_with_outputs(model, names), data=model.parent)) as runner,
     ):
         return dict(runner.infer(dict(inputs), check_inputs=False))
 
 
-@contextmanager
-def _with_outputs(model: Path, names: list[str]) -> Iterator[Path]:
-    """A copy of the graph with other outputs, beside the original so that it finds the weights."""
-    path = model.with_name(f".probe.{os.getpid()}.onnx")
-    try:
-        onnx.save(modify_outputs(read_onnx(model), outputs=names), path)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+def _with_outputs(model: Path, names: list[str]) -> bytes:
+    """The graph with other outputs; its weights stay where they are."""
+    changed: bytes = modify_outputs(read_onnx(model), outputs=names).SerializeToString()
+    return changed

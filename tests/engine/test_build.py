@@ -15,7 +15,8 @@ from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import BuildConfig, ExportConfig
 from fope_export.demo import shipped
-from fope_export.engine import api, compile
+from fope_export.engine import api, compile, worker
+from fope_export.engine import build as building
 from fope_export.engine.build import build
 from fope_export.engine.record import plan_name
 from fope_export.errors import BackendError, ConfigError
@@ -50,11 +51,33 @@ def test_the_shipped_model_builds_with_and_without_the_plugin(
     assert logits.shape == (2, 5, 256)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(bytes(range(256))),
+        lambda path: path.write_bytes(b""),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), path.parent.rmdir(), path.parent.touch()),
+    ],
+    ids=["damaged", "empty", "a folder", "not writable"],
+)
+def test_a_timing_cache_only_saves_time(spoil: Callable[[Path], object], tmp_path: Path, spoilable: Bundle) -> None:
+    made = tmp_path / "cache" / "timing"
+    worker._keep(made, b"earlier")
+    assert made.read_bytes() == b"earlier" and list(made.parent.iterdir()) == [made]
+    spoil(made)
+    config = BuildConfig(target="tensorrt-rtx:sm89", plugin=False, max_batch=1, max_length=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "_timing_cache", lambda config: made)
+        built, _ = build(spoilable, config)
+    assert not Bundle.open(built.path).damaged() and "engines/tensorrt-rtx:sm89.plan" in built.manifest.files
+
+
 def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
     built, record = build(spoilable, BuildConfig(target="tensorrt-rtx:sm89", max_batch=1, max_length=64))
     assert record.plugin_layers == 2 and record.architectures == ("sm89",) and record.dtype == "fp32"
     assert (built.path / "engines/tensorrt-rtx:sm89.plan").is_file()
-    assert not list(built.path.glob(".engine-*"))
+    assert not list(built.path.glob(".*"))
 
 
 @pytest.mark.parametrize(
