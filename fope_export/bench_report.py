@@ -14,11 +14,12 @@ from fope_export import plots, report
 from fope_export.backends.choose import read_machine
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, Cell, What
-from fope_export.bundle import MODEL, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import Positive
 from fope_export.documents import as_record, read_object
 from fope_export.errors import ConfigError, DocumentError
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import MODEL
 
 COLUMNS = (
     "contender",

@@ -78,8 +78,9 @@ def export(args: argparse.Namespace) -> int:
 
 def optimize(args: argparse.Namespace) -> int:
     """Bundle to optimised bundle."""
-    from fope_export.bundle import OPTIMISED, Bundle
+    from fope_export.bundle import Bundle
     from fope_export.graph.optimise import optimise
+    from fope_export.manifest import OPTIMISED
     from fope_export.terminal import RESULTS, waiting
 
     with waiting("optimizing"):

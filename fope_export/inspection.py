@@ -8,12 +8,13 @@ import msgspec
 import onnx
 from rich.filesize import decimal
 
-from fope_export.bundle import MANIFEST, Bundle, Manifest
+from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
 from fope_export.errors import FopeError, cut
 from fope_export.graph.reading import promised_bytes, read_onnx
 from fope_export.links import loadable
+from fope_export.manifest import MANIFEST, Manifest
 
 Description = dict[str, dict[str, Any]]
 """Section -> what it says."""

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from fope_export import plots
 from fope_export.backends.choose import Machine, read_machine
-from fope_export.bundle import MODEL, REPORTS, Bundle, judged_files
+from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import MODEL, REPORTS, judged_files
 from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, ColumnVerdict, Verdict
 from fope_export.parity.run import ParityResult
 

@@ -26,12 +26,13 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import shipped
 from fope_export.generation import prefill
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
+from fope_export.manifest import OPTIMISED
 
 RESULTS = Path(__file__).parent / "results"
 BOTH_FIT = 8192

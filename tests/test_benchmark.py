@@ -34,10 +34,11 @@ from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.run import BenchConfig, BenchResult, benchmark, prompt, require_green
 from fope_export.benchmark.twin import write_twin
-from fope_export.bundle import MANIFEST, Bundle, complete, sha256
+from fope_export.bundle import Bundle, complete, sha256
 from fope_export.cli import main
 from fope_export.errors import BackendError, BundleError, ConfigError
 from fope_export.graph.optimise import optimise
+from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import load_checkpoint, source_of
 from fope_export.parity.run import validate
 from fope_export.report import write_parity

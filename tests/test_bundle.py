@@ -21,12 +21,13 @@ from fope_export import bundle as module
 from fope_export import place
 from fope_export.backends.choose import load_backend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
-from fope_export.bundle import MANIFEST, OPTIMISED, Bundle, creating, sha256
+from fope_export.bundle import Bundle, creating, sha256
 from fope_export.errors import BundleError
 from fope_export.graph import export as exporter
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.inspection import inspect
+from fope_export.manifest import MANIFEST, OPTIMISED
 
 
 def test_the_manifest_lists_every_file(bundle: Bundle) -> None:
@@ -279,7 +280,7 @@ def _export(native: Path, out: Path, moment: str) -> None:
     """Export, and be killed at `moment`: the n-th call of a function."""
     if moment:
         name, count = moment.split()
-        holder = {"complete": exporter, "_read_manifest": module, "_exchange": place, "_clear": place}[name]
+        holder = {"complete": exporter, "read_manifest": module, "_exchange": place, "_clear": place}[name]
         real, left = getattr(holder, name), [int(count)]
 
         def deadly(*args: Any, **kwargs: Any) -> Any:
@@ -307,7 +308,7 @@ def killed(server: Any, native: Path, out: Path, moment: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 1", "_exchange 1"])
+@pytest.mark.parametrize("moment", ["complete 1", "read_manifest 1", "_exchange 1"])
 def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any, native: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed(server, native, out, moment)
@@ -316,7 +317,7 @@ def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any,
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and Bundle.open(out)
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "_read_manifest 1", "_exchange 1", "_clear 2"])
+@pytest.mark.parametrize("moment", ["complete 1", "read_manifest 1", "_exchange 1", "_clear 2"])
 def test_a_kill_at_the_worst_moments_of_replacing_a_bundle(
     moment: str, server: Any, native: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

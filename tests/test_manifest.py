@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from fope_export.bundle import MANIFEST, Bundle
+from fope_export.bundle import Bundle
 from fope_export.errors import BundleError
+from fope_export.manifest import MANIFEST
 
 Change = Callable[[dict[str, Any]], object]
 HASH = "0" * 64

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.bundle import Manifest
 from fope_export.errors import BackendError
+from fope_export.manifest import Manifest
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.floating[Any]]

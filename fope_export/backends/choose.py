@@ -11,11 +11,12 @@ from subprocess import TimeoutExpired
 
 from fope_export.backends.base import Backend, Limits
 from fope_export.backends.ort import too_old
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
+from fope_export.manifest import OPTIMISED
 from fope_export.processes import output
 
 PACKAGES = (

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
-from fope_export.bundle import MODEL, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.engine.api import version_of
 from fope_export.errors import BackendError, require
+from fope_export.manifest import MODEL
 from fope_export.scratch import scratch
 
 PROVIDERS = {

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fope_export.backends.base import Feeds, Ids, Logits, Part, empty_past, widest
 from fope_export.backends.ort import TYPES, failure, session_of
-from fope_export.bundle import KEPT, OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
+from fope_export.manifest import KEPT, OPTIMISED
 
 BLOCK = 256
 """Tokens that a cache grows by at least."""

@@ -12,10 +12,11 @@ import numpy as np
 from fope_export.backends.base import Backend, Ids, Logits, feeds_for
 from fope_export.backends.choose import BACKENDS, Machine, Settings, load_backend
 from fope_export.benchmark.greedy import Contender, Greedy
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.errors import BackendError
 from fope_export.generation import prefill
+from fope_export.manifest import OPTIMISED
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
 ORT, OURS, CUDA = "onnxruntime", "onnxruntime, optimised", "onnxruntime-cuda"

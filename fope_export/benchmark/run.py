@@ -16,10 +16,11 @@ from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, 
 from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.twin import write_twin
-from fope_export.bundle import Bundle, judged_files
+from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
 from fope_export.documents import read_object
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
+from fope_export.manifest import judged_files
 from fope_export.model.checkpoint import source_of
 from fope_export.scratch import scratch
 

@@ -9,7 +9,7 @@ from typing import IO
 
 import msgspec
 
-from fope_export.bundle import MODEL, Bundle, ModuleRecord, sha256
+from fope_export.bundle import Bundle, sha256
 from fope_export.config import BuildConfig
 from fope_export.engine import api, compile, profiles
 from fope_export.engine.record import EngineRecord, plan_name, record_name
@@ -17,6 +17,7 @@ from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
 from fope_export.errors import BackendError, ConfigError
 from fope_export.fope import contract
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import MODEL, ModuleRecord
 from fope_export.place import OURS
 from fope_export.processes import child, environment, python
 

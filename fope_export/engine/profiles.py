@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from fope_export.bundle import Manifest, ModuleRecord, Port
 from fope_export.config import BuildConfig, Size, usual_length
 from fope_export.errors import BackendError, ConfigError
+from fope_export.manifest import Manifest, ModuleRecord, Port
 
 PREFILL = 512
 """Tokens at once that the prefill profile is tuned for."""

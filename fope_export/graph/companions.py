@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from fope_export.bundle import MODEL, OPTIMISED
 from fope_export.config import ExportConfig, ModelConfig, as_written, usual_length
 from fope_export.documents import LISTING, as_record, read_object
 from fope_export.errors import CheckpointError
+from fope_export.manifest import MODEL, OPTIMISED
 from fope_export.tokens import GENERATION
 
 

@@ -18,18 +18,7 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, ShapeInferencePass
 from torch.export import Dim, ExportedProgram
 
-from fope_export.bundle import (
-    FORMAT_VERSION,
-    MODEL,
-    Bundle,
-    Manifest,
-    ModuleRecord,
-    Port,
-    Source,
-    check_target,
-    complete,
-    creating,
-)
+from fope_export.bundle import Bundle, check_target, complete, creating
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
@@ -39,6 +28,7 @@ from fope_export.graph.qdq import InsertQdq
 from fope_export.graph.quantise import QuantiseWeights
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
 from fope_export.model.decoder import Decoder
 

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from fope_export.bundle import MODEL, Bundle, ModuleRecord, Source, check_target, complete, creating
+from fope_export.bundle import Bundle, check_target, complete, creating
 from fope_export.config import ExportConfig
 from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import contract
@@ -28,6 +28,7 @@ from fope_export.fope.rotary import FopeRotary, normalized
 from fope_export.graph.export import check, lower, manifest_of, quiet, save
 from fope_export.graph.sizes import Axes, axes_of, dimensions, extents, symbols_of
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import MODEL, ModuleRecord, Source
 from fope_export.model.decoder import DTYPES
 
 Inputs = Sequence[Tensor] | Mapping[str, Tensor]

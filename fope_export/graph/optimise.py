@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassError, PassResult, PreconditionError, Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
-from fope_export.bundle import KEPT, MODEL, OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError, ExportError, cut
 from fope_export.fope import contract
 from fope_export.graph.companions import for_genai
@@ -28,6 +28,7 @@ from fope_export.graph.passes import NUMBERS
 from fope_export.graph.quantise import INT8, OPERATOR, Products
 from fope_export.graph.reading import load_onnx
 from fope_export.lock import TIMEOUT
+from fope_export.manifest import KEPT, MODEL, OPTIMISED
 from fope_export.place import OURS
 
 MICROSOFT = "com.microsoft"

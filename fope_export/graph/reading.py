@@ -10,9 +10,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, cut
+from fope_export.manifest import OPTIMISED
 
 LARGEST = (1 << 31) - 1
 """Bytes that protobuf allows a message."""

@@ -8,8 +8,8 @@ import sympy
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from fope_export.bundle import TERM, Extent
 from fope_export.errors import ExportError
+from fope_export.manifest import TERM, Extent
 
 Axes = dict[str, dict[int, Any]]
 """By input and axis: a Dim, or what else torch.export takes there."""

@@ -11,11 +11,11 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.json import from_json, save_json
 
 from fope_export.backends.base import Backend, Feeds, Limits, empty_past, feeds_for
-from fope_export.bundle import Manifest
 from fope_export.config import ModelConfig
 from fope_export.documents import LISTING, read_json
 from fope_export.errors import ParityError, cut
 from fope_export.generation import pad_left
+from fope_export.manifest import Manifest
 
 FAR = (100_000, 1_000_000)
 """The positions that the far cases end at."""

@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 from fope_export.backends.choose import BACKENDS, choose, read_machine
 from fope_export.backends.eager import in_numpy
 from fope_export.backends.ort import OrtGraph
-from fope_export.bundle import MANIFEST, Bundle, ModuleRecord, Port
+from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BundleError, ParityError
 from fope_export.fope.replace import rotaries
 from fope_export.graph.module import Inputs, arguments, class_name, constant, state_hash
 from fope_export.graph.reading import check_graphs
+from fope_export.manifest import MANIFEST, ModuleRecord, Port
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localise import different_rotations, different_tensors, divergence_of

@@ -14,10 +14,11 @@ from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort import OrtBackend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
-from fope_export.bundle import MANIFEST, OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ParityError
 from fope_export.graph.reading import check_graphs
+from fope_export.manifest import MANIFEST, OPTIMISED
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases

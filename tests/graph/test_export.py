@@ -16,12 +16,13 @@ from onnx_ir.passes import PostconditionError
 
 from fope_export.backends.base import feeds_for
 from fope_export.backends.ort import OrtBackend
-from fope_export.bundle import MANIFEST, Bundle
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.graph import passes
 from fope_export.graph.export import export, to_onnx
+from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.parity.run import validate

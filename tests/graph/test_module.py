@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fope_export.backends.choose import load_backend
-from fope_export.bundle import Bundle, Extent
+from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import BuildConfig, ExportConfig
 from fope_export.engine.build import build
@@ -27,6 +27,7 @@ from fope_export.errors import BundleError, ConfigError, ExportError, FopeError,
 from fope_export.fope.replace import replace_rotary, rotaries
 from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.module import export_module
+from fope_export.manifest import Extent
 from fope_export.parity.module import standard_cases, validate_module
 from fope_export.parity.run import validate
 from fope_export.report import place, print_parity, write_parity

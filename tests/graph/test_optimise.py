@@ -13,7 +13,7 @@ from fope_export.backends.base import Feeds, feeds_for
 from fope_export.backends.choose import BACKENDS, Settings, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
-from fope_export.bundle import OPTIMISED, Bundle
+from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ConfigError, ExportError
@@ -21,6 +21,7 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.generation import generate, pad_left
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
+from fope_export.manifest import OPTIMISED
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.run import validate
 from fope_export.sampling import Sampling

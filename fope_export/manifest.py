@@ -1,0 +1,247 @@
+"""What `fope_export.json` says of a bundle, checked at birth."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated
+
+import msgspec
+
+from fope_export.config import Count, ExportConfig, ModelConfig, Size, SpectrumConfig
+from fope_export.documents import as_record, read_object
+from fope_export.errors import BundleError, ConfigError, DocumentError, cut
+
+MANIFEST = "fope_export.json"
+MODEL = "model.onnx"
+OPTIMISED = "model.cpu.onnx"
+"""The same model for ONNX Runtime alone; its weights are those of the first."""
+KEPT = "logits_to_keep"
+"""Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it
+gets those of the last, -1.
+"""
+REPORTS, ENGINES = "reports/", "engines/"
+FORMAT_VERSION = 1
+AGAIN = "Export the checkpoint again."
+DTYPES = frozenset(
+    "float float16 bfloat16 double int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
+)
+"""Element types of inputs and outputs."""
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""SHA-256 in hexadecimal."""
+TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
+"""Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
+SUM = re.compile(rf"(?:{TERM.pattern} ?)+".replace("(\\d+)", "\\d{1,9}"))
+
+
+class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An input or output of the graph; named sizes are symbolic."""
+
+    name: Name
+    dtype: str
+    shape: list[Size | Name]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{cut(self.name)} has the unknown dtype {cut(self.dtype)}", hint=AGAIN)
+
+    def names(self) -> set[str]:
+        """The symbolic sizes that its shape is made of. Raises ConfigError where a size is no sum of terms."""
+        found = set()
+        for size in (size for size in self.shape if isinstance(size, str)):
+            if not SUM.fullmatch(size):
+                raise ConfigError(f"{cut(self.name)} has the size {cut(size)}, expected a sum as past + 1", hint=AGAIN)
+            found |= {name for _, _, name in TERM.findall(size) if not name.isdigit()}
+        return found
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the symbolic sizes have these values."""
+        return tuple(size if isinstance(size, int) else _value(size, sizes) for size in self.shape)
+
+
+def _value(size: str, sizes: Mapping[str, int]) -> int:
+    terms = (match.groups() for match in TERM.finditer(size))
+    return sum(int(f"{sign}{factor or 1}") * (int(x) if x.isdigit() else sizes[x]) for sign, factor, x in terms)
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The checkpoint that a bundle was made from: `files` are SHA-256 by name. Of a module: its class, and the SHA-256
+    of its `state_dict`.
+    """
+
+    path: str
+    dialect: str
+    files: dict[Name, Digest]
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """The values of a symbolic size that the graph was traced for, from `least` to `most` (None: no end), and the
+    example's.
+    """
+
+    least: Size
+    example: Size
+    most: Size | None
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.example <= (self.example if self.most is None else self.most):
+            raise ConfigError(f"{self.example} is not from {self.least} to {self.most}", hint=AGAIN)
+
+
+class ModuleRecord(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="model_type", tag="module"
+):
+    """What a bundle holds where it was made from a module and not from a decoder's checkpoint."""
+
+    arguments: list[str]  # of the module's forward, in the order of the graph's inputs
+    sizes: dict[str, Extent]  # by symbolic name
+    values: dict[str, tuple[float, float]]  # smallest and largest of each input's example
+    rotations: dict[str, SpectrumConfig]  # constants of each FopeRotary, by the module's path
+    calls: Count  # of FopeRotary in the graph; one that is used twice makes two
+
+    def __post_init__(self) -> None:
+        if not self.rotations:
+            raise ConfigError("the module has no rotation", hint=AGAIN)
+        for name, (least, most) in self.values.items():
+            if not least <= most:
+                raise ConfigError(f"the values of {cut(name)} go from {least} to {most}", hint=AGAIN)
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `fope_export.json` says. `files` are the SHA-256 of every other file, by path inside the bundle."""
+
+    format_version: int
+    tool_version: str
+    libraries: dict[str, str]
+    source: Source
+    model: ModelConfig | ModuleRecord
+    spectra: list[dict[str, list[float] | Digest]]
+    """One a layer: `freq`, and the SHA-256 of the coefficients; `model.spectrum` (a module's `rotations`) has the
+    constants.
+    """
+    export: ExportConfig
+    inputs: list[Port]
+    outputs: list[Port]
+    files: dict[Name, Digest] = {}
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where the parts contradict each other, or where a file lies outside of the folder."""
+        for name in self.files:
+            if not _stays(name):
+                raise ConfigError(f"files has {cut(name)}, which is no file of the folder", hint=AGAIN)
+        if self.export.opset is None:
+            raise ConfigError("export.opset is missing", hint=AGAIN)
+        self._check_spectra()
+        self._check_ports()
+
+    def _check_spectra(self) -> None:
+        if isinstance(self.model, ModelConfig):
+            configs = [self.model.spectrum] * self.model.num_layers
+        else:
+            configs = list(self.model.rotations.values())
+        freqs = [each["freq"] if each.keys() == SPECTRUM else None for each in self.spectra]
+        found = [len(freq) if isinstance(freq, list) else None for freq in freqs]
+        if found != (wanted := [config.frequencies for config in configs]):
+            raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
+
+    def _check_ports(self) -> None:
+        model = self.model
+        sizes = set(model.sizes if isinstance(model, ModuleRecord) else SIZES)
+        for port in self.inputs:
+            if unknown := port.names() - sizes:
+                raise ConfigError(f"{cut(port.name)} has the unknown size {cut(min(unknown))}", hint=AGAIN)
+        if isinstance(model, ModuleRecord):
+            _compare("inputs", self.inputs, dict.fromkeys(model.values))
+            _compare("outputs", self.outputs, {port.name: None for port in self.outputs})
+        else:
+            _compare("inputs", self.inputs, decoder_inputs(model, self.export))
+            _compare("outputs", self.outputs, decoder_outputs(model, self.export))
+
+    def decoder(self) -> ModelConfig:
+        """The decoder that the bundle holds. Raises BundleError where it holds another module."""
+        if isinstance(self.model, ModelConfig):
+            return self.model
+        raise BundleError(
+            f"the bundle holds a module, {self.source.path}, and this needs a decoder exported from a checkpoint",
+            hint="validate_module(bundle, module) compares it; any ONNX runtime runs its model.onnx.",
+        )
+
+    def module(self) -> ModuleRecord:
+        """The module that the bundle holds. Raises BundleError where it holds a decoder."""
+        if isinstance(self.model, ModuleRecord):
+            return self.model
+        raise BundleError(
+            f"the bundle holds the decoder of {self.source.path}, and this needs a module's",
+            hint="Compare it with `fope-export validate`.",
+        )
+
+
+SPECTRUM = {"freq", "sin_coef_sha256", "cos_coef_sha256"}
+ELEMENTS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
+"""Symbolic sizes of a decoder's inputs."""
+
+
+def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
+    """The inputs that a decoder's graph has, by name: the new tokens, and the cache of each layer."""
+    batch, sequence, past, total = SIZES
+    tokens: dict[str, list[int | str]] = {
+        "input_ids": [batch, sequence],
+        "attention_mask": [batch, total],
+        "position_ids": [batch, sequence],
+    }
+    dtype = ELEMENTS[export.dtype]
+    room = export.capacity if export.cache == "static" else past
+    if room is None:
+        raise ConfigError("a static cache without a capacity", hint=AGAIN)
+    cache: list[int | str] = [batch, model.num_kv_heads, room, model.spectrum.head_dim]
+    names = (f"past_key_values.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
+    ports = [Port(name=name, dtype="int64", shape=shape) for name, shape in tokens.items()]
+    return {port.name: port for port in (*ports, *(Port(name=name, dtype=dtype, shape=cache) for name in names))}
+
+
+def decoder_outputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port | None]:
+    """Its outputs by name, the cache's without what is said of them."""
+    logits = Port(name="logits", dtype=ELEMENTS[export.dtype], shape=[*SIZES[:2], model.vocab_size])
+    names = (f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
+    return {"logits": logits, **dict.fromkeys(names)}
+
+
+def _compare(what: str, ports: list[Port], wanted: Mapping[str, Port | None]) -> None:
+    """Raises ConfigError unless `ports` are those that are wanted, each once."""
+    found = {port.name: port for port in ports}
+    if not ports or len(found) < len(ports) or found.keys() != wanted.keys():
+        different = sorted(found.keys() ^ wanted.keys()) or [*found, "any"]
+        raise ConfigError(f"{what} has or lacks {cut(different[0])}", hint=AGAIN)
+    for name, expected in wanted.items():
+        if expected is not None and expected != found[name]:
+            raise ConfigError(f"{what} has {cut(found[name])}, expected {expected}", hint=AGAIN)
+
+
+def _stays(name: str) -> bool:
+    """Whether a file of this name lies inside of the bundle's folder, on any system."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    anchor = PurePosixPath(name).anchor or PureWindowsPath(name).anchor
+    return not anchor and ".." not in parts and "\0" not in name and name != MANIFEST
+
+
+def judged_files(manifest: Manifest) -> dict[str, str]:
+    """The hashes of the files that a parity report is about: all but reports and engines, which come later."""
+    return {name: digest for name, digest in manifest.files.items() if not name.startswith((REPORTS, ENGINES))}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the manifest in `folder` says. Raises BundleError where there is none, or it says what cannot be."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export`.")
+    try:
+        data = read_object(path)
+        if (version := data.get("format_version")) != FORMAT_VERSION:
+            raise BundleError(
+                f"{path}: format version {cut(version)}, this program reads {FORMAT_VERSION}",
+                hint="Export the checkpoint again with this version.",
+            )
+        return as_record(data, Manifest, str(path))
+    except DocumentError as cause:
+        raise BundleError(f"not a valid manifest: {cause}", hint=AGAIN) from cause
