@@ -132,8 +132,6 @@ def session_of(
     except BackendError:
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-        if not exact and (copied := bundle.loadable(name)) != bundle.path / name:  # some of its versions refuse links
-            return open_session(copied, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
         raise failure("load", bundle.path / name, cause) from cause
 
 
@@ -199,7 +197,7 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
     """
     wide = bundle.manifest.export.dtype == "bf16"
     if not (wide or exact):
-        yield bundle.path / name
+        yield bundle.loadable(name)
         return
     from fope_export.graph.passes import Widen, rewritten
     from fope_export.graph.qdq import ExactInputs
