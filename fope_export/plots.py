@@ -64,15 +64,15 @@ def error_figure(result: ParityResult, training_length: int | None) -> Figure:
 def draw_error(axes: Axes, result: ParityResult, training_length: int | None) -> None:
     """`error_figure` on given axes."""
     rows = sorted((case for case in result.cases if not case.rounded), key=lambda case: case.length)
-    lengths, values = [case.length for case in rows], []
-    for name, style, size, what in (("rms", "o", 4.5, "all tokens"), ("token", "_", 9, "worst token")):
+    lengths, values, row = [case.length for case in rows], [], "token" if training_length else "row"
+    for name, style, size, what in (("rms", "o", 4.5, f"all {row}s"), ("token", "_", 9, f"worst {row}")):
         ratios = [case.verdict.ratios[name] for case in rows]
         axes.plot(lengths, ratios, style, ms=size, color=BLUE, mew=1.4, label=f"{result.backend}, {what}")
         values += ratios
     axes.axhspan(
-        1e-12, limit := LIMITS["rms"], color=GREEN, alpha=0.1, lw=0, label=f"allowed: {limit:g} over all tokens"
+        1e-12, limit := LIMITS["rms"], color=GREEN, alpha=0.1, lw=0, label=f"allowed: {limit:g} over all {row}s"
     )
-    axes.axhline(limit := LIMITS["token"], color=GREEN, lw=1.2, label=f"allowed: {limit:g} for one token")
+    axes.axhline(limit := LIMITS["token"], color=GREEN, lw=1.2, label=f"allowed: {limit:g} for one {row}")
     values += [LIMITS["token"], *_draw_controls(axes, result)]
     if training_length:
         axes.axvline(training_length, color=GREY, lw=0.8, ls=":")

@@ -1,5 +1,6 @@
 """What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -22,6 +23,8 @@ RATIOS = {
     "column": "one logit, all tokens",
 }
 """Errors in units of rounding, which are judged."""
+MODULE_RATIOS = {"rms": "all rows", "token": "worst row", "logit": "worst value", "column": "one column, all rows"}
+"""The same of a module."""
 LABELS = {
     "max_abs": "largest error",
     "relative": "relative error",
@@ -113,7 +116,7 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         result=result,
         figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
-        ratios=RATIOS,
+        ratios=ratio_labels(result),
         limits=LIMITS,
         members=MEMBERS,
         more=MORE,
@@ -182,8 +185,9 @@ def machine_line(machine: Machine) -> str:
 
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
-    checks = [(f"case: {c.name}", _why(c.verdict)) for c in result.cases]
-    checks += [(f"every logit: {c.name}", _why_column(c.verdict)) for c in result.columns]
+    labels = ratio_labels(result)
+    checks = [(f"case: {c.name}", _why(c.verdict, labels)) for c in result.cases]
+    checks += [(f"every column: {c.name}", _why(c.verdict, labels)) for c in result.columns]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
     if result.cost:
         checks += [(f"quantisation: {result.cost.kind}", "; ".join(result.cost.failed))]
@@ -200,15 +204,18 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _why(verdict: Verdict) -> str:
+def ratio_labels(result: ParityResult) -> dict[str, str]:
+    """What the ratios are called."""
+    return MODULE_RATIOS if of_module(result) else RATIOS
+
+
+def _why(verdict: Verdict | ColumnVerdict, labels: Mapping[str, str]) -> str:
+    """What is too large, in words; empty where nothing is."""
+    if isinstance(verdict, ColumnVerdict):
+        name = f"{labels['column']}, number {verdict.logit}"
+        return "" if verdict.passed else f"{name}: {short(verdict.ratio)} > {verdict.limit:g} times rounding"
     ratios, limits = verdict.ratios, verdict.limits
-    return "; ".join(f"{RATIOS[n]} {short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
-
-
-def _why_column(verdict: ColumnVerdict) -> str:
-    if verdict.passed:
-        return ""
-    return f"{RATIOS['column']}, number {verdict.logit}: {short(verdict.ratio)} > {verdict.limit:g} times rounding"
+    return "; ".join(f"{labels[n]} {short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
 
 
 def _cost_record(result: ParityResult) -> dict[str, Any] | None:
@@ -237,10 +244,9 @@ def place(result: ParityResult) -> str:
         return ""
     parts = [result.broken] if result.broken else []
     if (first := found.divergence) is not None:
-        what = "over all tokens" if first.ratio == "rms" else "in one token"
         parts.append(
             f"First module that diverges: {first.module} "
-            f"({short(first.error)} times rounding {what}, allowed {first.allowed:g})."
+            f"({ratio_labels(result)[first.ratio]} {short(first.error)} times rounding, allowed {first.allowed:g})."
         )
     for what, names in (
         ("Tensors that differ from the checkpoint", found.tensors),
@@ -268,16 +274,15 @@ def _without_place(result: ParityResult) -> str:
 def parity_table(result: ParityResult) -> Table:
     """The comparisons for a terminal: errors in units of rounding, then plain."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    size = "size" if of_module(result) else "tokens"
-    columns = ("case", size, *RATIOS.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
+    size, labels = "size" if of_module(result) else "tokens", ratio_labels(result)
+    columns = ("case", size, *labels.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
-        found = "[green]pass[/]" if case.verdict.passed else f"[red]FAIL[/] {_why(case.verdict)}"
-        table.add_row(case.name, str(case.length), *_numbers(case.verdict), found)
+        table.add_row(case.name, str(case.length), *_numbers(case.verdict), _said(_why(case.verdict, labels)))
     for each in result.columns:
-        found = "[green]pass[/]" if each.verdict.passed else f"[red]FAIL[/] {_why_column(each.verdict)}"
-        table.add_row(each.name, *[""] * 4, times(each.verdict.ratio), *[""] * 3, found)
+        ratio, why = times(each.verdict.ratio), _why(each.verdict, labels)
+        table.add_row(each.name, *[""] * 4, ratio, *[""] * 3, _said(why))
     for control in result.controls:
         if control.verdict is None:
             table.add_row(f"control: {control.name}", *[""] * 8, f"[dim]not possible: {control.skipped}[/]")
@@ -285,6 +290,10 @@ def parity_table(result: ParityResult) -> Table:
             found = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
             table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), found)
     return table
+
+
+def _said(why: str) -> str:
+    return f"[red]FAIL[/] {why}" if why else "[green]pass[/]"
 
 
 def _numbers(verdict: Verdict) -> tuple[str, ...]:
@@ -308,4 +317,4 @@ def print_parity(result: ParityResult, console: Console) -> None:
     console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 
-assert set(LABELS) == set(METRICS) and set(RATIOS) == set(LIMITS)
+assert set(LABELS) == set(METRICS) and set(RATIOS) == set(MODULE_RATIOS) == set(LIMITS)

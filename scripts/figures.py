@@ -124,7 +124,7 @@ def picture(losses: dict[str, dict[str, dict[int, float]]], parity: ParityResult
         plots.draw_loss(left, {label: found["onnxruntime"] for label, found in losses.items()}, trained)
         left.set_title("Loss far beyond the training length, from the exported ONNX", fontsize=11, loc="left")
         plots.draw_error(right, parity, trained)
-        right.set_title("Error against float64: ours, and deliberately wrong models", fontsize=11, loc="left", pad=24)
+        right.set_title("Error against float64: ours, and deliberately wrong models", fontsize=11, loc="left", pad=40)
     return figure
 
 
