@@ -23,9 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # two threads on a busy machine would wait for each other at full speed
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to others
 
 from calibrate.places import place_all
 from calibrate.power import try_all

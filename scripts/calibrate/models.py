@@ -35,11 +35,13 @@ LENGTHS = (32, 64, 32, 48, 96, 32, 128)
 STEPS = (0, 60, 30, 0, 150, 0, 60)
 VOCABULARIES = (64, 256, 100, 500, 1000, 2000)
 SPREADS = (0.02, 0.5, 1.0, 2.0)
-"""Standard deviations of an untrained model's weights: the usual one, and in units of one over the root of the inputs."""
+"""Of an untrained model's weights: the usual deviation, and some in units of one over the root of the inputs."""
 COUNTS = {"fit": (14, 1), "count": (64, 2)}
 """Models of each role, and the number that all their numbers are drawn with."""
 LARGE = 2
 """Models of more than 20 million weights among the counted ones."""
+CALIBRATED = 2048
+"""Random tokens that the calibrated kinds see."""
 KINDS = {
     "float32": ExportConfig(),
     "fp16": ExportConfig(dtype="fp16"),
@@ -182,9 +184,8 @@ def bundle_of(recipe: Recipe | str, kind: str, work: Path) -> Bundle:
     if not (out / "optimised").exists():
         config = KINDS[kind]
         ids = work / f"{name}.npy"
-        np.save(
-            ids, np.random.default_rng(0).integers(0, BYTES if isinstance(recipe, str) else recipe.vocabulary, 2048)
-        )
+        vocabulary = BYTES if isinstance(recipe, str) else recipe.vocabulary
+        np.save(ids, np.random.default_rng(0).integers(0, vocabulary, CALIBRATED))
         bundle = export(checkpoint, out, config, calibration=ids if config.quantize and config.calibrated else None)
         optimise(bundle)
         (out / "optimised").touch()

@@ -33,6 +33,8 @@ PASSES = ((("float32", 0), (None, 0)), ((None, 1),), ((None, 2),), (("float32", 
 that a result cut short is about all of them.
 """
 SEEDS = (range(3), range(3), range(3), range(3, 6), range(3, 6))
+THREADS = (1, 1, 2)
+"""By seed. Two are many times slower than one while another program wants the processor."""
 FITTED = 3
 """Passes that are enough to fix limits by."""
 
@@ -67,12 +69,7 @@ def _round_of(role: str, step: int, seed: int) -> Iterator[Run]:
     for number, model in enumerate(pool(role)):
         large = isinstance(model, Recipe) and bool(model.lengths)
         for kind, place in () if large and (step, seed) != (0, 0) else PASSES[step]:
-            yield Run(
-                model,
-                kind or others[(number + 2 * place) % len(others)],
-                seed,
-                2 if seed % SEEDS[0].stop == SEEDS[0][-1] else 1,
-            )
+            yield Run(model, kind or others[(number + 2 * place) % len(others)], seed, THREADS[seed % len(THREADS)])
 
 
 @dataclass
@@ -139,8 +136,11 @@ class Judged:
         former = {name: max(each[name] for each in self.former) for name in self.former[0]}
         members = max(verdict.members for _, verdict in every)
         return {
-            "ratios": _short(ratios), "failed": failed, "members": max(members, columns.members), "former": _short(former),
-        }  # fmt: skip
+            "ratios": _short(ratios),
+            "failed": failed,
+            "members": max(members, columns.members),
+            "former": _short(former),
+        }
 
 
 def as_formerly(case: Case) -> Case:
@@ -155,7 +155,7 @@ def _short(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def run(asked: Run, work: Path) -> Iterator[Record]:
-    """A record for each file; the deliberate mistakes that were `missed` are the same for both and stand in the first."""
+    """A record for each file; the deliberate mistakes that are not refused stand in the first."""
     lengths = asked.model.lengths if isinstance(asked.model, Recipe) else ()
     bench = Bench.of(bundle_of(asked.model, asked.kind, work), lengths, asked.seed, asked.threads)
     judged = {name: Judged([], []) for name in bench.files}

@@ -1,5 +1,6 @@
 """What the records say, as text: false alarms with a bound over models, how near each ratio came, power, places."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,28 +51,20 @@ def _alarms(role: str, runs: Sequence[Record]) -> str:
         return ""
     kinds: dict[str, list[Record]] = {"all": list(runs)}
     for line in runs:
-        kinds.setdefault(
-            "plainest instructions" if line["instructions"] == "DEFAULT" else line["instructions"], []
-        ).append(line)
+        kinds.setdefault(line["instructions"], []).append(line)
     rows = [_alarm_row(name, lines) for name, lines in kinds.items()]
     found = [
-        f"  {' '.join(map(str, line['run'][:3]))} {line['file']}: {'; '.join(line['failed'])}"
+        f"  {', '.join(map(str, line['run'][:3]))}, {line['file']}: {'; '.join(wrong)}"
         for line in runs
-        if line["failed"]
+        if (wrong := line["failed"] + [f"not refused: {mistake}" for mistake in line.get("missed", ())])
     ]
     return "\n".join((f"False alarms, role '{role}'", *_aligned(_ALARM_HEAD, rows), *found))
 
 
 _ALARM_HEAD = (
-    "runs of",
-    "runs",
-    "models",
-    "refused",
-    "models refused",
-    "95 % bound",
-    "mistakes not refused",
+    "instructions", "runs", "models", "refused", "models refused", "95 % bound", "mistakes not refused",
     "former rule refuses",
-)
+)  # fmt: skip
 
 
 def _alarm_row(name: str, lines: Sequence[Record]) -> tuple[Any, ...]:
@@ -100,7 +93,7 @@ def _nearness(runs: Sequence[Record]) -> str:
 def quantile(values: Iterable[float | None], share: float = REFUSED) -> float | None:
     """The smallest strength that is enough for so many of them; None where even the largest is not."""
     ordered = sorted(values, key=lambda value: float("inf") if value is None else value)
-    return ordered[-int(-len(ordered) * share // 1) - 1]
+    return ordered[math.ceil(len(ordered) * share) - 1]
 
 
 def _power(records: Sequence[Record]) -> str:
@@ -114,9 +107,8 @@ def _power(records: Sequence[Record]) -> str:
             seeds = [line for line in tried if line["power"][:3] == list(setting) and line["power"][4] == name]
             if seeds:
                 found = [quantile(line[rule] for line in seeds) for rule in ("least", "former", "raised")]
-                rows.append(
-                    (", ".join(setting), name, len(seeds), *map(_strength, found), _compared(found), units[name])
-                )
+                numbers = (len(seeds), *map(_strength, found), _compared(found))
+                rows.append((", ".join(setting), name, *numbers, units[name]))
     head = ("model", "fault", "seeds", "rule", "former", "former, raised", "weaker than", "strength is")
     raised = ", ".join(f"{name} {times:.3g}" for name, times in raises(list(records)).items())
     weaker = [sum(rule in row[6] for row in rows) for rule in ("raised", "former")]
@@ -141,11 +133,8 @@ def _places(records: Sequence[Record]) -> str:
         return ""
     verdicts = ("right", "none", "wrong")
     rows = []
-    for what, label in (
-        ("clear", "10 times what is refused"),
-        ("just", "only just refused"),
-        ("sound", "nothing wrong"),
-    ):
+    labels = {"clear": "10 times what is refused", "just": "only just refused", "sound": "nothing wrong"}
+    for what, label in labels.items():
         given = [line[what].partition(":")[0] for line in found if what in line]
         rows.append((label, len(given), *(given.count(each) for each in verdicts)))
     return "\n".join(("First module that diverges", *_aligned(("fault", "files", *verdicts), rows)))
