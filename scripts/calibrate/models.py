@@ -30,7 +30,7 @@ SHAPES = (
 )  # fmt: skip
 """Heads and channels of each: widths from 32 to 1,024."""
 LAYERS = (2, 1, 4, 12, 3, 6, 1, 8, 2, 5)
-LENGTHS = (32, 64, 32, 48, 96, 32, 128)
+LENGTHS = (32, 64, 32, 48, 32, 96, 32, 48)
 """Of training. A plain validation goes to 16 times as many tokens."""
 STEPS = (0, 60, 30, 0, 150, 0, 60)
 VOCABULARIES = (64, 256, 100, 500, 1000, 2000)

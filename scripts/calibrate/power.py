@@ -95,11 +95,11 @@ def raises(records: list[Record]) -> dict[str, float]:
 
 
 def try_all(book: Book, work: Path, until: float) -> None:
-    """Add what the book lacks, a seed of every model after the other."""
+    """Add what the book lacks, a model after the other."""
     known = {tuple(line["power"]) for line in book.records() if "power" in line}
     recipes = {model.name: model for model in pool("count") if isinstance(model, Recipe)}
-    for seed in range(SEEDS):
-        for name, kind, file in MODELS:
+    for name, kind, file in MODELS:
+        for seed in range(SEEDS):
             wanted = [fault for fault in FAULTS if (name, kind, file, seed, fault.name) not in known]
             if wanted and time.monotonic() < until:
                 _try(recipes[name], kind, file, seed, wanted, book, work)
