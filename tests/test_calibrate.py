@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from fope_export.parity.run import validate
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import calibrate_parity
@@ -60,6 +62,11 @@ def test_it_goes_on_where_it_stopped(
     judged = [line for line in found if "ratios" in line]
     assert [line["file"] for line in judged] == [*runs.FILES] * 2
     assert all(not line["failed"] and 0 < line["ratios"]["rms"] < 2.5 for line in judged)
+    plain = validate(tmp_path / "work/count 0, float32", seed=0)
+    for which, columns, recorded in zip(("", ", optimised"), plain.columns, judged, strict=False):
+        same = [case.verdict for case in plain.cases if case.name.endswith("optimised") == bool(which)]
+        wanted = {name: max(verdict.ratios[name] for verdict in same) for name in same[0].ratios}
+        assert recorded["ratios"] == pytest.approx(wanted | {"column": columns.verdict.ratio}, rel=6e-3)
     tried = [line for line in found if "power" in line]
     assert len(tried) == 2 and all(1e-8 < line["least"] < 0.1 and line["raised"] >= line["former"] for line in tried)
     (place,) = (line for line in found if "place" in line)
