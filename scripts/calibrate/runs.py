@@ -16,7 +16,7 @@ from fope_export.backends.choose import BACKENDS, Settings, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import Bundle
-from fope_export.errors import ParityError
+from fope_export.errors import FopeError
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import DTYPES
 from fope_export.parity.cases import Case, prefill, standard_cases
@@ -200,7 +200,7 @@ def _add(asked: Run, role: str, book: Book, work: Path) -> None:
     started = time.process_time()
     try:
         found = list(run(asked, work))
-    except ParityError as error:  # PyTorch itself overflows: there is nothing to judge
+    except FopeError as error:  # PyTorch itself overflows, or there is no such file: there is nothing to judge
         found = [{"file": name, "skipped": str(error)} for name in FILES]
     common = {"role": role, "run": [*asked.key, asked.threads]}
     for record in found:
