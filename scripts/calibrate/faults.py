@@ -216,19 +216,19 @@ def _late(prefix: str) -> Callable[[Scene], Effect]:
 
 
 def _cached(change: Callable[[Tensor, int], None]) -> Callable[[Scene], Effect]:
-    """In one step of decoding and one layer, the keys or values of one place in the cache [B, K, P, E] change."""
+    """In one step of decoding and one layer, the keys of one place in the cache [B, K, P, E] change."""
 
     def effect(scene: Scene) -> Effect:
         number = scene.place("decode across")
-        chosen, layer, side = 1 + scene.one(len(scene.cases[number].steps) - 1), scene.one(len(scene.model.layers)), 0
+        chosen, layer = 1 + scene.one(len(scene.cases[number].steps) - 1), scene.one(len(scene.model.layers))
         share = scene.rng.random()
 
         def meddle(i: int, feeds: Feeds, cache: Cache) -> tuple[Feeds, Cache]:
             if i != chosen:
                 return feeds, cache
-            pair = [part.clone() for part in cache[layer]]
-            change(pair[side], int(share * pair[side].shape[2]))
-            return feeds, [(pair[0], pair[1]) if j == layer else each for j, each in enumerate(cache)]
+            keys, values = cache[layer][0].clone(), cache[layer][1]
+            change(keys, int(share * keys.shape[2]))
+            return feeds, [(keys, values) if j == layer else each for j, each in enumerate(cache)]
 
         return _stepped(scene, number, meddle)
 
@@ -302,7 +302,7 @@ FAULTS = (
     Fault("one weight of att_proj", OF_RMS, SMALL,
           _everywhere(lambda m, s: _weight(_attention(m, s).att_proj.weight.data, s))),
     Fault("one weight of ff_out", OF_RMS, SMALL,
-          _everywhere(lambda m, s: _weight(_block(m, s).feed_forward.ff_out.weight.data, s))),  # type: ignore[union-attr,arg-type]
+          _everywhere(lambda m, s: _weight(_block(m, s).feed_forward.ff_out.weight.data, s))),
     Fault("one weight of a norm", RELATIVE, SMALL, _everywhere(_gain)),
     Fault("one weight of the embedding", OF_RMS, SMALL, _everywhere(_embedding)),
     Fault("one weight of lm_head", OF_RMS, SMALL, _everywhere(_head_weight)),

@@ -142,7 +142,8 @@ def _places(records: Sequence[Record]) -> str:
 
 def _skipped(records: Sequence[Record]) -> str:
     skipped = {tuple(line["run"][:2]) for line in records if "skipped" in line}
-    return "Not judged, as there is no such file or PyTorch overflows: " + "; ".join(map(", ".join, sorted(skipped))) if skipped else ""
+    told = "; ".join(map(", ".join, sorted(skipped)))
+    return f"Not judged, as there is no such file or PyTorch overflows: {told}" if told else ""
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
