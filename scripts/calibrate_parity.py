@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the
 
 from calibrate.places import place_all
 from calibrate.power import try_all
-from calibrate.records import RESULT, Book, last_rule, of_rule
+from calibrate.records import RESULT, Book, last_rule, lines_of, of_rule
 from calibrate.runs import judge_all
-from calibrate.summary import tables
+from calibrate.summary import heading, tables
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.places:
         place_all(Book(args.out), args.work, until)
     if args.summary:
+        print(heading(lines_of(args.out)) + "\n")
         print(tables(list(of_rule(args.out, last_rule(args.out)))))
 
 

@@ -108,18 +108,19 @@ def try_all(book: Book, work: Path, until: float) -> None:
 def _try(recipe: Recipe, kind: str, file: str, seed: int, faults: list[Fault], book: Book, work: Path) -> None:
     bench = Bench.of(bundle_of(recipe, kind, work), (), 1000 + seed, 1)
     right, raised = Right.of(bench, file), raises(book.records())
-    plain = dict.fromkeys(raised, 1.0)
     for fault in faults:
         rng = np.random.default_rng((seed, FAULTS.index(fault)))
         scene = Scene(bench.yardstick.double, bench.cases, [look.truth for look in right.looks], rng)
         effect = {i: added / fault.made for i, added in fault.effect(scene).items()}
-        book.add(
-            {
-                "power": [recipe.name, kind, file, seed, fault.name],
-                "least": least(lambda d, e=effect: right.refuses(e, d)),
-            }
-            | {
-                name: least(lambda d, e=effect, m=limits: right.formerly_refuses(e, d, m))
-                for name, limits in (("former", plain), ("raised", raised))
-            }
-        )
+        book.add({"power": [recipe.name, kind, file, seed, fault.name]} | _strengths(right, effect, raised))
+
+
+def _strengths(right: Right, effect: Effect, raised: Mapping[str, float]) -> Record:
+    """By the rule, by the former one, and by that with its limits raised, which later runs may raise further."""
+    plain = dict.fromkeys(raised, 1.0)
+    return {
+        "least": least(lambda strength: right.refuses(effect, strength)),
+        "former": least(lambda strength: right.formerly_refuses(effect, strength, plain)),
+        "raised": least(lambda strength: right.formerly_refuses(effect, strength, raised)),
+        "by": raised,
+    }

@@ -1,12 +1,12 @@
 """What the records say, as text: false alarms with a bound over models, how near each ratio came, power, places."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from calibrate.faults import FAULTS
 from calibrate.power import raises
-from calibrate.records import Record
+from calibrate.records import Record, rule
 from fope_export.parity.judge import LIMITS
 
 CONFIDENCE = 0.95
@@ -37,6 +37,22 @@ def _at_most(count: int, of: int, share: float) -> float:
     return min(total, 1.0) if share < 1 else 0.0
 
 
+def heading(lines: Iterable[Record]) -> str:
+    """The rule that the newest sitting judged by, and on what."""
+    sittings = [line for line in lines if "machine" in line]
+    if not sittings:
+        return "no records"
+    judged = sittings[-1]["rule"]
+    told = [f"rule {judged}" + ("" if judged == rule() else ", which is not the rule as it is now")]
+    for line in sittings:
+        if line["rule"] == judged:
+            libraries = ", ".join(" ".join(each) for each in line["machine"]["libraries"].items())
+            told.append(
+                "  commit {commit}: {processor}, {instructions}; ".format(**line, **line["machine"]) + libraries
+            )
+    return "\n".join(told)
+
+
 def tables(records: Sequence[Record]) -> str:
     """Everything, or that there is nothing."""
     if not records:
@@ -51,7 +67,7 @@ def _alarms(role: str, runs: Sequence[Record]) -> str:
         return ""
     kinds: dict[str, list[Record]] = {"all": list(runs)}
     for line in runs:
-        kinds.setdefault(line["instructions"], []).append(line)
+        kinds.setdefault(f"{line['instructions']}, threads: {line['run'][3]}", []).append(line)
     rows = [_alarm_row(name, lines) for name, lines in kinds.items()]
     found = [
         f"  {', '.join(map(str, line['run'][:3]))}, {line['file']}: {'; '.join(wrong)}"
@@ -110,11 +126,21 @@ def _power(records: Sequence[Record]) -> str:
                 numbers = (len(seeds), *map(_strength, found), _compared(found))
                 rows.append((", ".join(setting), name, *numbers, units[name]))
     head = ("model", "fault", "seeds", "rule", "former", "former, raised", "weaker than", "strength is")
-    raised = ", ".join(f"{name} {times:.3g}" for name, times in raises(list(records)).items())
     weaker = [sum(rule in row[6] for row in rows) for rule in ("raised", "former")]
     count = f"{len(rows)} rows: weaker than the raised rule in {weaker[0]}, than the former as it was in {weaker[1]}"
     title = "Strength at which 95 % of the seeds are refused"
-    return "\n".join((title, *_aligned(head, rows), f"former limits raised by {raised}", count))
+    return "\n".join((title, *_aligned(head, rows), *_raised(tried, records), count))
+
+
+def _raised(tried: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """How many times the former limits were raised, least and most; and what is needed after all runs."""
+    least, most = ({name: way(line["by"][name] for line in tried) for name in tried[0]["by"]} for way in (min, max))
+    told = {"raised at least": least, "at most": most, "needed": raises(list(records))}
+    return [f"former limits, {what}: {_listed(times)}" for what, times in told.items()]
+
+
+def _listed(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {each:.3g}" for name, each in times.items())
 
 
 def _compared(found: Sequence[float | None]) -> str:
