@@ -33,7 +33,9 @@ Running = tuple[nn.Module, Callable[[], object]]
 
 
 LIMITS = {"rms": 2.0, "token": 15.0}
-"""What a module's output may be off by, in units of rounding; less than logits, whose rounding is more alike."""
+"""What a module's output may be off by, in units of rounding: less than logits may, so that a fault which those show is
+seen where it is made.
+"""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,13 @@ class ModuleYardstick:
     def member(self, case: ModuleCase, number: int) -> tuple[nn.Module, Callable[[], Arrays]]:
         """A module that shows what rounding does, and its run: inputs are moved as weights are."""
         model, generator = moved(self.single, number), torch.Generator().manual_seed(number)
-        inputs = {name: neighbours(tensor, generator) for name, tensor in case.inputs.items()}
-        return model, partial(self.run, model, inputs)
+        inputs = {name: neighbours(tensor, generator) for name, tensor in self.inputs(case).items()}
+        return model, partial(run_module, model, inputs)
 
-    def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Arrays:
-        """In the arithmetic."""
-        return run_module(model, inputs, self.dtype if self.widened else None)
+    def inputs(self, case: ModuleCase) -> dict[str, Tensor]:
+        """As the arithmetic takes them."""
+        wide = {name: tensor.to(self.dtype) for name, tensor in case.inputs.items() if tensor.is_floating_point()}
+        return case.inputs | wide if self.widened else case.inputs
 
     def truth(self, case: ModuleCase) -> tuple[nn.Module, Callable[[], Arrays]]:
         """The module in float64, and its run."""
@@ -267,7 +268,7 @@ def _refuse(control: Control, case: ModuleCase, yardstick: ModuleYardstick, look
     if reason := control.reason(yardstick.single):
         return ControlResult(control.name, reason, None)
     with control.made(yardstick.single):
-        wrong = yardstick.run(yardstick.single, case.inputs)
+        wrong = run_module(yardstick.single, yardstick.inputs(case))
     verdicts = [look.judge(rows(array)) for look, array in zip(looks, wrong, strict=True)]
     return ControlResult(control.name, "", next((v for v in verdicts if not v.passed), verdicts[0]))
 
