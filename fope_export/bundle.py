@@ -194,7 +194,7 @@ def check_target(out: Path) -> None:
             hint="Choose another folder, or remove it.",
         )
     known = _listed(out)
-    others = [name for name in found if name not in known and not Path(name).name.startswith(".")]
+    others = [name for name in found if name not in known | {MANIFEST} and not Path(name).name.startswith(".")]
     if others := [name for name in others if not (MADE.fullmatch(name) or (not known and COPIED.fullmatch(name)))]:
         raise BundleError(
             f"{out} holds {others[0]}, which is not the bundle's and would be lost; nothing was written",

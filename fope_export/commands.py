@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fope_export.documents import read_json_lines, read_text
 from fope_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -272,6 +271,8 @@ def _asked(args: argparse.Namespace, bundle: "Bundle", prompts: Sequence[str]) -
 
 def _read_prompts(path: Path) -> list[str]:
     """Lines end with a line feed alone, or with a carriage return before it: other separators belong to a prompt."""
+    from fope_export.documents import read_json_lines, read_text
+
     hint = "One prompt a line; in a .jsonl file, one JSON string a line; in UTF-8."
     if path.suffix == ".jsonl":
         prompts = read_json_lines(path, raises=ConfigError, hint=hint)
