@@ -190,9 +190,9 @@ def test_a_living_writer_is_waited_for_and_named(
 
 
 def test_two_first_exports_do_not_meet(native: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is not a bundle"), creating(tmp_path / "out"):
-        with pytest.raises(BundleError, match="is being written by"):
-            export(native, tmp_path / "out", lock_timeout=0)
+    writing = creating(tmp_path / "out")
+    with pytest.raises(BundleError, match="is not a bundle"), writing, pytest.raises(BundleError, match="written by"):
+        export(native, tmp_path / "out", lock_timeout=0)
 
 
 def test_what_others_wrote_meanwhile_stays(native: Path, spoilable: Bundle, rope_bundle: Bundle) -> None:
