@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 
+REFUSED = "does not start: "
+
 
 def _watch(pipe: int) -> None:
     os.read(pipe, 1)
@@ -20,7 +22,7 @@ def main() -> int:
     try:
         code = subprocess.call(sys.argv[2:])  # noqa: S603
     except OSError as cause:
-        sys.stderr.write(f"{cause}\n")
+        sys.stderr.write(f"{REFUSED}{cause}\n")
         return 127
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None

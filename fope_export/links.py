@@ -1,5 +1,6 @@
 """ONNX files behind symbolic links, as in a hub's cache: libraries refuse weights that are links, of either kind."""
 
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -8,13 +9,15 @@ from fope_export.scratch import KEPT
 
 
 def loadable(path: Path, *data: str) -> Path:
-    """The ONNX file at `path`; where it or the files `data` beside it are links, a temporary copy of all of them.
-    That lives as long as the process.
+    """The ONNX file at `path`; where it or the files `data` beside it are links to files, a temporary copy of all of
+    them. That lives as long as the process.
     """
-    if not any((path.parent / name).is_symlink() for name in (path.name, *data)):
+    there = [name for name in (path.name, *data) if os.path.lexists(path.parent / name)]
+    real = [(name, (path.parent / name).resolve()) for name in there]
+    linked = any((path.parent / name).is_symlink() for name in there)
+    if not linked or not all(file.is_file() for _, file in real):
         return path
-    real = tuple((name, (path.parent / name).resolve()) for name in (path.name, *data))
-    return _gathered(tuple((name, file, file.stat().st_mtime_ns) for name, file in real if file.is_file())) / path.name
+    return _gathered(tuple((name, file, file.stat().st_mtime_ns) for name, file in real)) / path.name
 
 
 @cache

@@ -9,6 +9,8 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
+from fope_export.keeper import REFUSED
+
 KEEPER = Path(__file__).with_name("keeper.py")
 
 
@@ -75,4 +77,6 @@ def output(
         command, text=True, errors="replace", env=environment() if env is None else dict(env), **pipes
     ) as running:
         out, told = running.communicate(timeout=timeout)
+        if told.startswith(REFUSED):
+            raise OSError(told.removeprefix(REFUSED).strip())
         return subprocess.CompletedProcess(list(map(str, command)), running.returncode, out, told)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import msgspec
@@ -264,7 +266,7 @@ def test_a_worker_tells_why_and_how_it_ended() -> None:
     with Worker(1) as worker:
         with pytest.raises(BackendError, match="AttributeError"):
             worker.ask("dance")
-        worker._process.kill()
+        os.killpg(worker._process.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match="ended with -9"):
             worker.ask("bandwidth")
 

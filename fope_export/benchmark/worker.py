@@ -24,6 +24,8 @@ ARRAY = 1 << 26
 class Answers:
     """One method for each request."""
 
+    _device = "cpu"
+
     def prepare(self, job: dict[str, Any]) -> dict[str, Any]:
         known = msgspec.convert(job, Job)
         prepare = CONTENDERS[known.contender].prepare

@@ -39,7 +39,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if size > LARGEST:
         raise BundleError(f"{path} has {size:,} bytes, and an ONNX file is smaller than 2 GB", hint=AGAIN)
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, "protobuf", load_external_data=False)  # whatever its name
     except (DecodeError, ValueError) as cause:
         raise BundleError(f"{path}: not a valid ONNX file: {cut(cause)}", hint=AGAIN) from cause
     if not model.graph.node and not model.graph.output:

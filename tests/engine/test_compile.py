@@ -262,11 +262,10 @@ def test_a_user_without_a_home_is_told_what_to_set(machine: Machine, monkeypatch
     assert "FOPE_EXPORT_CACHE" in caught.value.hint
 
 
-def test_a_cache_that_cannot_be_written_is_named(machine: Machine) -> None:
+def test_a_cache_that_cannot_be_written_keeps_nothing_and_costs_nothing(machine: Machine) -> None:
     (machine.root / "file").write_text("")
-    with pytest.raises(BackendError, match=r"what is compiled cannot be kept in .*/file/cache") as caught:
-        compiling.build(compiling.KERNEL, machine.find(), ("80",), cache=machine.root / "file" / "cache")
-    assert "FOPE_EXPORT_CACHE" in caught.value.hint
+    built = compiling.build(compiling.KERNEL, machine.find(), ("80",), cache=machine.root / "file" / "cache")
+    assert built.is_file() and not built.is_relative_to(machine.root)
 
 
 def test_the_sources_are_there() -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import msgspec
@@ -77,7 +78,7 @@ def test_no_more_error_is_allowed_elsewhere(made: Bundle) -> None:
     assert allowance_of(made, narrow) == 1 < allowance_of(made, wide)
     for change in ({"quantize": None}, {"quantize": "int8-qdq"}, {"dtype": "fp16"}):
         export = msgspec.structs.replace(made.manifest.export, **change)
-        assert allowance_of(Bundle(made.path, msgspec.structs.replace(made.manifest, export=export)), wide) == 1
+        assert allowance_of(SimpleNamespace(manifest=SimpleNamespace(export=export)), wide) == 1
 
 
 SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {

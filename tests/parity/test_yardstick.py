@@ -1,6 +1,7 @@
 """Members differ from the model by its last places alone, and give the same rows of logits as the steps do."""
 
-import msgspec
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch
 from fope_export.backends.base import Feeds, Limits, Logits, feeds_for
 from fope_export.backends.choose import BACKENDS
 from fope_export.backends.eager import EagerBackend
-from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.generation import pad_left
 from fope_export.model.decoder import Cache
@@ -140,6 +140,6 @@ def test_a_backend_is_fed_as_many_rows_as_it_has_room_for(number: int, most: int
         ("tensorrt", "bf16", "bfloat16"), ("onnxruntime-cuda", "fp16", "float16"),
     ],
 )  # fmt: skip
-def test_a_backend_says_in_what_it_computes(backend: str, dtype: str, arithmetic: str, bundle: Bundle) -> None:
-    manifest = msgspec.structs.replace(bundle.manifest, export=ExportConfig(dtype=dtype))
-    assert BACKENDS[backend].arithmetic(Bundle(bundle.path, manifest)) == arithmetic
+def test_a_backend_says_in_what_it_computes(backend: str, dtype: str, arithmetic: str) -> None:
+    exported = SimpleNamespace(manifest=SimpleNamespace(export=ExportConfig(dtype=dtype)))
+    assert BACKENDS[backend].arithmetic(exported) == arithmetic
