@@ -143,18 +143,15 @@ def validate(
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
-    source, exported = source_of(bundle, checkpoint), bundle.manifest.export
-    limits = BACKENDS[chosen].limits(bundle)
+    source, exported, limits = source_of(bundle, checkpoint), bundle.manifest.export, BACKENDS[chosen].limits(bundle)
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
     yardstick = yardstick_of(bundle, source.model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
-    total = len(cases) + len(mistakes)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
-    rounded: list[CaseResult] = []
+    rounded, columns = list[CaseResult](), list[ColumnResult]()
     found: dict[str, list[tuple[Case, CaseResult]]] = {}
-    columns: list[ColumnResult] = []
     cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
@@ -164,7 +161,7 @@ def validate(
         if exported.calibrated:
             rounded, judging, files[""] = _round(yardstick, bundle, files[""], reference)
         for done, case in enumerate(cases):
-            report(case.name, done, total)
+            report(case.name, done, len(cases) + len(mistakes))
             look = judging.look(case)
             for which, tested in files.items():
                 found.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
@@ -173,6 +170,7 @@ def validate(
         broken = str(error)
     judged = [each for of_file in zip(*found.values(), strict=False) for each in of_file]
     folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
+    total = len(cases) + len(mistakes)
     controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
     damaged = bundle.damaged() | contradictions(bundle, source)
     result = ParityResult(
@@ -181,9 +179,14 @@ def validate(
     )  # fmt: skip
     if result.passed:
         return result
-    failing = list(dict.fromkeys(case.name for case, each in judged if not each.verdict.passed))
-    searched = [case for case in cases if case.name in failing[:LOCALISED_CASES]] or [reference]
-    return replace(result, place=_place(bundle, source.model, yardstick, [] if broken else searched, cost))
+    searched = [] if broken else _failing(judged) or [reference]
+    return replace(result, place=_place(bundle, source.model, yardstick, searched, cost))
+
+
+def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
+    """The first cases in which any file fails."""
+    failing = {case.name: case for case, each in judged if not each.verdict.passed}
+    return [*failing.values()][:LOCALISED_CASES]
 
 
 def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
