@@ -73,10 +73,15 @@ class Kept:
         """A new one."""
         import atexit
 
-        context = scratch()
-        self._open.append(context)
-        atexit.register(context.__exit__, None, None, None)
+        if not self._open:
+            atexit.register(self.clear)
+        self._open.append(context := scratch())
         return context.__enter__()
+
+    def clear(self) -> None:
+        """Remove them: for a process that ends without saying so to Python."""
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
 
 
 KEPT = Kept()

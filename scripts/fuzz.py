@@ -130,6 +130,8 @@ def fork(argv: list[str], place: Place) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if kept := getattr(sys.modules.get("fope_export.scratch"), "KEPT", None):
+            kept.clear()  # as at the end of Python, which this end passes over
         os._exit(code)
 
 
