@@ -13,6 +13,7 @@ from typing import Any
 
 from fope_export.documents import read_json, read_text
 from fope_export.errors import BundleError, ConfigError
+from fope_export.processes import child, python
 from fope_export.tokens import read_object
 
 Message = Mapping[str, Any]
@@ -40,12 +41,11 @@ class Chat:
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that asks for the next answer. Raises ConfigError with what the template says against it."""
         job = {"template": self._template, "messages": [*messages], "names": self._names}
-        command = [sys.executable, "-P", "-m", "fope_export.chat"]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
-            done = subprocess.run(  # noqa: S603
-                command, input=json.dumps(job), capture_output=True, encoding="utf-8", timeout=10 * SECONDS, check=False
-            )
-            answer = json.loads(done.stdout) if done.returncode == 0 else {}
+            with child(python("fope_export.chat"), encoding="utf-8", **pipes) as process:
+                told, _ = process.communicate(json.dumps(job), timeout=10 * SECONDS)
+                answer = json.loads(told) if process.returncode == 0 else {}
         except subprocess.TimeoutExpired:
             answer = {}
         if "text" in answer:
