@@ -117,3 +117,11 @@ def test_a_chat_from_the_command_line(bundle: Bundle, tmp_path: Path, capsys: py
     chatted = capsys.readouterr().out
     assert main(["run", str(copy), "--prompt", "system:b;user:a;", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == chatted
+
+
+def test_rendering_runs_nothing_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(written(tmp_path, "{{ messages | length }}"))
+    (tmp_path / "jinja2.py").write_text("open('EXECUTED', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":")
+    assert chat.render(MESSAGES) == "4" and not (tmp_path / "EXECUTED").exists()
