@@ -27,10 +27,16 @@ RATIOS = {
     "rms": "all tokens",
     "token": "worst token",
     "logit": "worst logit",
+    "largest": "largest of all",
     "column": "one logit, all tokens",
 }
 """Errors in units of rounding, which are judged."""
-MODULE_RATIOS = {"rms": "all rows", "token": "worst row", "logit": "worst value", "column": "one column, all rows"}
+MODULE_RATIOS = RATIOS | {
+    "rms": "all rows",
+    "token": "worst row",
+    "logit": "worst value",
+    "column": "one column, all rows",
+}
 """The same of a module."""
 LABELS = {
     "max_abs": "largest error",

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from fope_export.errors import ParityError
 
-LIMITS = {"rms": 2.5, "token": 20.0, "logit": 20.0, "column": 2.5}
-"""How many times the rounding an error may be: pooled over a case, of one token, of one token's worst logit, and of one
-logit pooled over all cases. A new order of summation costs about 1; README says how they were measured.
+LIMITS = {"rms": 2.5, "token": 20.0, "logit": 20.0, "largest": 4.0, "column": 2.5}
+"""How many times the rounding an error may be: pooled over a case, of one token, of one token's worst logit, of all
+logits of a case (the largest error against the largest that rounding makes anywhere in it), and of one logit pooled over
+all cases. A new order of summation costs about 1; README says how they were measured.
 """
 MEMBERS, MORE = 8, 56
 """Copies of PyTorch that show the rounding, and how many join them before a refusal is spoken."""
@@ -101,6 +102,8 @@ class Noise:
     """[N], of all of a token's logits together."""
     peaks: Floats
     """[N], of a token's worst logit."""
+    largest: float
+    """Of the case's worst logit."""
     columns: Floats
     """[V], of a logit over all tokens, each in units of the token's own noise."""
     weights: Floats
@@ -119,31 +122,36 @@ class Noise:
         tokens = np.maximum(tokens, _least(truth, eps).sum(axis=1))
         weights = np.divide(1.0, tokens, out=np.zeros_like(tokens), where=tokens > 0)
         nothing, columns = np.zeros_like(tokens), np.zeros(truth.shape[1])
-        return cls(0, nothing, nothing, columns, weights, eps, allowance).joined(truth, members)
+        return cls(0, nothing, nothing, 0.0, columns, weights, eps, allowance).joined(truth, members)
 
     def joined(self, truth: Floats, members: Iterable[Floats]) -> Self:
         """With more members. Raises ParityError where they are not finite."""
         count = self.members
-        tokens, peaks, columns = (count * known for known in (self.tokens, self.peaks, self.columns))
+        known = (self.tokens, self.peaks, self.largest, self.columns)
+        tokens, peaks, largest, columns = (count * each for each in known)
         for got in members:
             squares = _finite(_squares(truth, got))
             tokens, peaks = tokens + squares.sum(axis=1), peaks + squares.max(axis=1)
-            columns, count = columns + self.weights @ squares, count + 1
+            largest, columns, count = largest + squares.max(), columns + self.weights @ squares, count + 1
         least = _least(truth, self.eps)
         return replace(
             self,
             members=count,
             tokens=np.maximum(tokens / count, least.sum(axis=1)),
             peaks=np.maximum(peaks / count, least.max(axis=1)),
+            largest=max(largest / count, least.max()),
             columns=np.maximum(columns / count, self.weights @ least),
         )
 
     def ratios(self, truth: Floats, got: Floats) -> dict[str, float]:
-        """The errors of `got` [N, V] in units of the noise: pooled, of the worst token, of the worst token's logit."""
+        """The errors of `got` [N, V] in units of the noise: pooled, of the worst token, of the worst token's logit, of
+        the worst logit of all.
+        """
         squares = _squares(truth, got)
         tokens, peaks = _over(squares.sum(axis=1), self.tokens), _over(squares.max(axis=1), self.peaks)
         rms = float(np.sqrt(np.square(tokens).sum() / max(len(tokens), ENOUGH)))
-        found = {"rms": rms, "token": float(tokens.max()), "logit": float(peaks.max())}
+        largest = _over(squares.max(), np.asarray(self.largest))
+        found = {"rms": rms, "token": float(tokens.max()), "logit": float(peaks.max()), "largest": float(largest)}
         return {name: ratio / self.allowance for name, ratio in found.items()}
 
     def tied(self) -> Floats:

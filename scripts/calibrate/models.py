@@ -36,7 +36,7 @@ STEPS = (0, 60, 30, 0, 150, 0, 60)
 VOCABULARIES = (64, 256, 100, 500, 1000, 2000)
 SPREADS = (0.02, 0.5, 1.0, 2.0)
 """Of an untrained model's weights: the usual deviation, and some in units of one over the root of the inputs."""
-COUNTS = {"fit": (14, 1), "count": (64, 2)}
+COUNTS = {"fit": (40, 1), "count": (64, 2)}
 """Models of each role, and the number that all their numbers are drawn with."""
 LARGE = 2
 """Models of more than 20 million weights among the counted ones."""
