@@ -77,7 +77,7 @@ def test_it_goes_on_where_it_stopped(
 def line(
     model: str, *failed: str, missed: tuple[str, ...] = (), former: float = 0.5, rms: float = 1.0
 ) -> dict[str, Any]:
-    ratios = {"rms": rms, "token": 3.0, "logit": 2.0, "column": 1.0}
+    ratios = {"rms": rms, "token": 3.0, "logit": 2.0, "largest": 1.0, "column": 1.0}
     return {
         "role": "count", "run": [model, "float32", 0, 1], "file": "portable", "instructions": "AVX2", "ratios": ratios,
         "failed": [*failed], "missed": [*missed], "members": 8, "former": {"max_abs": former, "relative": 0.1},

@@ -17,7 +17,9 @@ all cases. A new order of summation costs about 1; README says how they were mea
 MEMBERS, MORE = 8, 56
 """Copies of PyTorch that show the rounding, and how many join them before a refusal is spoken."""
 ENOUGH = 64
-"""Tokens that make a mean; where there are fewer, the missing ones count as if they were right."""
+"""Tokens that make a mean; where there are fewer, the missing ones count as if they were right, and the largest error,
+which is then one of few, by the same share.
+"""
 CLEAR = 10.0
 """Times a limit from which on a refusal is beyond doubt: eight times as many members cannot lift it."""
 LAST = 0.5
@@ -149,10 +151,10 @@ class Noise:
         """
         squares = _squares(truth, got)
         tokens, peaks = _over(squares.sum(axis=1), self.tokens), _over(squares.max(axis=1), self.peaks)
-        rms = float(np.sqrt(np.square(tokens).sum() / max(len(tokens), ENOUGH)))
-        largest = _over(squares.max(), np.asarray(self.largest))
-        found = {"rms": rms, "token": float(tokens.max()), "logit": float(peaks.max()), "largest": float(largest)}
-        return {name: ratio / self.allowance for name, ratio in found.items()}
+        rms = np.sqrt(np.square(tokens).sum() / max(len(tokens), ENOUGH))
+        largest = _over(squares.max(), np.asarray(self.largest)) * np.sqrt(min(len(tokens) / ENOUGH, 1))
+        found = {"rms": rms, "token": tokens.max(), "logit": peaks.max(), "largest": largest}
+        return {name: float(ratio) / self.allowance for name, ratio in found.items()}
 
     def tied(self) -> Floats:
         """[N] errors of a logit that the rule allows."""

@@ -16,6 +16,7 @@ EPS = float(np.finfo(np.float32).eps)
 TRUTH = np.random.default_rng(0).standard_normal((N, V)) * 3
 SIZES = ROUNDING * np.random.default_rng(1).uniform(0.2, 5, (N, 1))
 """Tokens round differently."""
+QUIET, LOUD = int(SIZES.argmin()), int(SIZES.argmax())
 PEAK = math.sqrt(2 * math.log(V))
 """About the largest of V normal numbers."""
 
@@ -48,11 +49,15 @@ def test_more_noise_fails(times: float) -> None:
 
 
 def a_token(errors: np.ndarray) -> None:
-    errors[17] = 1.2 * LIMITS["token"] * np.where(np.arange(V) % 2, 1, -1)
+    errors[QUIET] = 1.2 * LIMITS["token"] * np.where(np.arange(V) % 2, 1, -1)
 
 
 def a_logit(errors: np.ndarray) -> None:
-    errors[17, 5] = 1.5 * LIMITS["logit"] * PEAK
+    errors[QUIET, 5] = 1.5 * LIMITS["logit"] * PEAK
+
+
+def the_largest(errors: np.ndarray) -> None:
+    errors[LOUD, 5] = 1.2 * LIMITS["largest"] * math.sqrt(NOISE.largest) / SIZES[LOUD, 0]
 
 
 def a_column(errors: np.ndarray) -> None:
@@ -65,8 +70,8 @@ def all_tokens(errors: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("change", "failed"),
-    [(a_token, "token"), (a_logit, "logit"), (a_column, "column"), (all_tokens, "rms")],
-    ids=["one token", "one logit of one token", "one logit of all tokens", "all tokens of one case"],
+    [(a_token, "token"), (a_logit, "logit"), (the_largest, "largest"), (a_column, "column"), (all_tokens, "rms")],
+    ids=["one token", "one logit of one token", "where most is rounded", "one logit of all tokens", "all of one case"],
 )
 def test_each_ratio_sees_what_the_others_miss(change: Callable[[np.ndarray], None], failed: str) -> None:
     verdict = judge(TRUTH, NOISE, changed(change))
@@ -85,7 +90,7 @@ def test_values_that_are_not_finite_fail(value: float) -> None:
         raise AssertionError("no member can excuse this")
 
     verdict = judge(TRUTH, NOISE, changed(spoil), never)
-    assert set(verdict.failed) == {"rms", "token", "logit"} and verdict.got.non_finite == 1
+    assert set(verdict.failed) == LIMITS.keys() - {"column"} and verdict.got.non_finite == 1
     assert not judge_columns([judge(TRUTH, NOISE, drawn(99)), verdict]).passed
 
 
