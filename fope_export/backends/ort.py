@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from fope_export.errors import BackendError, require
 from fope_export.manifest import MODEL
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.scratch import scratch
+
+if TYPE_CHECKING:
+    from onnx_ir.passes import InPlacePass
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -207,15 +210,25 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
     """The bundle's file `name`, a copy in a dtype that there are kernels for, or one whose products do not round their
     inputs, while a session loads it.
     """
-    export = bundle.manifest.export
-    dtype, rounded = DTYPES[export.dtype], export.quantization if exact else None
-    if not (dtype.widened or rounded):
+    if not (edits := _edits(bundle.manifest.export, exact=exact)):
         yield bundle.loadable(name)
         return
-    from fope_export.graph.passes import Widen, rewritten
-    from fope_export.graph.ways import way_of
+    from fope_export.graph.passes import rewritten
 
-    edits = [way_of(rounded).exact()] if rounded else []
-    edits += [Widen(dtype, dtype.widened)] if dtype.widened else []
     with scratch() as folder:
         yield rewritten(bundle.loadable(name), folder / MODEL, edits)
+
+
+def _edits(export: ExportConfig, *, exact: bool) -> "list[InPlacePass]":
+    """What makes that copy of a bundle that was exported so."""
+    dtype, row = DTYPES[export.dtype], export.quantization if exact else None
+    edits: list[InPlacePass] = []
+    if dtype.widened:
+        from fope_export.graph.passes import Widen
+
+        edits.append(Widen(dtype, dtype.widened))
+    if row:
+        from fope_export.graph.ways import way_of
+
+        edits += way_of(row).exact()
+    return edits

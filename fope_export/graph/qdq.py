@@ -153,9 +153,9 @@ def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
     return InsertQdq(kind, ranges)
 
 
-def exact() -> ExactInputs:
+def exact() -> list[InPlacePass]:
     """See `Way`."""
-    return ExactInputs()
+    return [ExactInputs()]
 
 
 def fast() -> list[InPlacePass]:

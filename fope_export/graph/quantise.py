@@ -110,9 +110,9 @@ class Products(InPlacePass):
         return PassResult(model, modified=True)
 
 
-def exact() -> Products:
+def exact() -> list[InPlacePass]:
     """See `Way`."""
-    return Products(EXACT)
+    return [Products(EXACT)]
 
 
 def fast() -> list[InPlacePass]:

@@ -33,7 +33,7 @@ class Quantised(NamedTuple):
 
 
 class Way(Protocol):
-    """The module that a row of `QUANTIZATIONS` names as its home. A pass is made for one graph and used once."""
+    """The module that a row of `QUANTIZATIONS` names as its home."""
 
     def write(self, kind: str, ranges: Mapping[str, Ranges]) -> InPlacePass:
         """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
@@ -45,12 +45,12 @@ class Way(Protocol):
         """Every layer of an ONNX file that the pass has rounded, one at a time."""
         ...
 
-    def exact(self) -> InPlacePass:
-        """The pass after which weights stay rounded and inputs are read as they are."""
+    def exact(self) -> list[InPlacePass]:
+        """Passes after which weights stay rounded and inputs are read as they are; none where they always are."""
         ...
 
     def fast(self) -> list[InPlacePass]:
-        """What makes the optimised file faster by rounding inputs too; nothing where there is no such thing."""
+        """Passes that make the optimised file faster by rounding inputs too; none where there is no such thing."""
         ...
 
 
