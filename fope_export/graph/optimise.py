@@ -25,8 +25,9 @@ from fope_export.fope import contract
 from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.passes import NUMBERS
-from fope_export.graph.quantise import INT8, OPERATOR, Products
+from fope_export.graph.quantise import OPERATOR
 from fope_export.graph.reading import load_onnx
+from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import KEPT, MODEL, OPTIMISED
 from fope_export.place import OURS
@@ -367,8 +368,8 @@ def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
             hint="Export with --cache dynamic; the optimised file then writes its cache in place.",
         )
     passes: list[InPlacePass] = [Optimise(), TopologicalSortPass(), RemoveUnusedNodesPass()]
-    if int8_activations and export.quantize:
-        passes.append(Products(INT8))
+    if int8_activations and export.quantization:
+        passes += way_of(export.quantization).fast()
     portable = bundle.model
     try:
         model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model

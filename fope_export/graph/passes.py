@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Sequential
 
+from fope_export.dtypes import Dtype
 from fope_export.fope import contract
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.translation import function
@@ -85,16 +86,20 @@ class AttachRotary(InPlacePass):
 
 
 class Widen(InPlacePass):
-    """Every bfloat16 value becomes float32, in the main graph; FopeRotary's body follows its attribute."""
+    """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute."""
+
+    def __init__(self, narrow: Dtype, wide: Dtype) -> None:
+        super().__init__()
+        self._narrow, self._wide = narrow, wide
 
     def call(self, model: ir.Model) -> PassResult:
-        graph, narrow, wide = model.graph, ir.DataType.BFLOAT16, ir.DataType.FLOAT
+        graph, narrow, wide = model.graph, element_of(self._narrow), element_of(self._wide)
         for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
             if value.dtype == narrow:
                 value.dtype = wide
             if (tensor := value.const_value) is not None and tensor.dtype == narrow:
                 value.const_value = ir.LazyTensor(
-                    partial(_as_float32, tensor), wide, ir.Shape(tensor.shape.numpy()), name=tensor.name
+                    partial(_converted, tensor, wide), wide, ir.Shape(tensor.shape.numpy()), name=tensor.name
                 )
         for node in graph:
             for name in ("to", "compute_dtype", "output_dtype"):
@@ -103,8 +108,13 @@ class Widen(InPlacePass):
         return PassResult(model, modified=True)
 
 
-def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+def element_of(dtype: Dtype) -> ir.DataType:
+    """A dtype as ONNX numbers it."""
+    return ir.DataType[dtype.element.upper()]
+
+
+def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().astype(to.numpy()), name=tensor.name)
 
 
 def rewritten(model: Path, copy: Path, edits: Sequence[InPlacePass]) -> Path:

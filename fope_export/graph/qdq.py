@@ -17,8 +17,9 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 from fope_export.errors import require
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
-from fope_export.graph.quantise import Quantised, Rounding, array_of, initializer, linear_weight
 from fope_export.graph.reading import load_onnx
+from fope_export.graph.ways import Quantised, Rounding, array_of, initializer, linear_weight
+from fope_export.quantizations import QUANTIZATIONS
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 
@@ -41,19 +42,21 @@ class Grid(NamedTuple):
         return 0.51 * (np.ones_like(values) if whole else np.maximum(np.abs(values) / 8, 2**-9))
 
 
-GRIDS = {"int8-qdq": Grid(ir.DataType.INT8, 127.0), "fp8-qdq": Grid(ir.DataType.FLOAT8E4M3FN, 448.0)}
+GRIDS = {grid.dtype.name: grid for grid in (Grid(ir.DataType.INT8, 127.0), Grid(ir.DataType.FLOAT8E4M3FN, 448.0))}
+"""By ONNX's name of the numbers."""
 
 
 class InsertQdq(InPlacePass):
-    """Have each calibrated linear layer read rounded inputs, and `<weight>.int8` (or .fp8) in place of `<weight>.T`.
+    """Have each calibrated linear layer read rounded inputs, and `<weight>.<numbers>` in place of `<weight>.T`.
 
     Weights are rounded when the file is written, one at a time.
     """
 
     def __init__(self, kind: str, ranges: Mapping[str, Ranges]) -> None:
-        """`ranges` are by the layer's name, as `calibrate` finds them."""
+        """Of a row; `ranges` are by the layer's name, as `calibrate` finds them."""
         super().__init__()
-        self._kind, self._grid, self._ranges = kind, GRIDS[kind], ranges
+        self._row, self._ranges = QUANTIZATIONS[kind], ranges
+        self._grid = GRIDS[self._row.element]
 
     def call(self, model: ir.Model) -> PassResult:
         for node in list(model.graph):
@@ -62,7 +65,7 @@ class InsertQdq(InPlacePass):
                 self._round_weight(node, module, weight, model.graph)
                 self._round_input(node, module, model.graph)
         optimizer = require("modelopt", "modelopt")
-        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._kind}"
+        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
         return PassResult(model, modified=True)
 
     def _round_input(self, node: ir.Node, module: str, graph: ir.Graph) -> None:
@@ -80,8 +83,8 @@ class InsertQdq(InPlacePass):
         name, tensor, ranges = weight.name.removesuffix(".T"), weight.const_value, self._ranges[module]
         steps = self._scale(f"{name}.scale", ranges.weight, graph)
         read = partial(_rounded, tensor, array_of(steps), self._grid)
-        shape, kind = ir.Shape(tensor.shape.numpy()), self._kind.removesuffix("-qdq")
-        small = initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{kind}"))
+        shape, numbers = ir.Shape(tensor.shape.numpy()), self._row.numbers
+        small = initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
         graph.register_initializer(small)
         axis = {"axis": 1} if ranges.weight.ndim else {}
         back = _node(DEQUANTISE, [small, steps], axis | {"output_dtype": tensor.dtype}, f"{module}/weight", small)
@@ -145,7 +148,22 @@ class ExactInputs(InPlacePass):
         return PassResult(model, modified=bool(found))
 
 
-def rounded_layers(path: Path) -> Iterator[Quantised]:
+def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
+    """See `Way`."""
+    return InsertQdq(kind, ranges)
+
+
+def exact() -> list[InPlacePass]:
+    """See `Way`."""
+    return [ExactInputs()]
+
+
+def fast() -> list[InPlacePass]:
+    """See `Way`: products of 8 bits are what the file asks for."""
+    return []
+
+
+def read(path: Path) -> Iterator[Quantised]:
     """Every such layer of an ONNX file, one at a time."""
     for module, (small, back) in _layers(load_onnx(path)):
         numbers, steps = (array_of(value) for value in back.inputs)

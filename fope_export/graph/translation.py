@@ -11,11 +11,12 @@ from onnxscript.values import Op, Opset
 
 import fope_export.fope.rotary
 import fope_export.model.decoder  # noqa: F401 (both register torch operators)
+from fope_export.dtypes import DTYPES
 from fope_export.errors import ExportError
 from fope_export.fope import contract
 
 _FOPE = Opset(contract.DOMAIN, contract.VERSION)
-_FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_FLOAT_TYPES = [f"tensor({row.element})" for row in DTYPES.values()]
 
 
 def schema() -> OpSchema:
