@@ -15,6 +15,7 @@ from fope_export.commands import PASSED, bench, build, demo, doctor, export, ins
 from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.lock import TIMEOUT
+from fope_export.model.layouts import LAYOUTS
 from fope_export.processes import clean_path
 from fope_export.scratch import sweep
 
@@ -80,9 +81,7 @@ def _doctor_options(_: argparse.ArgumentParser) -> None:
 
 
 def _export_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo, hugging_face)"
-    )
+    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help=f"folder with the checkpoint ({', '.join(LAYOUTS)})")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
     sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")

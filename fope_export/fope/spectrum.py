@@ -1,4 +1,4 @@
-"""The canonical spectrum: what every dialect's flags and coefficients come down to (arXiv 2412.17739, Eq. 13)."""
+"""The canonical spectrum: what every layout's flags and coefficients come down to (arXiv 2412.17739, Eq. 13)."""
 
 import hashlib
 from dataclasses import dataclass

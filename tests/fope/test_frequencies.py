@@ -7,7 +7,7 @@ import torch
 
 from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
-from fope_export.model import olmo, paper
+from fope_export.model.layouts import olmo, paper
 from tests.conftest import variant_flags
 from tests.support import EPS, FACTOR
 
