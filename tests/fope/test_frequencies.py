@@ -42,11 +42,6 @@ def test_yarn_keeps_fast_divides_slow_and_blends_between() -> None:
     assert (np.diff(ratio) <= 0).all()
 
 
-def test_yarn_attention_factor_is_hugging_faces() -> None:
-    assert frequencies.yarn_attention_factor(16) == pytest.approx(1.2772588722239781)
-    assert frequencies.yarn_attention_factor(1) == 1.0
-
-
 @pytest.mark.parametrize("name", ["yarn_after", "pi_after"])
 def test_extending_a_floored_spectrum_is_what_the_papers_flags_do(name: str) -> None:
     flags = msgspec.convert(variant_flags(name), olmo.OlmoFlags, strict=False)
