@@ -8,7 +8,7 @@ from safetensors.torch import save as to_safetensors
 
 from fope_export.config import CONTRADICTION, ModelConfig, convert
 from fope_export.errors import CheckpointError, ConfigError
-from fope_export.fope import frequencies
+from fope_export.fope import contract, frequencies
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts.base import CONFIG, Layout, WeightMap, model_type, read_json
 
@@ -56,8 +56,8 @@ def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) ->
         spectrum = attention.rotary.spectrum
         if spectrum.config != model.config.spectrum:
             raise ConfigError(f"layer {i} has {spectrum.config}, not {model.config.spectrum}", hint=CONTRADICTION)
-        for name in ("freq", "sin_coef", "cos_coef"):
-            tensors[f"layers.{i}.attention.rotary.{name}"] = torch.from_numpy(getattr(spectrum, name))
+        for port in contract.NUMBERS:
+            tensors[f"layers.{i}.attention.rotary.{port.name}"] = torch.from_numpy(getattr(spectrum, port.name))
     (folder / WEIGHTS).write_bytes(to_safetensors(tensors))
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(model.config), indent=2) + b"\n")
 
