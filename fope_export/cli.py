@@ -16,6 +16,7 @@ from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.lock import TIMEOUT
+from fope_export.model.layouts import LAYOUTS
 from fope_export.processes import clean_path
 from fope_export.quantizations import QUANTIZATIONS, Quantization, calibrated
 from fope_export.scratch import sweep
@@ -82,9 +83,7 @@ def _doctor_options(_: argparse.ArgumentParser) -> None:
 
 
 def _export_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo, hugging_face)"
-    )
+    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help=f"folder with the checkpoint ({', '.join(LAYOUTS)})")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
     sub.add_argument("--dtype", choices=(*DTYPES,), default=FP32.name, help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")

@@ -71,7 +71,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     path: str
-    dialect: str
+    layout: str = msgspec.field(name="dialect")  # as bundles of format version 1 call it
     files: dict[Name, Digest]
 
 

@@ -138,7 +138,7 @@ def check(path: Path) -> None:
 
 
 def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:
-    origin = Source(path=str(source.path.resolve()), dialect=source.dialect, files=source.hashes())
+    origin = Source(path=str(source.path.resolve()), layout=source.layout, files=source.hashes())
     spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
     return manifest_of(model, config, origin, source.model.config, spectra)
 

@@ -82,7 +82,7 @@ def export_module(
         rotations={name: rotary.config for name, rotary in rotations.items()},
         calls=sum(node.domain == contract.DOMAIN for node in model.graph),
     )
-    source = Source(path=class_name(module), dialect="module", files={"state_dict": state_hash(module)})
+    source = Source(path=class_name(module), layout="module", files={"state_dict": state_hash(module)})
     with creating(out, lock_timeout=lock_timeout) as folder:
         save(model, folder / MODEL)
         check(folder / MODEL)
