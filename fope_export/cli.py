@@ -186,6 +186,13 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top-k", type=_natural, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
+    sub.add_argument("--min-p", type=float, default=0.0, help="leave out tokens below p times the likeliest's odds")
+    sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 against tokens that came before")
+    sub.add_argument("--presence-penalty", type=float, default=0.0, help="taken from logits of tokens in the answer")
+    sub.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, as often as they are there")
+    sub.add_argument(
+        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="added; may be repeated"
+    )
     sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
     sub.add_argument("--chunk", type=_natural, help="prompt tokens fed at once; 0 is all (default: the backend's best)")
     sub.add_argument("--max-batch", type=_natural, default=8, help="prompts at work at once; 0 is all (default: 8)")
@@ -256,6 +263,14 @@ def _natural(text: str) -> int:
     if not DIGITS.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not one number from 0 on")
     return int(text)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return _natural(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not ID=BIAS, like 42=-1.5") from None
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -158,7 +158,9 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.tokens import Text
 
     options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
-    sampling = convert(options, Sampling, where="run", hint="See fope-export run --help.")
+    sampling = convert(
+        options | {"logit_bias": dict(args.logit_bias)}, Sampling, where="run", hint="See fope-export run --help."
+    )
     _check_chat(args)
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)

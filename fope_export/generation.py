@@ -1,8 +1,8 @@
 """Generation on any backend: prompts in, tokens out, one step at a time."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fope_export.backends.base import Backend, Feeds, Ids, Logits, Part, feeds_for, widest
 from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
-from fope_export.sampling import Sampling, sample
+from fope_export.sampling import Draw, Sampling, sample
 from fope_export.tokens import Text
 
 SHARED = 16
@@ -33,6 +33,8 @@ class _Sequence:
     """[V], of its last token."""
     part: Part
     """Where its tokens are."""
+    made: Counter[int] = field(default_factory=Counter)
+    """How often it has made each token."""
 
 
 def generate(
@@ -52,10 +54,11 @@ def generate(
     prompt draws does not depend on the prompts beside it (`sampling.sample`). Send a list of numbers to end those
     prompts early.
 
-    Raises ConfigError for an empty prompt.
+    Raises ConfigError for an empty prompt, or a bias of a token that there is not.
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt is empty", hint="Every prompt needs at least one token.")
+    sampling.check(backend.vocab_size)
     ends = tokens_of(eos)
     room = max(map(len, prompts)) + min(sampling.max_new_tokens, AHEAD)
     shared = _shared(prompts)
@@ -71,12 +74,14 @@ def generate(
     while waiting or working:
         while waiting and len(working) < (max_batch or len(prompts)):
             working.append(start(waiting.popleft()))
-        drawn = sample(np.stack([each.logits for each in working]), sampling, [each.place for each in working])
+        draws = [Draw(sampling, each.place, 0, prompts[each.number], each.made) for each in working]
+        drawn = sample(np.stack([each.logits for each in working]), draws)
         chosen = dict(zip((each.number for each in working), drawn, strict=True))
         ended = (yield [chosen.get(number) for number in range(len(prompts))]) or ()
         waiting = deque(number for number in waiting if number not in ended)
         for each in working:
             each.left, each.place = each.left - 1, each.place + 1
+            each.made[chosen[each.number]] += 1
         before = len(working)
         working = [
             each for each in working if each.left and chosen[each.number] not in ends and each.number not in ended

@@ -1,21 +1,31 @@
 """The next token of each row, greedy or drawn: the same for a prompt whatever stands beside it."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.config import Checked, Count, Size
+from fope_export.config import Checked, Count, Positive, Size
+from fope_export.errors import ConfigError
 
 BITS = 53
 """Of a random number, as many as a float64 holds."""
+FEW = 256
+"""The likeliest tokens that are looked at first for `top_p`."""
+
+Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 
 class Sampling(Checked, frozen=True, kw_only=True):
     """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal prompts equal
     texts.
+
+    In this order: `logit_bias` is added, repetition, frequency and presence are penalised, the temperature divides, and
+    `top_k`, `top_p` and `min_p` leave tokens out.
     """
 
     max_new_tokens: Count = 128
@@ -24,55 +34,124 @@ class Sampling(Checked, frozen=True, kw_only=True):
     """Draw from the k likeliest tokens only; 0 means all."""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     """Draw from the fewest tokens whose probabilities reach p."""
+    min_p: Probability = 0.0
+    """Leave out what is less likely than p times the likeliest token."""
+    repetition_penalty: Positive = 1.0
+    """Divides the logits above 0, and multiplies those below, of tokens in the prompt or the answer."""
+    presence_penalty: Penalty = 0.0
+    """Taken from the logits of tokens in the answer."""
+    frequency_penalty: Penalty = 0.0
+    """Taken from them as often as they are there."""
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
+    """What is added to the logits of some tokens, by their ids."""
     seed: Size = 0
 
+    def check(self, vocab_size: int) -> None:
+        """Raises ConfigError where `logit_bias` names a token that there is not, or adds what is no number."""
+        for token, bias in self.logit_bias.items():
+            if not (0 <= token < vocab_size and math.isfinite(bias)):
+                raise ConfigError(
+                    f"logit_bias adds {bias} to token {token}, expected a finite number and one of {vocab_size} tokens",
+                    hint="Leave it out.",
+                )
 
-def sample(logits: NDArray[Any], sampling: Sampling, places: Sequence[int], choice: int = 0) -> list[int]:
-    """A token for each row of logits [B, V]: the largest without a temperature; else drawn after top-k, then top-p.
 
-    `places` [B] are the positions that the tokens will have, and `choice` tells answers to one prompt apart. The random
-    numbers are those of (seed, choice, place), one for each token of the vocabulary: a draw depends on nothing else,
-    and two nearly equal candidates that change places change nothing (Gumbel's maximum: the largest of log p + noise
-    is a draw from p).
+class Draw(NamedTuple):
+    """What one row's next token depends on beside its logits."""
+
+    sampling: Sampling
+    place: int
+    """The position that the token will have."""
+    choice: int = 0
+    """Tells answers to one prompt apart."""
+    prompt: Collection[int] = ()
+    made: Mapping[int, int] = {}
+    """How often each token is in the answer so far."""
+
+
+def sample(logits: NDArray[Any], draws: Sequence[Draw]) -> list[int]:
+    """A token for each row of logits [B, V]: the largest without a temperature, else drawn.
+
+    The random numbers are those of (seed, choice, place), one for each token of the vocabulary: a draw depends on
+    nothing else, and two nearly equal candidates that change places change nothing (of exponential clocks with rates p,
+    which is first is a draw from p; Gumbel's maximum, log p + noise, is the logarithm of that).
     """
-    if sampling.temperature == 0:
-        return [int(token) for token in logits.argmax(axis=-1)]
-    return [_draw(row, sampling, place, choice) for row, place in zip(logits, places, strict=True)]
+    best = logits.argmax(axis=-1)
+    return [_next(row, draw, int(largest)) for row, draw, largest in zip(logits, draws, best, strict=True)]
 
 
-def _draw(logits: NDArray[Any], sampling: Sampling, place: int, choice: int) -> int:
-    candidates = _candidates(logits, sampling)
-    scaled = _scaled(logits[candidates], sampling)
-    return int(candidates[(scaled + _noise(sampling.seed, choice, place, len(logits))[candidates]).argmax()])
+def _next(logits: NDArray[Any], draw: Draw, largest: int) -> int:
+    changed = _changed(logits, draw)
+    if changed is not logits:
+        largest = int(changed.argmax())
+    return largest if draw.sampling.temperature == 0 else _drawn(changed, draw, float(changed[largest]))
 
 
-def _candidates(logits: NDArray[Any], sampling: Sampling) -> NDArray[np.intp]:
-    """The tokens that may be drawn, by their ids."""
-    size = len(logits)
-    order = np.arange(size)
-    if 0 < sampling.top_k < size:
-        least = np.partition(logits, size - sampling.top_k)[size - sampling.top_k]
-        order = np.flatnonzero(logits >= least)
-    if sampling.top_p < 1:
-        order = order[np.argsort(-logits[order], kind="stable")]
-        weights = np.exp(_scaled(logits[order], sampling))
-        kept = int(np.searchsorted(weights.cumsum() / weights.sum(), sampling.top_p)) + 1
-        order = order[:kept]
-    return order
+def _changed(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
+    """The logits [V] after bias and penalties; themselves where there are none."""
+    sampling = draw.sampling
+    repeats = sampling.repetition_penalty != 1 and (len(draw.prompt) or draw.made)
+    counted = draw.made if sampling.presence_penalty or sampling.frequency_penalty else {}
+    if not (repeats or counted or sampling.logit_bias):
+        return logits
+    found = logits.astype(np.float64)
+    for token, bias in sampling.logit_bias.items():
+        found[token] += bias
+    if repeats:
+        seen = np.unique(np.concatenate([np.fromiter(ids, np.int64) for ids in (draw.prompt, draw.made)]))
+        factor = sampling.repetition_penalty
+        found[seen] = np.where(found[seen] > 0, found[seen] / factor, found[seen] * factor)
+    if counted:
+        tokens, counts = (np.fromiter(each, np.int64) for each in (counted.keys(), counted.values()))
+        found[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    return found
 
 
-def _scaled(logits: NDArray[Any], sampling: Sampling) -> NDArray[np.float64]:
+def _drawn(logits: NDArray[Any], draw: Draw, largest: float) -> int:
+    sampling = draw.sampling
+    candidates = _likeliest(logits, sampling.top_k)
+    scaled = _scaled(logits[candidates], largest, sampling.temperature)
+    kept = _reaching(scaled, sampling.top_p)
+    if sampling.min_p:
+        kept = kept[scaled[kept] >= math.log(sampling.min_p)]
+    candidates = candidates[kept]
+    with np.errstate(divide="ignore"):
+        times = _waits(draw, len(logits), candidates) / np.exp(scaled[kept])
+    return int(candidates[times.argmin()])
+
+
+def _scaled(logits: NDArray[Any], largest: float, temperature: float) -> NDArray[np.float64]:
     """Over the temperature, and the largest is 0: however small a temperature is, none overflows but downwards."""
-    wide = logits.astype(np.float64)
     with np.errstate(over="ignore"):
-        scaled: NDArray[np.float64] = (wide - wide.max()) / sampling.temperature
+        scaled: NDArray[np.float64] = (logits.astype(np.float64) - largest) / temperature
     return scaled
 
 
-def _noise(seed: int, choice: int, place: int, size: int) -> NDArray[np.float64]:
-    """Gumbel noise [size], of a counter-based generator that is set to this place alone."""
-    key = np.random.SeedSequence((seed, choice, place)).generate_state(2, np.uint64)
-    drawn = np.random.Philox(key=key).random_raw(size) >> np.uint64(64 - BITS)
-    uniform = (drawn.astype(np.float64) + 0.5) * 2.0**-BITS
-    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
-    return noise
+def _likeliest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
+    """Places of the `count` largest values, and of others that equal the least of them, in their order; 0 is all."""
+    size = len(values)
+    if not 0 < count < size:
+        return np.arange(size)
+    return np.flatnonzero(values >= np.partition(values, size - count)[size - count])
+
+
+def _reaching(scaled: NDArray[np.float64], share: float) -> NDArray[np.intp]:
+    """Places of the fewest tokens whose probabilities reach `share`."""
+    if share == 1:
+        return np.arange(len(scaled))
+    total, few = np.exp(scaled).sum(), FEW
+    while True:
+        top = _likeliest(scaled, few)
+        top = top[np.argsort(-scaled[top], kind="stable")]
+        reached = np.exp(scaled[top]).cumsum() / total
+        if reached[-1] >= share or few >= len(scaled):
+            return top[: int(np.searchsorted(reached, share)) + 1]
+        few *= 8
+
+
+def _waits(draw: Draw, size: int, tokens: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Exponential random numbers of some of `size` tokens, of a counter-based generator set to this place alone."""
+    key = np.random.SeedSequence((draw.sampling.seed, draw.choice, draw.place)).generate_state(2, np.uint64)
+    raw = np.random.Philox(key=key).random_raw(size)[tokens] >> np.uint64(64 - BITS)
+    waits: NDArray[np.float64] = -np.log((raw.astype(np.float64) + 0.5) * 2.0**-BITS)
+    return waits

@@ -1,19 +1,26 @@
 """Draws: their odds, what they depend on, and what they do not."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from fope_export.errors import ConfigError
-from fope_export.sampling import Sampling, sample
+from fope_export.sampling import FEW, Draw, Sampling, sample
 
 
-def drawn(logits: np.ndarray, count: int, **options: float) -> np.ndarray:
+def at(places: range, choice: int = 0, **options: Any) -> list[Draw]:
+    sampling = Sampling(**options)
+    return [Draw(sampling, place, choice) for place in places]
+
+
+def drawn(logits: np.ndarray, count: int, **options: Any) -> np.ndarray:
     rows = np.broadcast_to(logits, (count, len(logits)))
-    return np.array(sample(rows, Sampling(**{"temperature": 1.0} | options), range(count)))
+    return np.array(sample(rows, at(range(count), **{"temperature": 1.0} | options)))
 
 
 def test_without_a_temperature_the_likeliest_is_taken() -> None:
-    assert sample(np.array([[0.1, 3.0, 2.0], [5.0, 1.0, 1.0]]), Sampling(seed=4), [0, 9]) == [1, 0]
+    assert sample(np.array([[0.1, 3.0, 2.0], [5.0, 1.0, 1.0]]), at(range(2), seed=4)) == [1, 0]
 
 
 def test_top_k_and_top_p_leave_out_the_tail() -> None:
@@ -41,17 +48,27 @@ def test_temperature_shapes_the_odds(temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1e-4, 1e-300, 1e-308, 5e-324])
 def test_close_to_zero_it_is_greedy(temperature: float) -> None:
     logits = np.random.default_rng(0).normal(size=(20, 50)).astype(np.float32)
-    assert sample(logits, Sampling(temperature=temperature), range(20)) == logits.argmax(1).tolist()
+    assert sample(logits, at(range(20), temperature=temperature)) == logits.argmax(1).tolist()
 
 
 def test_a_draw_depends_on_seed_choice_and_place_alone() -> None:
     logits = np.random.default_rng(0).normal(size=(6, 100))
-    options = Sampling(temperature=2.0, seed=3)
-    together = sample(logits, options, range(6))
-    assert together == [sample(logits[i : i + 1], options, [i])[0] for i in range(6)]
-    assert together != sample(logits, options, range(1, 7))
-    assert together != sample(logits, options, range(6), choice=1)
-    assert together != sample(logits, Sampling(temperature=2.0, seed=4), range(6))
+    options = {"temperature": 2.0, "seed": 3}
+    together = sample(logits, at(range(6), **options))
+    assert together == [sample(logits[i : i + 1], at(range(i, i + 1), **options))[0] for i in range(6)]
+    assert together != sample(logits, at(range(1, 7), **options))
+    assert together != sample(logits, at(range(6), choice=1, **options))
+    assert together != sample(logits, at(range(6), **options | {"seed": 4}))
+
+
+def test_rows_have_settings_of_their_own() -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 100))
+    settings: list[dict[str, Any]] = [
+        {}, {"temperature": 1.5, "seed": 2}, {"temperature": 0.7, "top_k": 5}, {"logit_bias": {7: 100.0}},
+    ]  # fmt: skip
+    draws = [at(range(9, 10), **each)[0] for each in settings]
+    assert sample(logits, draws) == [sample(logits[i : i + 1], [draw])[0] for i, draw in enumerate(draws)]
+    assert sample(logits, draws)[3] == 7
 
 
 def test_rounding_that_swaps_two_candidates_changes_no_other_draw() -> None:
@@ -63,7 +80,80 @@ def test_rounding_that_swaps_two_candidates_changes_no_other_draw() -> None:
     assert (drawn(logits, 300, top_p=0.9) == drawn(swapped, 300, top_p=0.9)).all()
 
 
-@pytest.mark.parametrize("options", [{"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0.0}])
+def by_sorting(logits: np.ndarray, place: int, sampling: Sampling) -> int:
+    """What is drawn, written down plainly: everything sorted, noise for every token."""
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        order = order[logits[order] >= logits[order[min(sampling.top_k, len(order)) - 1]]]
+    odds = np.exp((logits - logits.max()) / sampling.temperature)
+    share = odds[order].cumsum() / odds[order].sum()
+    order = order[: int((share < sampling.top_p).sum()) + 1]
+    order = order[odds[order] >= sampling.min_p * odds.max()]
+    key = np.random.SeedSequence((sampling.seed, 0, place)).generate_state(2, np.uint64)
+    raw = np.random.Philox(key=key).random_raw(len(logits)) >> np.uint64(11)
+    noise = -np.log(-np.log((raw + 0.5) * 2.0**-53))
+    return int(order[(np.log(odds[order]) + noise[order]).argmax()])
+
+
+@pytest.mark.parametrize("size", [30, 3 * FEW, 20 * FEW])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 7}, {"top_p": 0.9}, {"top_p": 0.9999}, {"min_p": 0.2}, {"top_k": 50, "top_p": 0.8}],
+    ids=str,
+)
+def test_it_is_what_sorting_the_whole_vocabulary_gives(size: int, options: dict[str, Any]) -> None:
+    sampling = Sampling(temperature=1.3, seed=5, **options)
+    logits = np.random.default_rng(size).normal(size=(40, size)).round(2)  # rounded: with ties
+    got = sample(logits, [Draw(sampling, place) for place in range(40)])
+    assert got == [by_sorting(row, place, sampling) for place, row in enumerate(logits)]
+
+
+def test_min_p_leaves_out_what_is_unlikely_beside_the_likeliest() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
+    assert {*drawn(logits, 300, min_p=0.25).tolist()} == {1, 2, 3}
+    assert {*drawn(logits, 300, min_p=1.0).tolist()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"repetition_penalty": 2.0}, [1.0, 1.5, 2.0, -2.0, 0.5]),
+        ({"presence_penalty": 0.5}, [2.0, 2.5, 2.0, -1.0, 0.5]),
+        ({"frequency_penalty": 0.5}, [2.0, 1.5, 2.0, -1.0, 0.5]),
+        ({"logit_bias": {2: -2.0, 4: 1.0}}, [2.0, 3.0, 0.0, -1.0, 1.5]),
+        ({"logit_bias": {1: -2.0}, "repetition_penalty": 2.0, "presence_penalty": 1.0}, [1.0, -0.5, 2.0, -2.0, 0.5]),
+    ],
+    ids=str,
+)
+def test_penalties_and_biases_change_the_logits(options: dict[str, Any], wanted: list[float]) -> None:
+    """The prompt has tokens 0 and 3, the answer token 1 three times."""
+    logits, order = np.array([2.0, 3.0, 2.0, -1.0, 0.5]), []
+    draw = Draw(Sampling(**options), 5, 0, (0, 3, 3), {1: 3})
+    before = logits.copy()
+    for biased in range(5):  # with so much on each token in turn, what it has beside the others is told
+        for other in range(5):
+            pair = np.full(5, -1e9)
+            pair[[biased, other]] = logits[[biased, other]]
+            order.append(sample(pair[None], [draw])[0] == (biased if wanted[biased] >= wanted[other] else other))
+    assert (logits == before).all()
+    ties = sum(a == b for a in wanted for b in wanted) - 5
+    assert order.count(False) <= ties
+
+
+def test_a_bias_of_no_token_is_refused() -> None:
+    for bias in ({50: 1.0}, {-1: 1.0}, {3: float("nan")}):
+        with pytest.raises(ConfigError, match="logit_bias adds"):
+            Sampling(logit_bias=bias).check(50)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0.0}, {"min_p": 1.5},
+        {"repetition_penalty": 0.0}, {"presence_penalty": 3.0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_impossible_settings(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Sampling(**options)
