@@ -1,25 +1,62 @@
 """Language models with FoPE, from PyTorch to ONNX and TensorRT, with proof that they compute what PyTorch computes.
 
-Names load on first use, so that importing the package costs nothing.
+Names load on first use, so that importing the package costs nothing; type checkers see them all.
 """
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fope_export.backends.choose import Settings as Settings
+    from fope_export.backends.choose import load_backend as load_backend
+    from fope_export.bundle import Bundle as Bundle
+    from fope_export.config import BuildConfig as BuildConfig
+    from fope_export.config import ExportConfig as ExportConfig
+    from fope_export.engine.build import build as build
+    from fope_export.errors import BackendError as BackendError
+    from fope_export.errors import BundleError as BundleError
+    from fope_export.errors import CheckpointError as CheckpointError
+    from fope_export.errors import ConfigError as ConfigError
+    from fope_export.errors import DocumentError as DocumentError
+    from fope_export.errors import ExportError as ExportError
+    from fope_export.errors import FopeError as FopeError
+    from fope_export.errors import ParityError as ParityError
+    from fope_export.fope.replace import replace_rotary as replace_rotary
+    from fope_export.fope.rotary import FopeRotary as FopeRotary
+    from fope_export.fope.spectrum import Spectrum as Spectrum
+    from fope_export.generation import complete as complete
+    from fope_export.generation import generate as generate
+    from fope_export.graph.export import export as export
+    from fope_export.graph.module import export_module as export_module
+    from fope_export.model.checkpoint import load_checkpoint as load_checkpoint
+    from fope_export.parity.module import validate_module as validate_module
+    from fope_export.parity.run import validate as validate
+    from fope_export.sampling import Sampling as Sampling
+    from fope_export.tokens import Text as Text
 
 _HOMES = {
+    "BackendError": "errors",
     "BuildConfig": "config",
     "Bundle": "bundle",
+    "BundleError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DocumentError": "errors",
     "ExportConfig": "config",
+    "ExportError": "errors",
     "FopeError": "errors",
     "FopeRotary": "fope.rotary",
+    "ParityError": "errors",
     "Sampling": "sampling",
+    "Settings": "backends.choose",
     "Spectrum": "fope.spectrum",
     "Text": "tokens",
     "build": "engine.build",
     "complete": "generation",
     "export": "graph.export",
     "export_module": "graph.module",
+    "generate": "generation",
     "load_backend": "backends.choose",
     "load_checkpoint": "model.checkpoint",
     "replace_rotary": "fope.replace",
@@ -29,11 +66,12 @@ _HOMES = {
 __all__ = [*_HOMES]
 __version__ = version("fope-export")
 
+if not TYPE_CHECKING:  # or a type checker takes every name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -42,9 +42,35 @@ def test_the_doctor_needs_no_torch() -> None:
 
 
 def test_the_public_door_opens_on_every_name() -> None:
-    assert 8 <= len(fope_export.__all__) <= 17
+    assert 8 <= len(fope_export.__all__) <= 30
     for name in fope_export.__all__:
         assert getattr(fope_export, name).__name__ == name
         assert name in dir(fope_export)
     with pytest.raises(AttributeError):
         fope_export.nothing  # noqa: B018
+
+
+def test_type_checkers_see_through_the_door(tmp_path: Path) -> None:
+    """Each name as it is where it is at home, and no other name."""
+    right = tmp_path / "right.py"
+    uses = "".join(f"taken.append(fope_export.{name})\n" for name in fope_export.__all__)
+    right.write_text(f"import fope_export\n\ntaken: list[object] = []\n{uses}")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "import fope_export\n\nfope_export.exprot('in', 'out')\nfope_export.export('in', 'out', dtpe=3)\n"
+        "fope_export.ExportConfig(dtype=3)\nfope_export.export('in', 'out').modle\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache")]
+    done = {
+        file: subprocess.run([*command, file], cwd=ROOT, capture_output=True, text=True).stdout
+        for file in (right, wrong)
+    }
+    assert "Success" in done[right], done[right]
+    found = [line.rpartition("[")[2] for line in done[wrong].splitlines() if "error" in line and "[" in line]
+    assert found == ["attr-defined]", "call-arg]", "arg-type]", "attr-defined]"], done[wrong]
+
+
+def test_the_package_runs_as_a_program() -> None:
+    for module in ("fope_export", "fope_export.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
