@@ -160,6 +160,7 @@ def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
     return found if len(found) > 1 else found[0] if found else None
 
 
+CacheName: TypeAlias = Literal["dynamic", "static"]
 if TYPE_CHECKING:
     DtypeName: TypeAlias = str
     QuantizationName: TypeAlias = str
@@ -175,7 +176,7 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     """
 
     opset: Literal[23, 24] | None = None
-    cache: Literal["dynamic", "static"] = "dynamic"
+    cache: CacheName = "dynamic"
     dtype: DtypeName = FP32.name  # of weights, activations and cache; angles, series and statistics stay float32
     capacity: Count | None = None
     extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training

@@ -11,7 +11,9 @@ import json
 import os
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 from bench_export import RESULTS
@@ -21,7 +23,7 @@ from rich.table import Table
 from fope_export.backends.choose import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
-from fope_export.config import BuildConfig, ExportConfig
+from fope_export.config import BuildConfig, CacheName, ExportConfig
 from fope_export.engine import compile
 from fope_export.engine.build import build
 from fope_export.graph.export import export
@@ -40,7 +42,7 @@ def main() -> None:
         compile.build_plugin(compile.find_toolchain(), ("86", "89", "120"))
         compiled = time.perf_counter() - started
         write_checkpoint(args.shape, "fope", folder / "checkpoint")
-        for dtype, cache in ((dtype, cache) for dtype in ("fp16", "bf16") for cache in ("dynamic", "static")):
+        for dtype, cache in product(("fp16", "bf16"), get_args(CacheName)):
             config = ExportConfig(dtype=dtype, cache=cache)
             bundle = export(folder / "checkpoint", folder / f"{dtype}-{cache}", config)
             for plugin in (True, False):

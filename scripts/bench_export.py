@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,26 @@ CASES: dict[str, Callable[[Backend], float]] = {
 def agree(backends: dict[str, Backend]) -> None:
     """Refuse to time backends that do not compute the same."""
     for one, other in (("torch FoPE", "ONNX FoPE"), ("torch FoPE", "ONNX folded"), ("torch RoPE", "ONNX RoPE")):
-        logits = [prefill(backends[name], prompt(64))[0] for name in (one, other)]
-        tokens = logits[0].argmax(-1)
-        if not distance(*logits, tokens) <= ALLOWED["fp32"]:
+        ours, theirs = (prefill(backends[name], prompt(64))[0] for name in (one, other))
+        if not distance(ours, theirs, ours.argmax(-1)) <= ALLOWED["fp32"]:
             raise SystemExit(f"{one} and {other} do not compute the same: they are not timed")
+
+
+def eager(folder: Path) -> Backend:
+    return EagerBackend(load_checkpoint(folder).model)
+
+
+def exported(folder: Path) -> Backend:
+    return load_backend(Bundle.open(folder))
 
 
 def sit(folder: Path, turn: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """One sitting: seconds of every round, by case and backend."""
     makers: dict[str, Callable[[], Backend]] = {}
     for kind, label in (("fope", "FoPE"), ("rope", "RoPE")):
-        makers[f"torch {label}"] = lambda kind=kind: EagerBackend(load_checkpoint(folder / kind).model)
-        makers[f"ONNX {label}"] = lambda kind=kind: load_backend(Bundle.open(folder / f"{kind}-bundle"))
-    makers["ONNX folded"] = lambda: load_backend(Bundle.open(folder / "folded-bundle"))
+        makers[f"torch {label}"] = partial(eager, folder / kind)
+        makers[f"ONNX {label}"] = partial(exported, folder / f"{kind}-bundle")
+    makers["ONNX folded"] = partial(exported, folder / "folded-bundle")
     first = turn % len(makers)
     names = [*makers][first:] + [*makers][:first]
     backends = {name: makers[name]() for name in names}

@@ -33,6 +33,7 @@ class TheirFope(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         start = fx.FopeRotary.create(head_dim=head_dim, groups=heads, training_length=longest).spectrum
+        self.freq: Tensor
         self.register_buffer("freq", torch.from_numpy(start.freq))
         self.sin_coef, self.cos_coef = (nn.Parameter(torch.from_numpy(c)) for c in (start.sin_coef, start.cos_coef))
 
@@ -52,8 +53,8 @@ class Adapter(nn.Module):
 
     def __init__(self, theirs: TheirFope) -> None:
         super().__init__()
-        numbers = (getattr(theirs, name).detach().numpy() for name in ("freq", "sin_coef", "cos_coef"))
-        self.rotary = fx.FopeRotary.from_spectrum(fx.Spectrum.fope(*numbers, head_dim=theirs.head_dim))
+        freq, sin_coef, cos_coef = (t.detach().numpy() for t in (theirs.freq, theirs.sin_coef, theirs.cos_coef))
+        self.rotary = fx.FopeRotary.from_spectrum(fx.Spectrum.fope(freq, sin_coef, cos_coef, theirs.head_dim))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(q.shape[2]).expand(q.shape[0], -1)
@@ -72,9 +73,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        attended = nn.functional.scaled_dot_product_attention(*self.fope(q, k), v)
+        q, k = self.fope(q, k)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class FlowTransformer(nn.Module):
@@ -93,7 +96,8 @@ class FlowTransformer(nn.Module):
         x = x.flatten(2).mT + self.time(time[:, None])[:, None]
         for block in self.blocks:
             x = block(x)
-        return self.pixels(self.head(x).mT.unflatten(2, (rows, columns)))
+        velocity: Tensor = self.pixels(self.head(x).mT.unflatten(2, (rows, columns)))
+        return velocity
 
 
 def example(batch: int = 2, rows: int = 6, columns: int = 5) -> dict[str, Tensor]:

@@ -114,14 +114,9 @@ def fork(argv: list[str], place: Place) -> int:
         os.chdir(place.root)
         os.environ.update(environment(place))
         tempfile.tempdir = None
-        for number, (name, flags) in enumerate(
-            (
-                ("/dev/null", os.O_RDONLY),
-                (place.logs / "out", os.O_WRONLY | os.O_CREAT),
-                (place.logs / "err", os.O_WRONLY | os.O_CREAT),
-            )
-        ):
-            os.dup2(os.open(name, flags), number)
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(place.logs / name, os.O_WRONLY | os.O_CREAT), number)
         from fope_export.cli import main
 
         code = main(argv)

@@ -143,10 +143,10 @@ def promise_zip(rng: Rng, place: Place) -> list[str]:
             for name, content in parts.items():
                 new.writestr(name, content if name != largest else bytes(rng.choice((1 << 20, 1 << 28))))
     else:
-        content = bytearray(path.read_bytes())
-        at = content.rindex(b"PK\x01\x02", 0, content.rindex(largest.encode()))
-        content[at + 20 : at + 28] = struct.pack("<II", *[rng.choice((2**31, 2**32 - 2))] * 2)
-        path.write_bytes(content)
+        whole = bytearray(path.read_bytes())
+        at = whole.rindex(b"PK\x01\x02", 0, whole.rindex(largest.encode()))
+        whole[at + 20 : at + 28] = struct.pack("<II", *[rng.choice((2**31, 2**32 - 2))] * 2)
+        path.write_bytes(whole)
     return on_checkpoint(rng, place, folder)
 
 

@@ -61,16 +61,18 @@ class Server:
         told = [*prefix, sys.executable, __file__, "--serve", self.token]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(told, stdin=pipe, stdout=pipe, text=True, env=environ)
+        assert self._process.stdin and self._process.stdout
+        self._asked, self._told = self._process.stdin, self._process.stdout
 
     def start(self, arguments: list[str]) -> int:
         """Fork a command; its process id."""
-        self._process.stdin.write(json.dumps([str(self.log), arguments]) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        self._asked.write(json.dumps([str(self.log), arguments]) + "\n")
+        self._asked.flush()
+        return int(self._told.readline())
 
     def wait(self) -> int:
         """The exit code, negative after a signal."""
-        return int(self._process.stdout.readline())
+        return int(self._told.readline())
 
     def run(self, arguments: list[str]) -> int:
         self.start(arguments)
@@ -85,7 +87,7 @@ class Server:
         return found
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._asked.close()
         self._process.wait()
 
 

@@ -81,8 +81,8 @@ def build(run: Run) -> Decoder:
         if parameter.ndim == 2:
             out = name.endswith(("attn_out.weight", "ff_out.weight"))
             nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * run.layers) if out else 1))
-    for layer, rotary in zip(model.layers, rotaries, strict=True):
-        layer.attention.rotary = rotary
+    for attention, rotary in zip(model.attentions(), rotaries, strict=True):
+        attention.rotary = rotary
     return model
 
 

@@ -1,6 +1,7 @@
 """Rotations inside modules that somebody else wrote: finding them, and putting FopeRotary in their place."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ def rotaries(module: nn.Module) -> dict[str, FopeRotary]:
 def replace_rotary(
     module: nn.Module,
     old: type[nn.Module] | Callable[[nn.Module], bool],
-    make: Callable[[nn.Module], nn.Module],
+    make: Callable[[Any], nn.Module],
     *,
     inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     same: bool = True,

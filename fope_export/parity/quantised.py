@@ -95,7 +95,7 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
     return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantised, tuple(_strays(bundle, model)))
 
 
-def allowance_of(bundle: Bundle, model: Decoder) -> float:
+def allowance_of(bundle: Bundle, model: nn.Module) -> float:
     """How many times PyTorch's rounding the bundle's operators are known to cost; 1 is no more.
 
     ONNX Runtime's product with small integers adds the K terms of a sum one after the other where it has several rows,

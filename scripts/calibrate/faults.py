@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fope_export.backends.base import Feeds
 from fope_export.backends.eager import EagerBackend
 from fope_export.fope import rotary as rotation
-from fope_export.model.decoder import Attention, Block, Cache, Decoder, Step
+from fope_export.model.decoder import Attention, Block, Cache, Decoder, FeedForward, Step
 from fope_export.parity.cases import Case, Floats
 
 SMALL = 1e-6
@@ -85,6 +85,12 @@ def _block(model: Decoder, scene: Scene) -> Block:
     return block
 
 
+def _feed_forward(model: Decoder, scene: Scene) -> FeedForward:
+    part = _block(model, scene).feed_forward
+    assert isinstance(part, FeedForward)
+    return part
+
+
 def _pad(attention: Attention) -> None:
     config = attention.rotary.config
     attention.rotary.config = msgspec.structs.replace(config, sin_pad=config.sin_pad + SMALL)
@@ -95,7 +101,7 @@ def _all_pads(model: Decoder, _: Scene) -> None:
         _pad(attention)
 
 
-def _coefficients(attention: Attention, change: Callable[[Tensor], None]) -> None:
+def _coefficients(attention: Attention, change: Callable[[Tensor], object]) -> None:
     for name in ("sin_coef", "cos_coef"):
         coef = getattr(attention.rotary, name).detach().double()
         change(coef)
@@ -250,7 +256,7 @@ def _masked(seen: bool) -> Callable[[Scene], Effect]:
         number = scene.place("uneven chunks")
         query = 2 + scene.one(scene.cases[number].length - 3)
         key, block = query + 1 if seen else scene.one(query), scene.one(len(scene.model.layers))
-        with _mask(scene.model.layers[block].attention, query, key, seen):
+        with _mask(scene.model.attentions()[block], query, key, seen):
             return {number: scene.cases[number].prefilled(scene.double) - scene.truths[number]}
 
     return effect
@@ -278,7 +284,7 @@ def _one_token(logits: int) -> Callable[[Scene], Effect]:
         number = scene.place("uneven chunks")
         truth = scene.truths[number]
         added, token = np.zeros_like(truth), scene.one(len(truth))
-        wrong = scene.rng.standard_normal(truth.shape[1])
+        wrong = scene.rng.standard_normal(truth.shape[1:])
         if logits:
             wrong *= np.arange(len(wrong)) < logits
             scene.rng.shuffle(wrong)
@@ -302,7 +308,7 @@ FAULTS = (
     Fault("one weight of att_proj", OF_RMS, SMALL,
           _everywhere(lambda m, s: _weight(_attention(m, s).att_proj.weight.data, s))),
     Fault("one weight of ff_out", OF_RMS, SMALL,
-          _everywhere(lambda m, s: _weight(_block(m, s).feed_forward.ff_out.weight.data, s))),
+          _everywhere(lambda m, s: _weight(_feed_forward(m, s).ff_out.weight.data, s))),
     Fault("one weight of a norm", RELATIVE, SMALL, _everywhere(_gain)),
     Fault("one weight of the embedding", OF_RMS, SMALL, _everywhere(_embedding)),
     Fault("one weight of lm_head", OF_RMS, SMALL, _everywhere(_head_weight)),

@@ -134,8 +134,8 @@ def build(recipe: Recipe) -> Decoder:
         if parameter.ndim == 2:
             usual = recipe.spread == SPREADS[0]
             nn.init.normal_(parameter, std=recipe.spread if usual else recipe.spread / math.sqrt(parameter.shape[1]))
-    for layer, rotary in zip(model.layers, rotaries, strict=True):
-        layer.attention.rotary = rotary
+    for attention, rotary in zip(model.attentions(), rotaries, strict=True):
+        attention.rotary = rotary
     return model
 
 

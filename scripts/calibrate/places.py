@@ -70,6 +70,5 @@ def _named(recipe: Recipe, seed: int, work: Path) -> dict[str, object]:
         return NONE if found is None else RIGHT if found.module == module else f"{WRONG}: {found.module}"
 
     just = least(lambda strength: not held_against(strength).look(case).judge(got).passed)
-    return {"module": module, "least": just, "sound": named(0.0)} | (
-        {} if just is None else {"just": named(just), "clear": named(CLEAR * just)}
-    )
+    told: dict[str, object] = {"module": module, "least": just, "sound": named(0.0)}
+    return told if just is None else told | {"just": named(just), "clear": named(CLEAR * just)}

@@ -62,7 +62,7 @@ class Book:
 
     def __init__(self, path: Path) -> None:
         self.path, self.rule = path, rule()
-        self.sitting = {"rule": self.rule, "commit": _commit(), "machine": machine()}
+        self.sitting: Record = {"rule": self.rule, "commit": _commit(), "machine": machine()}
         self._named = False
         self._name = hashlib.sha256(json.dumps(self.sitting).encode()).hexdigest()[:8]
 

@@ -106,7 +106,8 @@ class Bench:
         reference = prefill(config, max(config.training_length, SHORTEST_CONTROL), seed)
         portable: Backend = load_backend(bundle, BACKEND, Settings(optimised=False, threads=threads))
         optimised = OptimisedOrtBackend(bundle, threads=threads, exact=True)
-        rounded, yardstick = [], plain
+        rounded: list[CaseResult] = []
+        yardstick = plain
         if exported.calibrated:
             rounded, yardstick, portable = _round(plain, bundle, portable, reference)
         former = EagerBackend(yardstick.single.model)

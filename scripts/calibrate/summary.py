@@ -117,7 +117,7 @@ def _power(records: Sequence[Record]) -> str:
     if not tried:
         return ""
     units = {fault.name: fault.unit for fault in FAULTS}
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for setting in dict.fromkeys(tuple(line["power"][:3]) for line in tried):
         for name in units:
             seeds = [line for line in tried if line["power"][:3] == list(setting) and line["power"][4] == name]

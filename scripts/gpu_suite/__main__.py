@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     if not args.dry_run and not torch.cuda.is_available():
         return refuse("no GPU here: torch finds no CUDA device. (--dry-run tries what needs none)")
-    from gpu_suite.library import BackendError
+    from fope_export.errors import BackendError
 
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -134,9 +134,8 @@ class Suite:
         from gpu_suite import benchmarks
         from gpu_suite.stopwatch import GraphStopwatch
 
-        plans = ()
-        if self.args.tune and compiled.planned:
-            plans = tuple((f"tile {tile}, {n} threads", compiled.with_plan(tile, 0, n)) for tile, n in TUNED)
+        tuned = TUNED if self.args.tune and compiled.planned else ()
+        plans = tuple((f"tile {tile}, {n} threads", compiled.with_plan(tile, 0, n)) for tile, n in tuned)
         bench = benchmarks.Bench(
             self.device, torch.cuda.get_device_properties(self.device).L2_cache_size, compiled.launch(),
             compiled.nothing(), GraphStopwatch(), QUICK_ROUNDS if self.args.quick else ROUNDS, plans=plans,

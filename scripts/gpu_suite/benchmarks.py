@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ class Buffers:
         first = make(row.case, device)
         names = ("q", "k", "position_ids", "freq", "sin_coef", "cos_coef")
         stacked = {name: _stack(getattr(first, name), count) for name in names}
-        self.calls = [replace(first, **{name: stacked[name][i] for name in names}) for i in range(count)]
+        self.calls = [Call(row.case, **{name: stacked[name][i] for name in names}) for i in range(count)]
         self.outputs = [*zip(*(torch.full_like(stacked[name], math.nan).unbind(0) for name in ("q", "k")), strict=True)]
 
 
@@ -163,8 +164,8 @@ class Bench:
         sources = torch.randn(count, size, dtype=row.case.dtype, device=self.device).unbind(0)
         targets = torch.empty(count, size, dtype=row.case.dtype, device=self.device).unbind(0)
         pairs = [*zip(sources, targets, strict=True)]
-        yield "copy by copy_", [lambda a=a, b=b: b.copy_(a) for a, b in pairs], None
-        yield "copy by kernel", [lambda a=a, b=b: torch.neg(a, out=b) for a, b in pairs], None
+        yield "copy by copy_", [partial(b.copy_, a) for a, b in pairs], None
+        yield "copy by kernel", [partial(torch.neg, a, out=b) for a, b in pairs], None
 
     def _triton(self, buffers: Buffers) -> Iterator[tuple[str, Calls, Finding | None]]:
         try:
@@ -197,7 +198,7 @@ class Bench:
             except Exception as error:  # a rival that does not run is reported, not timed
                 yield name, [], Finding(name, None, f"{type(error).__name__}: {error}"[:500])
                 continue
-            yield name, [lambda f=function, call=call: f(call) for call in buffers.calls], finding
+            yield name, [partial(function, call) for call in buffers.calls], finding
 
 
 def facts(row: Row) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def arguments(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> Arguments:
         "frequencies": shape.D, "pairs": shape.F, "groups": shape.G, "interleaved": case.interleaved,
         "dtype": KINDS[case.kind].onnx, "sin_pad": case.sin_pad, "cos_pad": case.cos_pad, "sign": case.sign,
     }  # fmt: skip
-    declared = {name for name, _ in Arguments._fields_}
+    declared = {field[0] for field in Arguments._fields_}
     if declared != values.keys():
         raise BackendError(
             f"arguments.h differs from the suite in {', '.join(sorted(declared ^ values.keys()))}",
@@ -108,8 +108,8 @@ def compile_own(
 ) -> Path:
     """Compile a source of this folder. Raises BackendError with the compiler's last words."""
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [toolchain.nvcc, HERE / source, *FLAGS, *flags, code, "-ccbin", toolchain.cxx, "-o", output]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command: list[str | Path] = [toolchain.nvcc, HERE / source, *FLAGS, *flags, code, "-ccbin", toolchain.cxx]
+    done = subprocess.run([*command, "-o", output], capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"nvcc does not compile {source}: {done.stderr[-1500:]}", hint="Has the kernel changed?")
     return output

@@ -38,8 +38,8 @@ def prove(
         "findings": [f.record() for f in findings], "control_findings": [f.record() for f in controls],
     }  # fmt: skip
     faults = [f"{f.name}: {f.fault}" for f in failed] + [f"not noticed: {f.name}" for f in passed]
-    if record["definition"].startswith("differs"):
-        faults.append(f"definition: {record['definition']}")
+    if definition.startswith("differs"):
+        faults.append(f"definition: {definition}")
     return record, faults
 
 
