@@ -25,7 +25,8 @@ def test_products_stay(pairs: int, head_dim: int, rotary_dim: int, pads: tuple[f
 
     def scores(spectrum: Spectrum, *tensors: torch.Tensor) -> np.ndarray:
         turned = [reference.rotate(spectrum, t.numpy(), positions.numpy()) for t in tensors]
-        return np.einsum("bqhe,bkhe->bhqk", *turned)
+        made: np.ndarray = np.einsum("bqhe,bkhe->bhqk", *turned)
+        return made
 
     wanted = scores(spectrum, q, k)
     got = scores(folded, *(t[..., folding.channels].double() * folding.scale.double() for t in (q, k)))

@@ -100,7 +100,8 @@ def optional(rotary: FopeRotary, q: Tensor, k: Tensor, offset: int = 0) -> Any:
 
 
 def single(rotary: FopeRotary, x: Tensor, seq_len: int | None = None) -> Tensor:
-    return rotary(x, x, torch.arange(seq_len or x.shape[1]).expand(len(x), -1))[0]
+    turned: Tensor = rotary(x, x, torch.arange(seq_len or x.shape[1]).expand(len(x), -1))[0]
+    return turned
 
 
 def implicit(rotary: FopeRotary, q: Tensor, k: Tensor) -> Any:
@@ -124,7 +125,7 @@ def around(part: nn.Module) -> nn.Module:
 def test_the_same_rotation_takes_the_place(kind: type[nn.Module], forward: Forward) -> None:
     model = around(kind())
     assert replace_rotary(model, kind, adapter(forward)) == 1
-    assert not isinstance(model["block"][1], kind)
+    assert not isinstance(model.get_submodule("block.1"), kind)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -148,7 +149,7 @@ def test_another_rotation_is_refused(kind: type[nn.Module], forward: Forward, ch
     model = around(part)
     with pytest.raises(ConfigError, match=rf"block\.1: what replaces {kind.__name__} is not the same: off by .*%"):
         replace_rotary(model, kind, adapter(forward, **changes))
-    assert model["block"][1] is part
+    assert model.get_submodule("block.1") is part
     assert replace_rotary(model, kind, adapter(forward, **changes), same=False) == 1
 
 
@@ -212,7 +213,8 @@ class Model(nn.Module):
 
 def attention(rotary: FopeRotary, x: Tensor, cos: Tensor) -> Tensor:
     q = x.unflatten(-1, (HEADS, WIDTH))
-    return rotary(q, q, torch.arange(x.shape[1]).expand(len(x), -1))[0].flatten(2)
+    turned: Tensor = rotary(q, q, torch.arange(x.shape[1]).expand(len(x), -1))[0]
+    return turned.flatten(2)
 
 
 X = torch.randn(2, 9, HEADS * WIDTH, generator=torch.Generator().manual_seed(1))
@@ -273,6 +275,7 @@ def test_replacing_nothing_is_an_error() -> None:
         replace_rotary(model, nn.GELU, nn.Identity)
     assert "Linear" in caught.value.hint
     shared = nn.ReLU()
-    model = nn.Sequential(shared, nn.Sequential(shared), nn.Linear(2, 2)).eval()
-    assert replace_rotary(model, lambda part: isinstance(part, nn.ReLU), lambda part: nn.Threshold(0, 0)) == 1
-    assert model[0] is model[1][0] and isinstance(model[0], nn.Threshold) and not model[0].training
+    sharing = nn.Sequential(shared, nn.Sequential(shared), nn.Linear(2, 2)).eval()
+    assert replace_rotary(sharing, lambda part: isinstance(part, nn.ReLU), lambda part: nn.Threshold(0, 0)) == 1
+    first, second = sharing.get_submodule("0"), sharing.get_submodule("1.0")
+    assert first is second and isinstance(first, nn.Threshold) and not first.training

@@ -1,6 +1,7 @@
 """The torch operator and module against the definition."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,19 +31,19 @@ PARTIAL = [
 ALL = [*product(SHAPES, VARIANTS), *PARTIAL]
 
 
-def make(shape: tuple[int, ...], seed: int = 0, **fields: object) -> tuple[Spectrum, Tensor, Tensor, Tensor]:
+def make(shape: tuple[int, ...], seed: int = 0, **fields: Any) -> tuple[Spectrum, Tensor, Tensor, Tensor]:
     heads, kv_heads, groups, head_dim, count, pairs = shape
     rng = np.random.default_rng(seed)
     freq = np.sort(rng.random(count).astype(np.float32))[::-1].copy()
-    coefs = [rng.standard_normal((groups, count, pairs)).astype(np.float32) for _ in range(2)]
+    sines, cosines = (rng.standard_normal((groups, count, pairs)).astype(np.float32) for _ in range(2))
     q, k = (torch.from_numpy(rng.standard_normal((2, 7, n, head_dim)).astype(np.float32)) for n in (heads, kv_heads))
     positions = torch.from_numpy(rng.integers(0, 100_000, (2, 7)))
-    return Spectrum.fope(freq, *coefs, head_dim, **fields), q, k, positions
+    return Spectrum.fope(freq, sines, cosines, head_dim, **fields), q, k, positions
 
 
 @pytest.mark.parametrize(("shape", "fields"), ALL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_it_is_the_definition(shape: tuple[int, ...], fields: dict[str, object], dtype: torch.dtype) -> None:
+def test_it_is_the_definition(shape: tuple[int, ...], fields: dict[str, Any], dtype: torch.dtype) -> None:
     spectrum, q, k, positions = make(shape, **fields)
     q, k = q.to(dtype), k.to(dtype)
     rotated = FopeRotary.from_spectrum(spectrum)(q, k, positions)
@@ -72,12 +73,12 @@ def test_without_full_precision_the_rotation_itself_is_in_the_models_dtype() -> 
 
 
 @pytest.mark.parametrize("fields", [*VARIANTS[2:], {"rotary_dim": 6}], ids=str)
-def test_gradients(fields: dict[str, object]) -> None:
+def test_gradients(fields: dict[str, Any]) -> None:
     spectrum, q, k, positions = make((4, 2, 2, 8, 5, 3), **fields)
     leaves = [t.double().requires_grad_() for t in (q, k)]
     coefs = [torch.from_numpy(c).double().requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
     told = contract.settings(spectrum.config).values()
-    arguments = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *told)
+    arguments: tuple[Any, ...] = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *told)
     assert torch.autograd.gradcheck(rotary, arguments)
 
 
@@ -92,12 +93,12 @@ def test_the_operator_is_registered_as_torch_wants_it() -> None:
 
 
 def test_casting_a_model_leaves_the_numbers_in_float32() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), FopeRotary.create(head_dim=16, groups=2, training_length=64))
-    before = module[1].spectrum
+    part = FopeRotary.create(head_dim=16, groups=2, training_length=64)
+    module, before = nn.Sequential(nn.Linear(2, 2), part), part.spectrum
     module.half().double().bfloat16()
     assert module[0].weight.dtype == torch.bfloat16
-    assert {t.dtype for t in module[1].state_dict().values()} == {torch.float32}
-    np.testing.assert_array_equal(module[1].spectrum.sin_coef, before.sin_coef)
+    assert {t.dtype for t in part.state_dict().values()} == {torch.float32}
+    np.testing.assert_array_equal(part.spectrum.sin_coef, before.sin_coef)
 
 
 def test_normalisation_divides_by_the_sum_over_frequencies() -> None:
@@ -123,7 +124,8 @@ class Attention(nn.Module):
         q, k = self.rotary(q, k, torch.arange(x.shape[1]).expand(x.shape[:2]))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
 
 
 @pytest.mark.parametrize("learnable", [False, True])

@@ -117,7 +117,7 @@ def test_a_quantization_config_is_read_strictly(fields: dict[str, Any], message:
 
 def freq_of(name: str) -> Tensor:
     config = config_of(name)
-    base = 1.0 / (config["rope_theta"] ** (torch.arange(0, 32, 2).float() / 32))
+    base: Tensor = 1.0 / (config["rope_theta"] ** (torch.arange(0, 32, 2).float() / 32))
     return base if "rope" in name else base[base > 2 * torch.pi / config["max_position_embeddings"]]
 
 

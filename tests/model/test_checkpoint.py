@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fope_export.cli import main
 from tests.conftest import small_decoder, write_native
 
-Spoil = Callable[[Path], None]
+Spoil = Callable[[Path], object]
 
 
 def flag(old: str, new: str) -> Spoil:
@@ -26,7 +26,7 @@ def flag(old: str, new: str) -> Spoil:
     return spoil
 
 
-def tensors(change: Callable[[dict[str, Any]], Any]) -> Spoil:
+def tensors(change: Callable[[dict[Any, Any]], Any]) -> Spoil:
     def spoil(folder: Path) -> None:
         state = torch.load(folder / "model.pt", weights_only=True)
         change(state)
@@ -44,7 +44,7 @@ def truncate(name: str, share: float) -> Spoil:
 
 
 def write(name: str, content: bytes) -> Spoil:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 class Evil:

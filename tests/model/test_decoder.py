@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -100,11 +101,11 @@ def test_the_rotations_numbers_stay_float32(dtype: str) -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"qk_norm": True, "qkv_bias": True}], ids=str
 )
-def test_folded_padding_changes_no_logit(fields: dict[str, bool], dtype: str) -> None:
+def test_folded_padding_changes_no_logit(fields: dict[str, Any], dtype: str) -> None:
     model = small_decoder(kv_heads=2, **fields)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            parameter += torch.randn(parameter.shape)
+            parameter.add_(torch.randn(parameter.shape))
     ids = torch.randint(0, 256, (2, 20))
     mask = torch.ones_like(ids)
     truth = truth_of(model, ids.numpy())

@@ -28,7 +28,8 @@ def last_logits(model: Decoder, ids: np.ndarray, count: int) -> np.ndarray:
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.inference_mode():
         logits, _ = model(tokens, torch.ones_like(tokens), positions, model.empty_cache(len(tokens)))
-    return logits[:, -count:].numpy()
+    last: np.ndarray = logits[:, -count:].numpy()
+    return last
 
 
 def same_as_theirs(model: Decoder, ids: np.ndarray, wanted: np.ndarray) -> None:

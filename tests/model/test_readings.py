@@ -33,7 +33,8 @@ def logits_of(folder: Path) -> Tensor:
     model = load_checkpoint(folder).model.double()
     positions = torch.arange(IDS.shape[1]).expand(IDS.shape)
     with torch.inference_mode():
-        return model(IDS, torch.ones_like(IDS), positions, model.empty_cache(len(IDS)))[0]
+        logits: Tensor = model(IDS, torch.ones_like(IDS), positions, model.empty_cache(len(IDS)))[0]
+    return logits
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -61,7 +62,8 @@ def saved(folder: Path, kind: str, model: torch.nn.Module, fields: dict[str, Any
 
 def their_logits(model: torch.nn.Module) -> Tensor:
     with torch.inference_mode():
-        return model.double()(IDS).logits
+        logits: Tensor = model.double()(IDS).logits
+    return logits
 
 
 @pytest.mark.parametrize("kind", NEEDED)
@@ -107,7 +109,7 @@ def test_a_field_left_out_means_what_transformers_takes(kind: str, field: str) -
 def clamped(kind: str, length: int, ratio: float = 1.0) -> tuple[torch.nn.Module, Tensor]:
     """transformers' model with frequencies below one period in `length` tokens set to 0, as RotaryEmbedding's are."""
     _, model = theirs(kind)
-    freq = model.model.rotary_emb.inv_freq
+    freq = model.get_buffer("model.rotary_emb.inv_freq")
     freq[freq < 2 * math.pi / length * ratio] = 0.0
     assert 0 < int((freq == 0).sum()) < len(freq)
     return model, freq

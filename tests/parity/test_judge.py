@@ -3,6 +3,7 @@ exact, or not a number."""
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -256,8 +257,8 @@ def test_unequal_shapes_and_nothing_are_errors(got: np.ndarray) -> None:
 def test_a_yardstick_that_is_not_finite_is_an_error(value: float) -> None:
     bad = np.where(np.indices(TRUTH.shape).sum(0) == 0, value, TRUTH)
     for made in (
-        lambda: Noise.of(bad, [TRUTH], EPS), lambda: Noise.of(TRUTH, [TRUTH, bad], EPS),
-        lambda: NOISE.joined(TRUTH, [bad]),
+        partial(Noise.of, bad, [TRUTH], EPS), partial(Noise.of, TRUTH, [TRUTH, bad], EPS),
+        partial(NOISE.joined, TRUTH, [bad]),
     ):  # fmt: skip
         with pytest.raises(ParityError, match="PyTorch itself"):
             made()

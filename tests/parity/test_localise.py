@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
+from torch import nn
 
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
@@ -21,7 +22,9 @@ from fope_export.report import place
 
 
 def epsilon(model: Decoder, size: float) -> None:
-    model.layers[1].ff_norm.eps += 1e-3 * size
+    norm = model.get_submodule("layers.1.ff_norm")
+    assert isinstance(norm, nn.RMSNorm) and norm.eps is not None
+    norm.eps += 1e-3 * size
 
 
 def one_head(model: Decoder, size: float) -> None:
@@ -35,7 +38,7 @@ def padding(model: Decoder, size: float) -> None:
 
 
 def feed_forward(model: Decoder, size: float) -> None:
-    weight = model.layers[0].feed_forward.ff_out.weight
+    weight = model.get_parameter("layers.0.feed_forward.ff_out.weight")
     weight[3] += size * weight.square().mean().sqrt()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from fope_export.backends.base import Feeds, Logits, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle, sha256
-from fope_export.config import ExportConfig
+from fope_export.config import CacheName, ExportConfig
 from fope_export.demo import shipped
 from fope_export.errors import BundleError, ParityError
 from fope_export.fope import folding
@@ -27,13 +28,24 @@ from fope_export.graph.export import export
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Cache
 from fope_export.parity import run
-from fope_export.parity.cases import FAR, KEPT, KEPT_LOGITS, STEP_BYTES, Case, load_inputs, save_inputs, standard_cases
+from fope_export.parity.cases import (
+    FAR,
+    KEPT,
+    KEPT_LOGITS,
+    STEP_BYTES,
+    Case,
+    load_inputs,
+    prefill,
+    save_inputs,
+    standard_cases,
+)
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import ENOUGH
 from fope_export.parity.run import ParityResult, validate
 from fope_export.parity.yardstick import Yardstick
 from fope_export.report import parity_page, parity_record, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
+from tests.support import Forgetful
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +102,7 @@ def test_a_mistake_that_rounding_hides_is_not_asked_for() -> None:
     for attention in model.attentions():
         attention.att_proj.weight[: 2 * attention.heads * attention.head_dim] *= 1e-2
     yardstick = Yardstick(EagerBackend(model), EagerBackend.in_float64(model))
-    case = run.prefill(model.config, 64, 0)
+    case = prefill(model.config, 64, 0)
     shifted = next(control for control in CONTROLS if "shifted" in control.name)
     (found,) = run._refusals([shifted], case, yardstick, lambda name, done: None)
     assert found.passed and "without rounding it changes the logits by" in found.skipped
@@ -133,7 +145,7 @@ def body(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("fp16", "static"), ("bf16", "dynamic")])
-def test_half_precision_hides_no_wrong_padding(dtype: str, cache: str, native: Path, tmp_path: Path) -> None:
+def test_half_precision_hides_no_wrong_padding(dtype: str, cache: CacheName, native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache))
     attributes("sin_pad", 0.0, 1)(made)
     found = validate(made, lengths=(64,))
@@ -156,7 +168,7 @@ def folded(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], Non
 
 
 @pytest.mark.parametrize(("dtype", "cache"), [("fp32", "dynamic"), ("fp16", "static")])
-def test_folded_padding_has_a_parity_of_its_own(dtype: str, cache: str, native: Path, tmp_path: Path) -> None:
+def test_folded_padding_has_a_parity_of_its_own(dtype: str, cache: CacheName, native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache, fold_padding=True))
     assert made.manifest.decoder().spectrum.rotary_dim == 6
     found = validate(made, lengths=(7, 64))
@@ -311,9 +323,9 @@ def test_another_checkpoint_is_refused(native: Path, bundle: Bundle, tmp_path: P
 class Restarting(EagerBackend):
     """Counts positions from zero in every step: right for whole sequences, wrong with a past."""
 
-    def step(self, feeds: Feeds, cache: Cache) -> tuple[Logits, Cache]:
+    def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
         counted = np.broadcast_to(np.arange(feeds.input_ids.shape[1]), feeds.input_ids.shape).copy()
-        return super().step(feeds._replace(position_ids=counted), cache)
+        return super().step(feeds._replace(position_ids=counted), cache, last=last)
 
 
 def test_the_truth_is_taken_without_a_past_so_that_a_broken_cache_shows(bundle: Bundle) -> None:
@@ -325,7 +337,7 @@ def test_the_truth_is_taken_without_a_past_so_that_a_broken_cache_shows(bundle: 
 
 
 def test_long_prefills_are_fed_in_chunks_that_fit(bundle: Bundle) -> None:
-    large = msgspec.structs.replace(bundle.manifest.model, vocab_size=200_000, training_length=512)
+    large = msgspec.structs.replace(bundle.manifest.decoder(), vocab_size=200_000, training_length=512)
     cases = standard_cases(large)
     longest = next(case for case in cases if case.name == "prefill 8192")
     assert max(longest.steps) <= 671 and sum(longest.steps) == 8192
@@ -336,16 +348,16 @@ def test_long_prefills_are_fed_in_chunks_that_fit(bundle: Bundle) -> None:
 
 
 def test_inputs_are_replayed_by_us_and_by_polygraphy(bundle: Bundle, tmp_path: Path) -> None:
-    cases = standard_cases(bundle.manifest.model, seed=3, lengths=(5, 64))
+    cases = standard_cases(bundle.manifest.decoder(), seed=3, lengths=(5, 64))
     path = tmp_path / "inputs.json"
     save_inputs(path, bundle.manifest, cases)
-    again = load_inputs(path, bundle.manifest.model)
+    again = load_inputs(path, bundle.manifest.decoder())
     assert [case.length for case in again] == [case.length for case in cases]
     backend = load_backend(bundle)
     np.testing.assert_array_equal(again[1].run(backend), cases[1].run(backend))
     assert validate(bundle, load=path).passed
     polygraphy = Path(sys.executable).with_name("polygraphy")
-    command = [polygraphy, "run", bundle.model, "--onnxrt", "--load-inputs", path]
+    command: list[str | Path] = [polygraphy, "run", bundle.model, "--onnxrt", "--load-inputs", path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 
@@ -365,28 +377,22 @@ def test_inputs_that_are_none_are_refused(content: str, bundle: Bundle, tmp_path
     path = tmp_path / "inputs.json"
     path.write_text(content)
     with pytest.raises(ParityError) as caught:
-        load_inputs(path, bundle.manifest.model)
+        load_inputs(path, bundle.manifest.decoder())
     assert "--save-inputs" in caught.value.hint
 
 
 def test_a_case_keeps_its_last_positions() -> None:
-    class Counting:
-        name, vocab_size, chunk = "counting", 1, 512
-
-        def empty_cache(self, batch: int) -> int:
-            return 0
-
-        def step(self, feeds, cache):
-            return feeds.position_ids[..., None].astype(float), cache
-
+    counting = Forgetful(lambda feeds: feeds.position_ids[..., None].astype(float), 1)
     ids = np.zeros((1, 10), np.int64)
     for steps in ((10,), (3, 4, 3), (1,) * 10, (9, 1)):
-        got = Case("case", feeds_for(ids), steps, 4).run(Counting())
+        got = Case("case", feeds_for(ids), steps, 4).run(counting)
         assert got.ravel().tolist() == [6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("kind", ["pi", "yarn"])
-def test_what_extending_did_is_in_the_reports(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_extending_did_is_in_the_reports(
+    kind: Literal["pi", "yarn"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(extend=kind, extend_to=1024))
     found = validate(made, lengths=(64,))
     assert found.passed and found.reach

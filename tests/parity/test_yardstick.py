@@ -1,6 +1,7 @@
 """Members differ from the model by its last places alone, and give the same rows of logits as the steps do."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,15 @@ def test_members_are_kept_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_look_runs_its_members_once_and_more_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_decoder()
-    yardstick, run = Yardstick(EagerBackend(model), EagerBackend.in_float64(model)), []
+    yardstick = Yardstick(EagerBackend(model), EagerBackend.in_float64(model))
+    run: list[int] = []
     member = Yardstick.member
-    monkeypatch.setattr(Yardstick, "member", lambda self, number: run.append(number) or member(self, number))
+
+    def counted(self: Yardstick, number: int) -> EagerBackend:
+        run.append(number)
+        return member(self, number)
+
+    monkeypatch.setattr(Yardstick, "member", counted)
     look = yardstick.look(prefill(model.config, 7, 0))
     assert run == [*range(MEMBERS)] and look.noise.members == MEMBERS
     assert look.again() is look.again() and look.again().members == MEMBERS + MORE
@@ -141,5 +148,5 @@ def test_a_backend_is_fed_as_many_rows_as_it_has_room_for(number: int, most: int
     ],
 )  # fmt: skip
 def test_a_backend_says_in_what_it_computes(backend: str, dtype: str, arithmetic: str) -> None:
-    exported = SimpleNamespace(manifest=SimpleNamespace(export=ExportConfig(dtype=dtype)))
+    exported: Any = SimpleNamespace(manifest=SimpleNamespace(export=ExportConfig(dtype=dtype)))
     assert BACKENDS[backend].arithmetic(exported) == arithmetic
