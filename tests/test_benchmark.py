@@ -34,7 +34,7 @@ from fope_export.benchmark.contenders import (
 )
 from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
-from fope_export.benchmark.run import BenchConfig, BenchResult, benchmark, prompt, require_green
+from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, benchmark, prompt, require_green
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, complete, sha256
 from fope_export.cli import main
@@ -47,6 +47,12 @@ from fope_export.report import write_parity
 
 SMALL = BenchConfig(lengths=(8, 16), batch=(1, 2), rounds=2, decoded=2, threads=1, backends=("onnxruntime",))
 Capture = pytest.CaptureFixture[str]
+
+
+def away_of(entry: Entry) -> float:
+    """How far it is from eager PyTorch."""
+    assert entry.away is not None
+    return entry.away
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +79,10 @@ def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
     assert timed == {(name, n, b) for name in (EAGER, "onnxruntime", OURS) for n in (8, 16) for b in (1, 2)}
     for cell in measured.cells:
         assert not cell.refused and len(cell.first) == len(cell.next) == SMALL.rounds
-        assert min(cell.first + cell.next) > 0 and cell.peak > 1 << 20 and measured.share(cell) > 0
+        assert min(cell.first + cell.next) > 0 and (cell.peak or 0) > 1 << 20 and measured.share(cell) > 0
         assert (measured.speed(cell, "next") == 1) == (cell.contender == EAGER)
-    timed = [entry for entry in measured.entries if not entry.refused]
-    assert all(entry.away <= ALLOWED["fp32"] and entry.weight_bytes for entry in timed)
+    entries = [entry for entry in measured.entries if not entry.refused]
+    assert all(away_of(entry) <= ALLOWED["fp32"] and entry.weight_bytes for entry in entries)
 
 
 def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:
@@ -91,7 +97,7 @@ def test_sittings_begin_in_new_processes(
 ) -> None:
     begun = []
 
-    class Counted(run.Worker):
+    class Counted(Worker):
         def __init__(self, threads: int) -> None:
             begun.append(threads)
             super().__init__(threads)
@@ -186,7 +192,8 @@ def test_a_wrong_contender_is_not_timed(green: Bundle, tmp_path: Path, uncompile
     complete(folder, green.manifest)
     result = benchmark(Bundle.open(folder), msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), rounds=1))
     entry = next(entry for entry in result.entries if entry.name == "onnxruntime")
-    assert entry.refused == "it does not compute what eager PyTorch computes" and entry.away > entry.allowed
+    assert entry.refused == "it does not compute what eager PyTorch computes"
+    assert entry.allowed is not None and away_of(entry) > entry.allowed
     assert {cell.contender for cell in result.cells} == {EAGER, OURS}  # whose file is as it was
 
 
@@ -247,7 +254,7 @@ def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: No
     peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
     assert peers.keys() == {TWIN, f"{OURS}, RoPE twin", "genai", "genai fp32", "genai int4", "optimum fp32"}
     assert {name: entry.refused for name, entry in peers.items()} == dict.fromkeys(peers, "")
-    assert peers["genai fp32"].away <= ALLOWED["fp32"] and peers["optimum fp32"].away <= ALLOWED["fp32"]
+    assert all(away_of(peers[name]) <= ALLOWED["fp32"] for name in ("genai fp32", "optimum fp32"))
     assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes
     assert "genai int4 *" in bench_page(green, result)
 

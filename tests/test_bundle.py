@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def test_a_living_writer_is_waited_for_and_named(
 ) -> None:
     out = spoilable.path
     with place.holding(out, 0, lambda folder: None):
-        for write in (lambda: export(native, out, lock_timeout=0.3), lambda: spoilable.add({"b": b""}, lock_timeout=0)):
+        exporting = partial(export, native, out, lock_timeout=0.3)
+        for write in (exporting, partial(spoilable.add, {"b": b""}, lock_timeout=0)):
             with pytest.raises(BundleError, match=rf"is being written by `.*` on .*{os.getpid()}.* since 20") as caught:
                 write()
             assert "--lock-timeout" in caught.value.hint

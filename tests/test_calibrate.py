@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fope_export import parity
 from fope_export.parity.run import validate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -44,10 +45,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_it_goes_on_where_it_stopped(
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, asked = tmp_path / "result.jsonl", []
+    out = tmp_path / "result.jsonl"
+    asked: list[tuple[str, str, int]] = []
     where = ["--out", str(out), "--work", str(tmp_path / "work")]
     real = runs.run
-    tiny.setattr(runs, "run", lambda run, work: asked.append(run.key) or real(run, work))
+
+    def counted(run: runs.Run, work: Path) -> Iterator[records.Record]:
+        asked.append(run.key)
+        return real(run, work)
+
+    tiny.setattr(runs, "run", counted)
     calibrate_parity.main(["--count", "--seconds", "0", *where])
     assert not asked and not out.exists()
     calibrate_parity.main(["--count", *where])
@@ -115,10 +122,10 @@ def test_a_fault_is_seen_when_19_of_20_seeds_are_refused(found: list[float | Non
 def test_other_words_are_the_same_rule_and_other_numbers_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(records.fope_export.parity.__file__).parent
+    folder = Path(parity.__file__).parent
     for name in records.RULE:
         (tmp_path / name).write_text((folder / name).read_text())
-    monkeypatch.setattr(records.fope_export.parity, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(parity, "__file__", str(tmp_path / "__init__.py"))
     before, judge = records.rule(), tmp_path / records.RULE[0]
     judge.write_text(judge.read_text().replace('"""How many times', '"""So many times') + "\n# a remark\n")
     assert records.rule() == before

@@ -1,5 +1,7 @@
 """Configurations are closed, frozen and checked whichever way they are made."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -42,7 +44,7 @@ def test_a_model_is_checked_at_birth(fields: dict[str, object]) -> None:
         ({"dtype": "fp8"}, "dtype: Invalid enum value"),
     ],
 )
-def test_an_export_is_checked_at_birth(fields: dict[str, object], message: str) -> None:
+def test_an_export_is_checked_at_birth(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportConfig(**fields)
 
@@ -70,7 +72,7 @@ def test_a_target_names_a_library_and_gpus() -> None:
 
 def test_they_are_frozen_and_come_back_from_json() -> None:
     with pytest.raises(AttributeError):
-        GOOD.num_heads = 3
+        GOOD.num_heads = 3  # type: ignore[misc]
     assert msgspec.json.decode(msgspec.json.encode(GOOD), type=ModelConfig) == GOOD
 
 

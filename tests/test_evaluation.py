@@ -10,6 +10,7 @@ from fope_export.corpus import as_tokens, python_source
 from fope_export.errors import ParityError
 from fope_export.evaluation import loss_by_length
 from tests.conftest import small_decoder
+from tests.support import Forgetful
 
 
 def test_it_is_the_cross_entropy_of_the_windows() -> None:
@@ -24,27 +25,16 @@ def test_it_is_the_cross_entropy_of_the_windows() -> None:
         assert loss == pytest.approx(wanted, rel=1e-5)
 
 
-class Uniform:
-    """Knows nothing, and counts what it is asked."""
-
-    name, vocab_size, chunk = "uniform", 256, 512
-
-    def __init__(self) -> None:
-        self.asked: Counter[int] = Counter()
-
-    def empty_cache(self, batch: int) -> None:
-        return None
-
-    def step(self, feeds: Feeds, cache: None) -> tuple[Logits, None]:
-        self.asked[feeds.input_ids.shape[1]] += feeds.input_ids.size
-        return np.zeros((*feeds.input_ids.shape, 256), np.float32), None
-
-
 def test_every_length_scores_the_same_tokens() -> None:
-    backend = Uniform()
-    losses = loss_by_length(backend, np.zeros(1000, np.int64), [10, 50, 250])
+    asked: Counter[int] = Counter()
+
+    def uniform(feeds: Feeds) -> Logits:
+        asked[feeds.input_ids.shape[1]] += feeds.input_ids.size
+        return np.zeros((*feeds.input_ids.shape, 256), np.float32)
+
+    losses = loss_by_length(Forgetful(uniform, 256), np.zeros(1000, np.int64), [10, 50, 250])
     assert losses == pytest.approx(dict.fromkeys((10, 50, 250), np.log(256)))
-    assert backend.asked == {10: 750, 50: 750, 250: 750}
+    assert asked == {10: 750, 50: 750, 250: 750}
 
 
 def test_too_little_text_is_an_error() -> None:

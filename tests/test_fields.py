@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -45,14 +47,19 @@ def in_onnx(changes: Changes) -> Results:
     return run(model, Q.numpy(), K.numpy(), POSITIONS.numpy())
 
 
-def gradients(changes: Changes, operator: object = rotary, dtype: torch.dtype = torch.float16) -> Results:
+def gradients(changes: Changes, operator: Callable[..., Any] = rotary, dtype: torch.dtype = torch.float16) -> Results:
     """Of queries and coefficients, for results that count as their numbers."""
     module = FopeRotary.from_spectrum(changed(SPECTRUM, changes), learnable=True)
     module.operator = operator
     q = Q.detach().to(dtype).requires_grad_()
     for x in module(q, K.to(dtype), POSITIONS):
         (x * x.detach().roll(1)).sum().backward(retain_graph=True)
-    return [x.grad.numpy() for x in (q, module.sin_coef, module.cos_coef)]
+    return [gradient(x) for x in (q, module.sin_coef, module.cos_coef)]
+
+
+def gradient(x: torch.Tensor) -> np.ndarray:
+    assert x.grad is not None
+    return x.grad.numpy()
 
 
 def scores(q: np.ndarray, k: np.ndarray) -> Results:

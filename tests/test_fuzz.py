@@ -68,7 +68,7 @@ def test_a_seed_says_what_is_tried(tmp_path: Path) -> None:
 
 def test_one_input_of_every_kind_is_clean() -> None:
     count = len(fuzz_kinds.KINDS)
-    command = [sys.executable, SCRIPTS / "fuzz.py", "--seed", "7", "--count", str(count), "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command: list[str | Path] = [sys.executable, SCRIPTS / "fuzz.py", "--seed", "7", "--jobs", "1"]
+    done = subprocess.run([*command, "--count", str(count)], capture_output=True, text=True)
     assert done.returncode == 0 and f"{count} inputs, 0 not clean" in done.stdout, done.stdout
     assert all(kind in done.stdout for kind in fuzz_kinds.KINDS)

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def backend(bundle: Bundle) -> Backend:
     return load_backend(bundle)
 
 
-def tokens(backend: Backend, prompts: list[list[int]], **options: object) -> list[list[int | None]]:
+def tokens(backend: Backend, prompts: list[list[int]], **options: Any) -> list[list[int | None]]:
     steps = generate(backend, prompts, Sampling(**options), eos=0)
     return [list(row) for row in zip(*steps, strict=True)]
 
@@ -49,7 +50,7 @@ def test_equal_seeds_give_equal_tokens_and_others_others(backend: Backend) -> No
 
 
 def test_it_works_far_past_the_training_length(backend: Backend, bundle: Bundle) -> None:
-    length = 16 * bundle.manifest.model.training_length
+    length = 16 * bundle.manifest.decoder().training_length
     prompt = list(np.random.default_rng(0).integers(1, 256, length))
     assert tokens(backend, [prompt], max_new_tokens=5) == tokens(
         load_backend(bundle, "torch"), [prompt], max_new_tokens=5
@@ -71,7 +72,8 @@ class Scripted:
     name, vocab_size, chunk = "scripted", 8, 512
 
     def __init__(self, script: list[list[int]]) -> None:
-        self.script, self.fed = script, []
+        self.script = script
+        self.fed: list[Feeds] = []
 
     def empty_cache(self, batch: int, room: int = 0) -> list[tuple[int, int]]:
         """What each row has been fed: its script's number, by its first token, and how many steps."""

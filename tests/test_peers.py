@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ KINDS = {
 }
 STATIC = {"static": ExportConfig(cache="static", capacity=200)}
 Rows = list[list[int]]
+Run = Callable[[Bundle, Rows], Rows]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +84,11 @@ def in_optimum(bundle: Bundle, prompts: Rows) -> Rows:
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
     rows = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-    return rows[:, longest:].tolist()
+    answers: Rows = rows[:, longest:].tolist()
+    return answers
 
 
-def check(bundle: Bundle, run: object) -> None:
+def check(bundle: Bundle, run: Run) -> None:
     backend = load_backend(bundle)
     alone = [ours(backend, [prompt])[0] for prompt in PROMPTS]
     assert len({tuple(row) for row in alone}) == len(PROMPTS), "prompts that answer alike would prove little"
@@ -104,7 +107,7 @@ def test_optimum_gives_our_tokens(kind: str, bundles: dict[str, Bundle]) -> None
 
 
 @pytest.mark.parametrize("run", [in_genai, in_optimum])
-def test_a_row_that_ends_leaves_the_others_alone(run: object, ending: Bundle) -> None:
+def test_a_row_that_ends_leaves_the_others_alone(run: Run, ending: Bundle) -> None:
     eos, pad = ord("\n"), 0
     want = ours(load_backend(ending), PROMPTS, eos)
     assert len({len(row) for row in want}) > 1, "some rows must end before others"

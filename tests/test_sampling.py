@@ -53,7 +53,7 @@ def test_close_to_zero_it_is_greedy(temperature: float) -> None:
 
 def test_a_draw_depends_on_seed_choice_and_place_alone() -> None:
     logits = np.random.default_rng(0).normal(size=(6, 100))
-    options = {"temperature": 2.0, "seed": 3}
+    options: dict[str, Any] = {"temperature": 2.0, "seed": 3}
     together = sample(logits, at(range(6), **options))
     assert together == [sample(logits[i : i + 1], at(range(i, i + 1), **options))[0] for i in range(6)]
     assert together != sample(logits, at(range(1, 7), **options))
@@ -154,6 +154,6 @@ def test_a_bias_of_no_token_is_refused() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_impossible_settings(options: dict[str, float]) -> None:
+def test_impossible_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Sampling(**options)

@@ -42,7 +42,7 @@ def test_validate_passes(shipped_bundle: Bundle, capsys: pytest.CaptureFixture[s
 
 
 def test_the_exported_model_has_learned_python(shipped_bundle: Bundle) -> None:
-    trained = shipped_bundle.manifest.model.training_length
+    trained = shipped_bundle.manifest.decoder().training_length
     text = as_tokens(python_source(held_out=True))[: (1 << 14) + 1]
     assert loss_by_length(load_backend(shipped_bundle), text, [trained])[trained] < 1.2
 

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace as Fake
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,6 @@ def test_a_skip_for_want_of_a_part_is_a_failure(allowed: str | None, failed: boo
     skipped = [Fake(longrepr=("", 0, f"Skipped: {reason}")) for reason in (NO_GPU, "cmake is missing")]
     reporter = Fake(stats={"skipped": skipped}, write_line=lambda text, **_: None)
     manager = Fake(get_plugin=lambda name: reporter)
-    session = Fake(config=Fake(getoption=lambda name: allowed, pluginmanager=manager), exitstatus=0)
+    session: Any = Fake(config=Fake(getoption=lambda name: allowed, pluginmanager=manager), exitstatus=0)
     pytest_sessionfinish(session)
     assert (session.exitstatus == 1) == failed

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ from tests.conftest import small_decoder, write_native
 
 def follows(model: Decoder, chain: bytes) -> Decoder:
     """A model that writes one byte of the chain after the other: embedding and head alone decide."""
-    for layer in model.layers:
-        layer.attention.attn_out.weight.zero_()
-        layer.feed_forward.ff_out.weight.zero_()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn_out.weight", "ff_out.weight")):
+            parameter.zero_()
     model.embed.weight.zero_()
     model.lm_head.weight.zero_()
     for channel, (byte, after) in enumerate(pairwise(chain)):
@@ -78,9 +79,12 @@ def test_a_number_is_one_number(option: str, arrow: Bundle, capsys: pytest.Captu
     assert code == 2 and "error:" in capsys.readouterr().err
 
 
-def run(arrow: Bundle, *arguments: str, **options: object) -> subprocess.CompletedProcess[bytes]:
+def run(arrow: Bundle, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "fope_export.cli", "run", str(arrow.path), "--prompt", "A", *arguments]
-    return subprocess.run([*command, "--max-new-tokens", "4"], stderr=subprocess.PIPE, check=False, **options)
+    done: subprocess.CompletedProcess[bytes] = subprocess.run(
+        [*command, "--max-new-tokens", "4"], stderr=subprocess.PIPE, check=False, **options
+    )
+    return done
 
 
 @pytest.mark.parametrize(("encoding", "printed"), [("cp1252", b"?B"), ("ascii", b"?B"), ("utf-8", "\u2192B".encode())])

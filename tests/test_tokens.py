@@ -30,8 +30,9 @@ def test_what_may_become_a_stop_string_is_held_back(text: Text) -> None:
     stream = text.stream(["END"])
     pieces = [stream.push(byte) for byte in b"xENyE"]
     assert pieces == ["x", "", "", "ENy", ""]
-    assert stream.flush() == "E" and not stream.stopped
-    assert [stream.push(byte) for byte in b"aEND"][-1] == "" and stream.stopped and stream.flush() == ""
+    assert (stream.flush(), stream.stopped) == ("E", False)
+    pieces = [stream.push(byte) for byte in b"aEND"]
+    assert (pieces[-1], stream.stopped, stream.flush()) == ("", True, "")
 
 
 def test_the_first_of_several_stop_strings_counts(text: Text) -> None:

@@ -10,10 +10,11 @@ from fope_export.backends.choose import choose, load_backend, read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
-from fope_export.generation import Sampling, generate
+from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.parity.run import validate
+from fope_export.sampling import Sampling
 
 KINDS = {
     "bf16": ExportConfig(dtype="bf16"),

@@ -46,7 +46,7 @@ def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
     ],
 )
 def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: ExportConfig, reason: str) -> None:
-    found = replace(FULL, packages=FULL.packages | {"onnxruntime": version})
+    found = replace(FULL, packages={**FULL.packages, "onnxruntime": version})
     if not reason:
         assert choose(None, found, export) == "onnxruntime"
         return
@@ -58,7 +58,7 @@ def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: Expor
     ("version", "portable", "static"), [("1.22", False, False), ("1.24", True, False), ("1.25", True, True)]
 )
 def test_abilities_tell_old_versions_apart(version: str, portable: bool, static: bool) -> None:
-    said = abilities(replace(FULL, packages=FULL.packages | {"onnxruntime": version}))
+    said = abilities(replace(FULL, packages={**FULL.packages, "onnxruntime": version}))
     able = [not said[what] for what in ("validate a bundle", "run a static cache in ONNX Runtime")]
     assert able == [portable, static]
 

@@ -12,7 +12,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.trt import TrtBackend, limits_of, sizes_of
 from fope_export.bundle import Bundle
-from fope_export.config import BuildConfig, ExportConfig
+from fope_export.config import BuildConfig, CacheName, ExportConfig
 from fope_export.demo import shipped
 from fope_export.engine.build import build
 from fope_export.engine.record import newest_engine
@@ -71,7 +71,7 @@ LIBRARIES_HERE = [name for name in ("tensorrt", "tensorrt-rtx") if name in read_
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_an_engine_computes_what_pytorch_computes(
-    dtype: str, cache: str, plugin: bool, target: str, tmp_path: Path
+    dtype: str, cache: CacheName, plugin: bool, target: str, tmp_path: Path
 ) -> None:
     made = export(shipped("fope"), tmp_path / "bundle", ExportConfig(dtype=dtype, cache=cache))
     made, _ = build(made, BuildConfig(target=target, plugin=plugin))

@@ -13,7 +13,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.config import BuildConfig, ExportConfig
+from fope_export.config import BuildConfig, CacheName, ExportConfig
 from fope_export.demo import shipped
 from fope_export.engine import api, compile, worker
 from fope_export.engine import build as building
@@ -27,11 +27,11 @@ from tests.conftest import small_decoder, write_native
 
 @pytest.mark.parametrize(("dtype", "cache", "fold"), [("fp16", "dynamic", False), ("bf16", "static", True)])
 def test_the_shipped_model_builds_with_and_without_the_plugin(
-    dtype: str, cache: str, fold: bool, tmp_path: Path
+    dtype: str, cache: CacheName, fold: bool, tmp_path: Path
 ) -> None:
     config = ExportConfig(dtype=dtype, cache=cache, fold_padding=fold)
     made = export(shipped("fope"), tmp_path / "bundle", config)
-    before, layers = made.model.read_bytes(), made.manifest.model.num_layers
+    before, layers = made.model.read_bytes(), made.manifest.decoder().num_layers
     for plugin in (True, False):
         reported: list[tuple[str, int, int]] = []
         made, record = build(made, BuildConfig(plugin=plugin), report=lambda *step, seen=reported: seen.append(step))
@@ -92,7 +92,7 @@ def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
     ],
 )
 def test_any_number_of_heads_builds_and_attention_stays_fused(
-    heads: int, kv_heads: int, dtype: str, cache: str, tmp_path: Path
+    heads: int, kv_heads: int, dtype: str, cache: CacheName, tmp_path: Path
 ) -> None:
     checkpoint = write_native(small_decoder(heads=heads, kv_heads=kv_heads, num_layers=1), tmp_path / "checkpoint")
     made = export(checkpoint, tmp_path / "bundle", ExportConfig(dtype=dtype, cache=cache))
@@ -127,7 +127,7 @@ def test_a_quantised_bundle_is_refused_before_anything_starts(
     ],
 )
 def test_linear_layers_of_8_bits_build_with_and_without_the_plugin(
-    kind: str, dtype: str, cache: str, target: str, native: Path, tmp_path: Path
+    kind: str, dtype: str, cache: CacheName, target: str, native: Path, tmp_path: Path
 ) -> None:
     made = export(native, tmp_path / "bundle", ExportConfig(quantize=kind, dtype=dtype, cache=cache))
     for plugin in (True, False):

@@ -187,8 +187,8 @@ def test_a_failing_compilation_shows_its_first_errors(machine: Machine) -> None:
 
 
 def test_the_same_is_compiled_once(machine: Machine) -> None:
-    build = lambda: compiling.build(compiling.KERNEL, machine.find(), ("80",), cache=machine.cache)  # noqa: E731
-    assert build() == build()
+    one, other = (compiling.build(compiling.KERNEL, machine.find(), ("80",), cache=machine.cache) for _ in range(2))
+    assert one == other
     assert machine.compilations == 1
     assert [file.suffix for file in machine.cache.iterdir()] == [".so"]
 
@@ -196,11 +196,15 @@ def test_the_same_is_compiled_once(machine: Machine) -> None:
 def test_anything_that_matters_makes_another_file(machine: Machine) -> None:
     sources = Path(shutil.copytree(compiling.SOURCES, machine.root / "sources"))
     tools = machine.find()
-    build = lambda tools=tools, codes=("80",), **named: compiling.build(  # noqa: E731
-        compiling.KERNEL, tools, codes, cache=machine.cache, sources=sources, **named
-    )
+
+    def build(
+        tools: compiling.Toolchain = tools, codes: tuple[str, ...] = ("80",), flags: tuple[str, ...] = ()
+    ) -> Path:
+        return compiling.build(compiling.KERNEL, tools, codes, cache=machine.cache, flags=flags, sources=sources)
+
     made = [build(), build(codes=("80", "89")), build(codes=("89", "80")), build(flags=("-lineinfo",))]
-    made += [build(replace(tools, **{name: "1"})) for name in ("nvcc_version", "cxx_version", "headers_version")]
+    made += [build(replace(tools, nvcc_version="1")), build(replace(tools, cxx_version="1"))]
+    made.append(build(replace(tools, headers_version="1")))
     for name in ("rotary.cuh", "exports.map", "plan.h"):
         with (sources / name).open("a") as file:
             file.write("\n")

@@ -38,7 +38,8 @@ class Kind(NamedTuple):
 
     def spacing(self, at: np.ndarray) -> np.ndarray:
         exponent = np.frexp(at)[1] - 1
-        return np.ldexp(1.0, np.maximum(exponent, self.smallest) - self.mantissa)
+        spacing: np.ndarray = np.ldexp(1.0, np.maximum(exponent, self.smallest) - self.mantissa)
+        return spacing
 
 
 KINDS = {
@@ -267,7 +268,7 @@ def test_an_unaligned_tensor_is_read_by_the_element(host: ctypes.CDLL, kind: str
     assert host.fope_rotary_host(ctypes.byref(arguments(call, outputs)), 0, widest, 0) == PLAN
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, Any], int]] = {
     "no q": ({"q": None}, POINTER),
     "no output": ({"k_rotated": None}, POINTER),
     "no positions": ({"position_ids": None}, POINTER),
@@ -310,7 +311,7 @@ def code_of(function: Any, changes: dict[str, Any], *plan: Any) -> int:
     spoilt = arguments(call, outputs)
     for name, value in changes.items():
         setattr(spoilt, name, value)
-    code = function(ctypes.byref(spoilt), *plan)
+    code: int = function(ctypes.byref(spoilt), *plan)
     assert all(np.isnan(output.value.astype(np.float32)).all() for output in outputs)
     return code
 

@@ -46,7 +46,8 @@ def seen(plugin: Path, harness: Path) -> dict[str, Any]:
     done = subprocess.run([harness, plugin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "FopeRotary layer 0: the node has no sin_pad\n"  # from before it had a logger
-    return json.loads(done.stdout)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
 
 
 def test_the_library_shows_three_functions_and_needs_no_tensorrt(plugin: Path) -> None:

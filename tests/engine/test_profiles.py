@@ -2,12 +2,12 @@ import pytest
 
 from fope_export.bundle import Bundle
 from fope_export.config import BuildConfig
-from fope_export.engine.profiles import Range, fitting, make_profiles, shapes
+from fope_export.engine.profiles import Profile, Range, fitting, make_profiles, shapes
 from fope_export.errors import BackendError, ConfigError
 
 
 @pytest.fixture
-def profiles(bundle: Bundle) -> dict:
+def profiles(bundle: Bundle) -> dict[str, Profile]:
     return make_profiles(BuildConfig(max_batch=2, max_length=100), bundle.manifest)
 
 
@@ -20,7 +20,7 @@ def profiles(bundle: Bundle) -> dict:
         ({"batch": 1, "sequence": 7, "past_sequence": 20, "total_sequence": 27}, "prefill"),
     ],
 )
-def test_the_narrowest_profile_serves(profiles: dict, sizes: dict[str, int], name: str) -> None:
+def test_the_narrowest_profile_serves(profiles: dict[str, Profile], sizes: dict[str, int], name: str) -> None:
     assert fitting(profiles, sizes) == name
 
 
@@ -32,13 +32,15 @@ def test_the_narrowest_profile_serves(profiles: dict, sizes: dict[str, int], nam
         ({"batch": 1, "sequence": 1, "past_sequence": 100}, "past_sequence is 100, expected 0 to 99"),
     ],
 )
-def test_a_request_outside_is_told_what_is_outside(profiles: dict, sizes: dict[str, int], message: str) -> None:
+def test_a_request_outside_is_told_what_is_outside(
+    profiles: dict[str, Profile], sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(BackendError, match=message) as caught:
         fitting(profiles, sizes)
     assert "--max-length" in caught.value.hint
 
 
-def test_shapes_of_the_inputs_follow(bundle: Bundle, profiles: dict) -> None:
+def test_shapes_of_the_inputs_follow(bundle: Bundle, profiles: dict[str, Profile]) -> None:
     ports = {port.name: port for port in bundle.manifest.inputs}
     assert shapes(profiles["prefill"], ports["input_ids"]) == [(1, 1), (1, 100), (2, 100)]
     assert shapes(profiles["decode"], ports["past_key_values.0.key"])[0][2] == 0
@@ -48,7 +50,7 @@ def test_shapes_of_the_inputs_follow(bundle: Bundle, profiles: dict) -> None:
 
 def test_the_usual_length_is_16_times_the_training_length(bundle: Bundle) -> None:
     made = make_profiles(BuildConfig(), bundle.manifest)
-    assert made["prefill"]["total_sequence"].most == 16 * bundle.manifest.model.training_length
+    assert made["prefill"]["total_sequence"].most == 16 * bundle.manifest.decoder().training_length
 
 
 def test_a_static_cache_bounds_the_length(static_bundle: Bundle) -> None:

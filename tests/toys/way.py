@@ -21,6 +21,7 @@ class RoundWeights(InPlacePass):
         return PassResult(model, modified=True)
 
     def _round(self, node: ir.Node, weight: ir.Value, graph: ir.Graph) -> None:
+        assert weight.name is not None
         name, numbers = weight.name.removesuffix(".T"), array_of(weight)
         steps = (np.abs(numbers).max(0) / 127).astype(np.float32)
         arrays = {TOY.numbers: np.rint(numbers / steps).astype(np.int8), "scale": steps}
@@ -41,11 +42,12 @@ def write(kind: str, ranges: Mapping[str, Ranges]) -> RoundWeights:
 
 def read(path: Path) -> Iterator[Quantised]:
     for node in load_onnx(path).graph:
-        back = node.inputs[1].producer() if node.op_type == "MatMul" else None
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        back = weight.producer() if weight is not None else None
         if back is not None and back.op_type == "DequantizeLinear":
             small, steps = (array_of(value).astype(np.float64) for value in back.inputs)
             allowed = np.broadcast_to(0.51 * steps, small.shape)
-            yield Quantised(node.name.rpartition("/")[0], (small * steps).T, allowed.T)
+            yield Quantised((node.name or "").rpartition("/")[0], (small * steps).T, allowed.T)
 
 
 def exact() -> list[InPlacePass]:
