@@ -166,7 +166,7 @@ def test_a_gpu_that_is_not_there(optimised: Bundle) -> None:
         OptimisedOrtBackend(optimised, device="cuda")
     assert "onnxruntime-gpu" in caught.value.hint
     with pytest.raises(BackendError, match="no optimised file in float16"):
-        BACKENDS["onnxruntime-cuda"].load(optimised, Settings())
+        BACKENDS["onnxruntime-cuda"].variants[0].load(optimised, Settings())
 
 
 def session(bundle: Bundle) -> onnxruntime.InferenceSession:
