@@ -341,7 +341,9 @@ def parity_table(result: ParityResult) -> Table:
         table.add_row(each.name, *[""] * len(RATIOS), ratio, *[""] * 3, _said(why))
     for control in result.controls:
         if control.verdict is None:
-            table.add_row(f"control: {control.name}", *[""] * (len(RATIOS) + 4), f"[dim]not possible: {control.skipped}[/]")
+            table.add_row(
+                f"control: {control.name}", *[""] * (len(RATIOS) + 4), f"[dim]not possible: {control.skipped}[/]"
+            )
         else:
             found = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
             table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), found)
