@@ -195,7 +195,8 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
     """The bundle's file `name`, the float32 copy of a bfloat16 one, or one whose products do not round their inputs,
     while a session loads it.
     """
-    wide = bundle.manifest.export.dtype == "bf16"
+    config = bundle.manifest.export
+    wide, exact = config.dtype == "bf16", exact and config.quantize is not None
     if not (wide or exact):
         yield bundle.loadable(name)
         return
@@ -203,6 +204,7 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
     from fope_export.graph.qdq import ExactInputs
     from fope_export.graph.quantise import EXACT, Products
 
-    edits = [*([Widen()] if wide else []), *([ExactInputs(), Products(EXACT)] if exact else [])]
+    unrounded = ExactInputs() if config.calibrated else Products(EXACT)
+    edits = [*([Widen()] if wide else []), *([unrounded] if exact else [])]
     with scratch() as folder:
         yield rewritten(bundle.loadable(name), folder / MODEL, edits)
