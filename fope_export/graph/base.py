@@ -1,9 +1,12 @@
 """What an edit of a graph is: a pass with a name, in memory, with what it needs and what it promises, both checked."""
 
+import logging
 from abc import abstractmethod
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, InvariantError, PassResult
+
+log = logging.getLogger(__name__)
 
 
 class Pass(InPlacePass):
@@ -22,6 +25,7 @@ class Pass(InPlacePass):
 
     def __call__(self, model_or_result: ir.Model | PassResult, /) -> PassResult:
         """The pass between its two checks."""
+        log.debug("%s", type(self).__name__)
         try:
             return super().__call__(model_or_result)
         except InvariantError as cause:
