@@ -177,6 +177,8 @@ ROWS = [
         FuseAttention(), lambda: before(FuseAttention), cache_of_its_own, "does not join an input", "Attention is left"
     ),
     Row(FuseAttention(), lambda: before(FuseAttention), no_kind("Split"), "not made by Split", "Attention is left"),
+    Row(ShareSeries(), decoder, ShareSeries(), "the model has no rotation", "a rotation is still a call"),
+    Row(FuseAttention(), lambda: before(FuseAttention), FuseAttention(), "the model has no attention", "is left"),
     Row(KeepLastLogits(), decoder, KeepLastLogits(), "the input logits_to_keep already", "the last norm sees all"),
     Row(KeepLastLogits(), decoder, no_kind("MatMul"), "logits is not made by MatMul", "the last norm sees all"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
@@ -203,6 +205,19 @@ def test_it_does_its_work_and_is_caught_where_it_does_not(row: Row, monkeypatch:
     monkeypatch.setattr(type(row.edit), "call", lambda self, model: PassResult(model, modified=False))
     with pytest.raises(PostconditionError, match=f"^{type(row.edit).__name__}: .*{row.promises}"):
         row.edit(row.model())
+
+
+def test_half_a_work_is_caught() -> None:
+    fused = before(KeepLastLogits)
+    fused.graph.outputs.pop()
+    with pytest.raises(PostconditionError, match="GroupQueryAttention does not write into its cache"):
+        FuseAttention().ensures(fused)
+    twice = torchs()
+    (node,) = twice.graph
+    node.name = "layers.0/Neg"
+    twice.graph.append(ir.node("Neg", node.inputs, name=node.name, metadata_props=dict(node.metadata_props)))
+    with pytest.raises(PostconditionError, match=r"layers\.0/Neg is the name of two nodes"):
+        NameNodes().ensures(twice)
 
 
 def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
