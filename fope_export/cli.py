@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
+from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.lock import TIMEOUT
+from fope_export.model.layouts import LAYOUTS
 from fope_export.processes import clean_path
+from fope_export.quantizations import QUANTIZATIONS, Quantization, calibrated
 from fope_export.scratch import sweep
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
@@ -81,11 +84,9 @@ def _doctor_options(_: argparse.ArgumentParser) -> None:
 
 
 def _export_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="folder with the checkpoint (native, olmo, hf_olmo, hugging_face)"
-    )
+    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help=f"folder with the checkpoint ({', '.join(LAYOUTS)})")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
-    sub.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of weights and activations")
+    sub.add_argument("--dtype", choices=(*DTYPES,), default=FP32.name, help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
     sub.add_argument(
         "--capacity", type=_natural, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
@@ -100,16 +101,20 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--quantize",
-        choices=("int4", "int8", "int8-qdq", "fp8-qdq"),
-        help="linear layers: weights, for ONNX Runtime; with -qdq weights and inputs, for TensorRT (default: not)",
+        choices=(*QUANTIZATIONS,),
+        help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
     )
     sub.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text, or ids as .npy or .json, for -qdq (default: Python's own)",
+        help=f"text, or ids as .npy or .json, for {either(calibrated())} (default: Python's own)",
     )
     _lock(sub)
+
+
+def _quantization(row: Quantization) -> str:
+    return f"{row.name} {row.rounded}, for {'TensorRT' if row.engines else 'ONNX Runtime'}"
 
 
 def _optimize_options(sub: argparse.ArgumentParser) -> None:

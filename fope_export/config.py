@@ -4,11 +4,13 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import ConfigError, cut
+from fope_export.quantizations import QUANTIZATIONS, Quantization
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -158,7 +160,11 @@ def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
     return found if len(found) > 1 else found[0] if found else None
 
 
-Dtype = Literal["fp32", "fp16", "bf16"]
+if TYPE_CHECKING:
+    DtypeName: TypeAlias = str
+    QuantizationName: TypeAlias = str
+else:  # what the tables hold
+    DtypeName, QuantizationName = Literal[*DTYPES], Literal[*QUANTIZATIONS]
 
 
 class ExportConfig(Checked, frozen=True, kw_only=True):
@@ -170,21 +176,22 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
 
     opset: Literal[23, 24] | None = None
     cache: Literal["dynamic", "static"] = "dynamic"
-    dtype: Dtype = "fp32"  # of weights, activations and cache; angles, series and statistics stay float32
+    dtype: DtypeName = FP32.name  # of weights, activations and cache; angles, series and statistics stay float32
     capacity: Count | None = None
     extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training
     extend_to: Count | None = None  # tokens
-    # The linear layers' weights, in blocks of 32, for ONNX Runtime; or (-qdq) their weights and calibrated inputs.
-    quantize: Literal["int4", "int8", "int8-qdq", "fp8-qdq"] | None = None
+    quantize: QuantizationName | None = None  # linear layers: their weights, or weights and calibrated inputs
     fold_padding: bool = False  # leave padded channel pairs unrotated, their constant in the q and k projections
 
     def __post_init__(self) -> None:
         super().__post_init__()
         static = self.cache == "static"
-        if self.quantize and not self.calibrated and self.dtype == "bf16":
+        if (row := self.quantization) and row.dtypes and not row.takes(self.dtype):
+            others = either(other for other in QUANTIZATIONS.values() if other.takes(self.dtype))
             raise ConfigError(
-                f"quantize is {self.quantize} and dtype is bf16, but ONNX Runtime has no such product in bf16",
-                hint="Choose dtype fp32 or fp16, or quantize int8-qdq or fp8-qdq.",
+                f"quantize is {row.name} and dtype is {self.dtype}, "
+                f"but ONNX Runtime has no such product in {self.dtype}",
+                hint=f"Choose dtype {either(row.dtypes)}, or quantize {others}.",
             )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
@@ -195,13 +202,18 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
 
     @property
     def calibrated(self) -> bool:
-        """Whether linear layers round their inputs too, by QuantizeLinear and DequantizeLinear."""
-        return self.quantize in ("int8-qdq", "fp8-qdq")
+        """Whether linear layers round their inputs too."""
+        return self.quantization is not None and self.quantization.calibrated
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How linear layers are rounded, if they are."""
+        return QUANTIZATIONS[self.quantize] if self.quantize else None
 
     @property
     def precision(self) -> str:
         """The dtype by its whole name."""
-        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.dtype]
+        return DTYPES[self.dtype].precision
 
     @property
     def described(self) -> str:

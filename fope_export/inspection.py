@@ -42,7 +42,7 @@ def _checkpoint(path: Path) -> Description:
     shared = sum("layers.0." in name for name in tensors)
     shown = {name: shape for name, shape in tensors.items() if "layers." not in name or name.startswith("layers.0.")}
     return {
-        "checkpoint": {"path": str(path), "layout": checkpoint.dialect, "parameters": f"{parameters:,}"},
+        "checkpoint": {"path": str(path), "layout": checkpoint.layout, "parameters": f"{parameters:,}"},
         "model": _model(checkpoint.config),
         "spectrum": _spectrum(checkpoint.config.spectrum, spectrum.describe()),
         f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
@@ -59,7 +59,7 @@ def _bundle(bundle: Bundle) -> Description:
         "bundle": {
             "path": str(bundle.path),
             "made by": f"fope-export {manifest.tool_version}",
-            "from": f"{manifest.source.path} ({manifest.source.dialect})",
+            "from": f"{manifest.source.path} ({manifest.source.layout})",
             "written as": _written(manifest),
         },
         **_what(manifest),

@@ -9,6 +9,7 @@ import msgspec
 
 from fope_export.config import Count, ExportConfig, ModelConfig, Size, SpectrumConfig
 from fope_export.documents import as_record, read_object
+from fope_export.dtypes import DTYPES
 from fope_export.errors import BundleError, ConfigError, DocumentError, cut
 
 MANIFEST = "fope_export.json"
@@ -22,7 +23,7 @@ gets those of the last, -1.
 REPORTS, ENGINES = "reports/", "engines/"
 FORMAT_VERSION = 1
 AGAIN = "Export the checkpoint again."
-DTYPES = frozenset(
+ELEMENTS = frozenset(
     "float float16 bfloat16 double int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
 )
 """Element types of inputs and outputs."""
@@ -42,7 +43,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shape: list[Size | Name]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype not in ELEMENTS:
             raise ConfigError(f"{cut(self.name)} has the unknown dtype {cut(self.dtype)}", hint=AGAIN)
 
     def names(self) -> set[str]:
@@ -70,7 +71,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     path: str
-    dialect: str
+    layout: str = msgspec.field(name="dialect")  # as bundles of format version 1 call it
     files: dict[Name, Digest]
 
 
@@ -177,7 +178,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 SPECTRUM = {"freq", "sin_coef_sha256", "cos_coef_sha256"}
-ELEMENTS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
 """Symbolic sizes of a decoder's inputs."""
 
@@ -190,7 +190,7 @@ def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
         "attention_mask": [batch, total],
         "position_ids": [batch, sequence],
     }
-    dtype = ELEMENTS[export.dtype]
+    dtype = DTYPES[export.dtype].element
     room = export.capacity if export.cache == "static" else past
     if room is None:
         raise ConfigError("a static cache without a capacity", hint=AGAIN)
@@ -202,7 +202,7 @@ def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
 
 def decoder_outputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port | None]:
     """Its outputs by name, the cache's without what is said of them."""
-    logits = Port(name="logits", dtype=ELEMENTS[export.dtype], shape=[*SIZES[:2], model.vocab_size])
+    logits = Port(name="logits", dtype=DTYPES[export.dtype].element, shape=[*SIZES[:2], model.vocab_size])
     names = (f"present.{i}.{part}" for i in range(model.num_layers) for part in ("key", "value"))
     return {"logits": logits, **dict.fromkeys(names)}
 

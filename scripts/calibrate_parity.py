@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the processor to others
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's never wait passively
 
 from calibrate.places import place_all
 from calibrate.power import try_all

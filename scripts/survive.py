@@ -167,7 +167,7 @@ def write_checkpoint(folder: Path) -> None:
     from fope_export.config import ModelConfig
     from fope_export.fope.rotary import FopeRotary
     from fope_export.model.decoder import Decoder
-    from fope_export.model.native import save
+    from fope_export.model.layouts.native import save
     from fope_export.tokens import byte_tokenizer
 
     rotary = FopeRotary.create(head_dim=16, groups=2, training_length=32)

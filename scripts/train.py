@@ -34,7 +34,7 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
-from fope_export.model.native import save
+from fope_export.model.layouts.native import save
 from fope_export.parity.cases import FACTORS
 from fope_export.tokens import byte_tokenizer
 

@@ -20,10 +20,10 @@ from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.export import export
-from fope_export.model import olmo
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
-from fope_export.model.native import save
+from fope_export.model.layouts import olmo
+from fope_export.model.layouts.native import save
 from fope_export.tokens import byte_tokenizer
 
 DATA = Path(__file__).parent / "data"
@@ -135,7 +135,7 @@ def variant_flags(name: str) -> dict[str, Any]:
 def variant_tensors(name: str) -> dict[str, torch.Tensor]:
     """The weights that the expected logits were computed with, in the checkpoint's names and shapes."""
     flags = msgspec.convert(variant_flags(name), olmo.OlmoFlags, strict=False)
-    plan = olmo.blueprint(flags)
+    plan = olmo.weight_map(flags)
     with torch.device("meta"):
         state = Decoder(plan.config).state_dict()
     shapes = {}

@@ -5,7 +5,7 @@ import pytest
 
 from fope_export.config import BuildConfig, ExportConfig, ModelConfig, SpectrumConfig, convert
 from fope_export.errors import ConfigError
-from fope_export.model.olmo import OlmoFlags
+from fope_export.model.layouts.olmo import OlmoFlags
 from tests.conftest import small_decoder
 
 GOOD = small_decoder().config

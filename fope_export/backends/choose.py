@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from subprocess import TimeoutExpired
@@ -13,6 +13,7 @@ from fope_export.backends.base import Backend, Limits
 from fope_export.backends.ort import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
+from fope_export.dtypes import DTYPES, either
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.errors import BackendError
@@ -119,13 +120,13 @@ class Row:
     load: Callable[[Bundle, "Settings"], Backend]
     limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
-    widened: Mapping[str, str] = field(default_factory=dict)
-    """Dtypes of a bundle that it computes in another one."""
+    widens: bool = False
+    """Whether it computes a copy where the dtype has one (`Dtype.widened`)."""
 
     def arithmetic(self, bundle: Bundle) -> str:
         """The dtype that it computes the bundle in."""
-        precision = bundle.manifest.export.precision
-        return self.widened.get(precision, precision)
+        dtype = DTYPES[bundle.manifest.export.dtype]
+        return ((self.widens and dtype.widened) or dtype).precision
 
 
 def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
@@ -149,10 +150,12 @@ def _trt_limits(bundle: Bundle) -> Limits:
 def _load_ort_cuda(bundle: Bundle, settings: Settings) -> Backend:
     from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
-    if OPTIMISED not in bundle.manifest.files or bundle.manifest.export.dtype != "fp16":
+    taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
+    if OPTIMISED not in bundle.manifest.files or DTYPES[bundle.manifest.export.dtype] not in taken:
         raise BackendError(
-            f"{bundle.path} has no optimised file in float16, which is what ONNX Runtime's attention takes on a GPU",
-            hint="fope-export export --dtype fp16, then fope-export optimize.",
+            f"{bundle.path} has no optimised file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
+            "ONNX Runtime's attention takes on a GPU",
+            hint=f"fope-export export --dtype {either(taken)}, then fope-export optimize.",
         )
     return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
@@ -203,7 +206,7 @@ BACKENDS: dict[str, Row] = {
         _load_ort,
         _ort_limits,
         _without_ort,
-        {"bfloat16": "float32"},
+        widens=True,
     ),
     "onnxruntime-cuda": Row("its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, _load_ort_cuda),
     "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),

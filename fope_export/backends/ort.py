@@ -2,40 +2,45 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
+from fope_export.dtypes import DTYPES, either
 from fope_export.engine.api import version_of
 from fope_export.errors import BackendError, require
 from fope_export.manifest import MODEL
+from fope_export.quantizations import QUANTIZATIONS
 from fope_export.scratch import scratch
+
+if TYPE_CHECKING:
+    from fope_export.graph.base import Pass
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES = {f"tensor({row.element})": getattr(np, row.precision) for row in DTYPES.values() if not row.widened}
+"""NumPy's, by ONNX Runtime's names: of the floating point numbers that it computes in."""
 NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
-    ((1, 32), "int8-qdq or fp8-qdq in fp16", lambda export: export.calibrated and export.dtype == "fp16"),
     ((1, 25), "a static cache", lambda export: export.cache == "static"),
     ((1, 24), "opset 24", lambda export: export.opset == 24),
-    ((1, 24), "int8-qdq or fp8-qdq", lambda export: export.calibrated),
     ((1, 23), "opset 23", lambda export: True),
 )
-"""The first ONNX Runtime that has the operators of a bundle, and by what it is known."""
+"""The first ONNX Runtime that has the operators of a bundle, and by what it is known; newest first."""
 
 
 class OrtBackend:
     """A bundle's model.onnx in ONNX Runtime. Caches are OrtValues, handed from step to step without a copy; a static
     one is written in place.
 
-    ONNX Runtime's CPU has no kernels for bfloat16: such a bundle runs as a copy with the same weights in float32, which
-    shows that the graph is right, and not what bfloat16 rounds.
+    Where ONNX Runtime's CPU has no kernels for a dtype, the bundle runs as a copy with the same weights in a wider one
+    (`Dtype.widened`), which shows that the graph is right, and not what the dtype rounds.
     """
 
     chunk = CHUNK
@@ -137,11 +142,21 @@ def session_of(
 
 def too_old(name: str, version: str, export: ExportConfig) -> str:
     """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
-    for oldest, what, concerned in NEEDS:
-        if concerned(export) and version_of(version) < oldest:
+    needs = [(oldest, what) for oldest, what, concerned in NEEDS if concerned(export)]
+    for oldest, what in sorted([*needs, *_of_quantization(export)], key=itemgetter(0), reverse=True):
+        if version_of(version) < oldest:
             wanted = ".".join(map(str, oldest))
             return f"{name} is {version}, and {what} needs {wanted}: pip install '{name}>={wanted}'"
     return ""
+
+
+def _of_quantization(export: ExportConfig) -> Iterator[tuple[tuple[int, int], str]]:
+    """What the way of rounding adds to NEEDS."""
+    since = export.quantization.since if export.quantization else ()
+    for version, dtype in since:
+        if dtype is None or dtype.name == export.dtype:
+            alike = either(row for row in QUANTIZATIONS.values() if row.since == since)
+            yield version, f"{alike} in {dtype.name}" if dtype else alike
 
 
 def open_session(
@@ -192,19 +207,28 @@ def failure(what: str, path: Path, cause: Exception) -> BackendError:
 
 @contextmanager
 def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Iterator[Path]:
-    """The bundle's file `name`, the float32 copy of a bfloat16 one, or one whose products do not round their inputs,
-    while a session loads it.
+    """The bundle's file `name`, a copy in a dtype that there are kernels for, or one whose products do not round their
+    inputs, while a session loads it.
     """
-    config = bundle.manifest.export
-    wide, exact = config.dtype == "bf16", exact and config.quantize is not None
-    if not (wide or exact):
+    if not (edits := _edits(bundle.manifest.export, exact=exact)):
         yield bundle.loadable(name)
         return
-    from fope_export.graph.passes import Widen, rewritten
-    from fope_export.graph.qdq import ExactInputs
-    from fope_export.graph.quantise import EXACT, Products
+    from fope_export.graph.passes import rewritten
 
-    unrounded = ExactInputs() if config.calibrated else Products(EXACT)
-    edits = [*([Widen()] if wide else []), *([unrounded] if exact else [])]
     with scratch() as folder:
         yield rewritten(bundle.loadable(name), folder / MODEL, edits)
+
+
+def _edits(export: ExportConfig, *, exact: bool) -> "list[Pass]":
+    """What makes that copy of a bundle that was exported so."""
+    dtype, row = DTYPES[export.dtype], export.quantization if exact else None
+    edits: list[Pass] = []
+    if dtype.widened:
+        from fope_export.graph.passes import Widen
+
+        edits.append(Widen(dtype, dtype.widened))
+    if row:
+        from fope_export.graph.ways import way_of
+
+        edits += way_of(row).exact()
+    return edits

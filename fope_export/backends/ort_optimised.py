@@ -18,7 +18,7 @@ from fope_export.manifest import KEPT, OPTIMISED
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
-NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+NUMPY = {torch.int64: np.int64} | {getattr(torch, kind.__name__): kind for kind in TYPES.values()}
 
 
 @dataclass
@@ -50,8 +50,7 @@ class SharedCache(NamedTuple):
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Of the dtype and on the device of `like`; on a host, what is never written takes no memory, unlike torch's."""
-    kind = np.float16 if like.dtype == torch.float16 else np.float32
-    return torch.from_numpy(np.zeros(shape, kind)).to(like.device)
+    return torch.from_numpy(np.zeros(shape, NUMPY[like.dtype])).to(like.device)
 
 
 class Bound:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
 from fope_export.bundle import Bundle
+from fope_export.dtypes import DTYPES
 from fope_export.engine import api
 from fope_export.engine.profiles import fitting
 from fope_export.engine.record import EngineRecord, newest_engine, plan_name
 from fope_export.errors import BackendError
-from fope_export.model.decoder import DTYPES
 
 
 def limits_of(bundle: Bundle) -> Limits:
@@ -64,7 +64,7 @@ class TrtBackend:
         self._engine = self._deserialize((bundle.path / plan_name(self.record.target)).read_bytes())
         self._device, self._stream = torch.device("cuda"), torch.cuda.Stream()
         self._contexts = {name: self._context(i) for i, name in enumerate(self.record.profiles)}
-        self._dtype = DTYPES[self.record.dtype]
+        self._dtype = getattr(torch, DTYPES[self.record.dtype].precision)
         self._records = cuda_graph and self.record.cache == "static"
 
     def _deserialize(self, plan: bytes) -> Any:

@@ -14,18 +14,18 @@ from fope_export.backends.choose import BACKENDS, Machine, Settings, load_backen
 from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
+from fope_export.dtypes import DTYPES, FP32
 from fope_export.errors import BackendError
 from fope_export.generation import prefill
 from fope_export.manifest import OPTIMISED
+from fope_export.quantizations import INT4, QUANTIZATIONS
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
 ORT, OURS, CUDA = "onnxruntime", "onnxruntime, optimised", "onnxruntime-cuda"
 GRAPH = ", CUDA graph"
 """Ends the name of a contender that records its decoding in a CUDA graph."""
-ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int4": 0.5}
-"""How far a contender may be from eager PyTorch (`greedy.distance`), by what its arithmetic rounds to: int4 is held to
-what rounding does to random weights. Another model is about 1 away.
-"""
+ALLOWED = {name: row.apart for name, row in DTYPES.items()} | {name: row.apart for name, row in QUANTIZATIONS.items()}
+"""How far a contender may be from eager PyTorch, by what its arithmetic rounds to."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +116,7 @@ def _backend(name: str, optimised: bool, job: Job, *, cuda_graph: bool = False) 
 
 
 def _of_bundle(bundle: Bundle) -> int:
-    width = {"fp32": 4}.get(bundle.manifest.export.dtype, 2)
+    width = DTYPES[bundle.manifest.export.dtype].itemsize
     return _read_by_a_token(bundle.manifest.decoder(), _bytes(bundle.path.glob("model.onnx*")), width)
 
 
@@ -215,23 +215,23 @@ CONTENDERS: dict[str, Row] = {
         "the same, decoding recorded", partial(_backend, CUDA, True, cuda_graph=True), BACKENDS[CUDA].missing,
         device="cuda",
     ),
-    TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds="fp32"),
+    TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds=FP32.name),
     f"{OURS}, RoPE twin": Row(
         "the twin, exported and optimised as the bundle was", partial(_backend, ORT, True), _without_ort, "any",
         True, _export_ours,
     ),
     "genai": Row("the bundle in ONNX Runtime GenAI", _genai_ours, _without("onnxruntime-genai"), "genai"),
-    "genai fp32": Row(
+    f"genai {FP32.name}": Row(
         "the twin in ONNX Runtime GenAI, by its model builder", _genai, _without("onnxruntime-genai"), "genai",
-        True, partial(_build_genai, "fp32"), "fp32",
+        True, partial(_build_genai, FP32.name), FP32.name,
     ),
-    "genai int4": Row(
-        "the same with int4 weights", _genai, _without("onnxruntime-genai"), "genai", True,
-        partial(_build_genai, "int4"), "int4",
+    f"genai {INT4.name}": Row(
+        f"the same with {INT4.name} weights", _genai, _without("onnxruntime-genai"), "genai", True,
+        partial(_build_genai, INT4.name), INT4.name,
     ),
-    "optimum fp32": Row(
+    f"optimum {FP32.name}": Row(
         "the twin in Optimum's ORTModelForCausalLM, by its exporter", _optimum, _without("optimum-onnx"), "optimum",
-        True, _export_optimum, "fp32",
+        True, _export_optimum, FP32.name,
     ),
 }  # fmt: skip
 """In the order in which they are shown; eager PyTorch, which the others are compared with, comes first."""

@@ -19,6 +19,7 @@ from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
 from fope_export.documents import read_object
+from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.manifest import judged_files
 from fope_export.model.checkpoint import source_of
@@ -194,7 +195,7 @@ def benchmark(
                     stage("measuring memory")  # again and again, because others may use it too
                     measured = workers[EAGER].ask("bandwidth")
                     bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
-    width = {"fp32": 4}.get(export.dtype, 2)
+    width = DTYPES[export.dtype].itemsize
     cells = tuple(_joined(same) for same in zip(*sittings, strict=True))
     return BenchResult(config, threads, bandwidth, tuple(entries.values()), cells, model, width)
 
@@ -235,7 +236,7 @@ def _enter(
         if job.contender == EAGER:
             raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
         return Entry(job.contender, row.what, str(error))
-    allowed = ALLOWED[row.rounds or ("int4" if bundle.manifest.export.quantize else bundle.manifest.export.dtype)]
+    allowed = ALLOWED[row.rounds or bundle.manifest.export.quantize or bundle.manifest.export.dtype]
     if not away <= allowed:
         del workers[job.contender]
         return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)

@@ -9,7 +9,7 @@ from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.decoder import Decoder
-from fope_export.model.native import save
+from fope_export.model.layouts.native import save
 
 SHAPES = {"60M": (512, 8, 8), "180M": (1024, 8, 8), "1.2B": (2048, 16, 16)}
 """Hidden size, heads, layers of the paper's models; trained at 512."""

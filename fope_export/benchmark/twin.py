@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fope_export.config import ModelConfig
 from fope_export.errors import ConfigError
+from fope_export.graph.companions import CONTEXT_LENGTH, hugging_face
 from fope_export.tokens import byte_tokenizer
 
 THETA = 10_000.0
-POSITIONS = 131_072
 DEVIATION = 0.02
 
 
@@ -42,20 +42,8 @@ def _different(config: ModelConfig) -> str:
 
 def _description(config: ModelConfig) -> dict[str, Any]:
     """config.json. GenAI's builder wants a rope_scaling that is not null, and an end of text that is a number."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.spectrum.head_dim,
+    return hugging_face(config, CONTEXT_LENGTH) | {
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": THETA,
         "rope_scaling": {"rope_type": "default", "rope_theta": THETA},
         "attention_bias": False,

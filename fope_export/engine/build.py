@@ -11,6 +11,7 @@ import msgspec
 
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import BuildConfig
+from fope_export.dtypes import DTYPES, FP16, either
 from fope_export.engine import api, compile, profiles
 from fope_export.engine.record import EngineRecord, plan_name, record_name
 from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
@@ -20,6 +21,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, ModuleRecord
 from fope_export.place import OURS
 from fope_export.processes import child, environment, python
+from fope_export.quantizations import QUANTIZATIONS
 
 
 def build(
@@ -44,18 +46,7 @@ def build(
 def _built(bundle: Bundle, config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[Bundle, EngineRecord]:
     manifest = bundle.manifest
     ranges = profiles.make_profiles(config, manifest)
-    if manifest.export.quantize and not manifest.export.calibrated:
-        raise ConfigError(
-            f"{bundle.path} has {manifest.export.quantize} weights for an operator that only ONNX Runtime has",
-            hint="Export with --quantize int8-qdq or fp8-qdq, or without and with --dtype fp16, and build from that.",
-        )
-    if manifest.export.quantize == "fp8-qdq" and (older := [n for n in config.architectures if int(n[2:]) < 89]):
-        raise ConfigError(
-            f"{', '.join(older)} has no float8, which {bundle.path} multiplies in",
-            hint="Build with --target tensorrt-rtx:sm89,sm120, or export with --quantize int8-qdq for it.",
-        )
-    if manifest.export.dtype == "bf16" and "sm75" in config.architectures:
-        raise ConfigError("sm75 has no bfloat16", hint="Export with --dtype fp16 for it, or leave it out.")
+    _check_numbers(bundle, config)
     api.check_installed(config.library)
     tools, plugin = _plugin(config, report) if config.plugin else (None, None)
     layers = 0 if isinstance(manifest.model, ModuleRecord) else manifest.model.num_layers
@@ -81,6 +72,36 @@ def _built(bundle: Bundle, config: BuildConfig, report: Callable[[str, int, int]
         )  # fmt: skip
         content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         return bundle.put({plan_name(config.target): plan, record_name(config.target): content}), record
+
+
+def _check_numbers(bundle: Bundle, config: BuildConfig) -> None:
+    """Raises ConfigError where TensorRT or a GPU of the target does not multiply what the bundle holds."""
+    dtype, row = DTYPES[bundle.manifest.export.dtype], bundle.manifest.export.quantization
+    ways = [way for way in QUANTIZATIONS.values() if way.engines]
+    if row and not row.engines:
+        raise ConfigError(
+            f"{bundle.path} has {row.name} weights for an operator that only ONNX Runtime has",
+            hint=f"Export with --quantize {either(ways)}, "
+            f"or without and with --dtype {FP16.name}, and build from that.",
+        )
+    if row and (older := _older(config, row.architecture)):
+        usual = BuildConfig()
+        newer = [name for name in usual.architectures if name not in _older(usual, row.architecture)]
+        raise ConfigError(
+            f"{', '.join(older)} has no {row.product}, which {bundle.path} multiplies in",
+            hint=f"Build with --target {usual.library}:{','.join(newer)}, or export with --quantize "
+            f"{either(way for way in ways if not _older(config, way.architecture))} for it.",
+        )
+    if older := _older(config, dtype.architecture):
+        raise ConfigError(
+            f"{', '.join(older)} has no {dtype.precision}",
+            hint=f"Export with --dtype {FP16.name} for it, or leave it out.",
+        )
+
+
+def _older(config: BuildConfig, architecture: int) -> list[str]:
+    """The GPUs of the target that came before sm<architecture>."""
+    return [name for name in config.architectures if int(name.removeprefix("sm")) < architecture]
 
 
 def _plugin(config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[compile.Toolchain, Path]:

@@ -5,6 +5,7 @@ frequencies, F rotated pairs, G coefficient groups (1, or as many as key-value h
 everything may import it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 DOMAIN = "fope"
@@ -34,22 +35,40 @@ OUTPUTS = (
     Port("q_rotated", "T", ("B", "S", "H", "E")),
     Port("k_rotated", "T", ("B", "S", "K", "E")),
 )
-SETTINGS: dict[str, type] = {
-    "sin_pad": float,  # sine of the R/2 - F pairs that no frequency turns
-    "cos_pad": float,  # and their cosine
-    "sign": float,  # +1 (the authors' code) or -1 (the paper's appendix)
-    "interleaved": bool,  # pairs are (2i, 2i + 1) instead of (i, i + R/2)
-    "rotary_dim": int,  # R, the first channels of a head, which form pairs; the others pass as they are
-    "full_precision": bool,  # rotate in float32 whatever T is, instead of in T
+NUMBERS = INPUTS[3:]
+"""What a spectrum is made of beside its configuration."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the operator is told of a spectrum's configuration: a field as a `kind`, or whether it is `value`."""
+
+    kind: type[float] | type[int] | type[bool]
+    field: str
+    value: str | None = None
+
+    def of(self, configuration: object) -> float:
+        """Its value for one spectrum."""
+        said = getattr(configuration, self.field)
+        return self.kind(said if self.value is None else said == self.value)
+
+
+SETTINGS = {
+    "sin_pad": Setting(float, "sin_pad"),  # sine of the R/2 - F pairs that no frequency turns
+    "cos_pad": Setting(float, "cos_pad"),  # and their cosine
+    "sign": Setting(float, "sign"),  # +1 (the authors' code) or -1 (the paper's appendix)
+    "interleaved": Setting(bool, "pairing", "interleaved"),  # pairs are (2i, 2i + 1) instead of (i, i + R/2)
+    "rotary_dim": Setting(int, "rotary_dim"),  # R, the first channels of a head, which form pairs; others stay
+    "full_precision": Setting(bool, "full_precision"),  # rotate in float32 whatever T is, instead of in T
 }
 """What the spectrum decides beside its numbers; the arguments of the torch operator after its tensors."""
+SIZES = {"head_dim": "E", "frequencies": "D", "pairs": "F", "groups": "G"}
+"""The other fields of a spectrum's configuration, which the tensors' shapes tell."""
+FLOAT = 1
+"""float32 as an ONNX element type."""
 ATTRIBUTES: dict[str, type] = {
-    "sin_pad": float,
-    "cos_pad": float,
-    "sign": float,
-    "interleaved": int,
-    "rotary_dim": int,
-    "compute_dtype": int,  # ONNX element type that the rotation runs in: 1 with full precision, else T's
+    **{name: int if of.kind is bool else of.kind for name, of in SETTINGS.items() if name != "full_precision"},
+    "compute_dtype": int,  # ONNX element type that the rotation runs in: float32 with full precision, else T's
     "head_dim": int,  # E
     "heads_per_group": int,  # H / G
     "kv_heads_per_group": int,  # K / G
@@ -57,3 +76,22 @@ ATTRIBUTES: dict[str, type] = {
 """What the ONNX node carries: the settings, and the shapes that a function's body cannot derive."""
 DISPATCH = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """What TensorRT looks for on the node before it takes a plugin instead of the function's body."""
+
+
+def settings(configuration: object) -> dict[str, float]:
+    """SETTINGS as a spectrum's configuration has them."""
+    return {name: setting.of(configuration) for name, setting in SETTINGS.items()}
+
+
+def attributes(
+    told: Mapping[str, float], *, dtype: int, head_dim: int, heads: int, kv_heads: int, groups: int
+) -> dict[str, float]:
+    """ATTRIBUTES of a call with the settings `told`, whose T is the ONNX element type `dtype`."""
+    values = {
+        **told,
+        "compute_dtype": FLOAT if told["full_precision"] else dtype,
+        "head_dim": head_dim,
+        "heads_per_group": heads // groups,
+        "kv_heads_per_group": kv_heads // groups,
+    }
+    return {name: kind(values[name]) for name, kind in ATTRIBUTES.items()}

@@ -59,11 +59,6 @@ def yarn(
     return freq / scale * (1 - keep) + freq * keep
 
 
-def yarn_attention_factor(scale: float) -> float:
-    """The factor on sine and cosine in Hugging Face's YARN; the authors' YARN has none."""
-    return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
-
-
 def extended(freq: Tensor, dim: int, kind: str, *, original_length: int, length: int) -> Tensor:
     """The kept frequencies [D] of a model trained at `original_length`, for contexts of `length`: "pi" or "yarn".
 

@@ -80,17 +80,17 @@ def _turn(x: Tensor, sin: Tensor, cos: Tensor, interleaved: bool) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-    *tensors, ctx.sin_pad, ctx.cos_pad, ctx.sign, ctx.interleaved, ctx.rotary_dim, ctx.full_precision = inputs
-    ctx.save_for_backward(*tensors)
+    tensors = len(contract.INPUTS)
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.settings = dict(zip(contract.SETTINGS, inputs[tensors:], strict=True))
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     """The rotation's transpose turns the other way; a coefficient collects its basis times the pairs it mixed into."""
     q, k, position_ids, freq, sin_coef, cos_coef = ctx.saved_tensors
-    back = rotary(
-        dq, dk, position_ids, freq, sin_coef, cos_coef,
-        ctx.sin_pad, ctx.cos_pad, -ctx.sign, ctx.interleaved, ctx.rotary_dim, ctx.full_precision,
-    )  # fmt: skip
+    sign, interleaved, rotary_dim = (ctx.settings[name] for name in ("sign", "interleaved", "rotary_dim"))
+    other_way = ctx.settings | {"sign": -sign}
+    back = rotary(dq, dk, position_ids, freq, sin_coef, cos_coef, *other_way.values())
     dsin, dcos = None, None
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -98,15 +98,15 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         by_sin = by_cos = sin_coef.new_zeros((), dtype=wide)
         for x, grad in ((q, dq), (k, dk)):
             (left, right), (dleft, dright) = (
-                (half[..., :pairs].to(wide) for half in _split(t[..., : ctx.rotary_dim], groups, ctx.interleaved))
+                (half[..., :pairs].to(wide) for half in _split(t[..., :rotary_dim], groups, interleaved))
                 for t in (x, grad)
             )
-            by_sin = by_sin + (dright * left - dleft * right).sum(3) * ctx.sign
+            by_sin = by_sin + (dright * left - dleft * right).sum(3) * sign
             by_cos = by_cos + (dleft * left + dright * right).sum(3)
         mixed = "bsd,bsgf->gdf"
         dsin = torch.einsum(mixed, _basis(position_ids, freq, torch.sin, wide), by_sin).to(sin_coef.dtype)
         dcos = torch.einsum(mixed, _basis(position_ids, freq, torch.cos, wide), by_cos).to(cos_coef.dtype)
-    return *back, None, None, dsin, dcos, None, None, None, None, None, None
+    return *back, None, None, dsin, dcos, *[None] * len(contract.SETTINGS)
 
 
 rotary.register_autograd(_backward, setup_context=_save)
@@ -162,8 +162,8 @@ class FopeRotary(nn.Module):
         """The module that rotates by `spectrum`, with its own copy of the numbers."""
         module = cls(spectrum.config, learnable=learnable, normalize=normalize)
         with torch.no_grad():
-            for name in ("freq", "sin_coef", "cos_coef"):
-                getattr(module, name).copy_(torch.from_numpy(getattr(spectrum, name)))
+            for port in contract.NUMBERS:
+                getattr(module, port.name).copy_(torch.from_numpy(getattr(spectrum, port.name)))
         return module
 
     @property
@@ -177,11 +177,8 @@ class FopeRotary(nn.Module):
         return normalized(self.sin_coef), normalized(self.cos_coef)
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.config
-        turned: tuple[Tensor, Tensor] = self.operator(
-            q, k, position_ids, self.freq, *self._coefficients(), c.sin_pad, c.cos_pad, float(c.sign),
-            c.pairing == "interleaved", c.rotary_dim, c.full_precision,
-        )  # fmt: skip
+        told = contract.settings(self.config).values()
+        turned: tuple[Tensor, Tensor] = self.operator(q, k, position_ids, self.freq, *self._coefficients(), *told)
         return turned
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

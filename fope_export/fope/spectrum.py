@@ -1,4 +1,4 @@
-"""The canonical spectrum: what every dialect's flags and coefficients come down to (arXiv 2412.17739, Eq. 13)."""
+"""The canonical spectrum: what every layout's flags and coefficients come down to (arXiv 2412.17739, Eq. 13)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fope_export.config import CONTRADICTION, SpectrumConfig, convert
 from fope_export.errors import ConfigError
+from fope_export.fope import contract
 
 Floats = NDArray[np.float32]
 
@@ -30,13 +31,9 @@ class Spectrum:
     cos_coef: Floats
 
     def __post_init__(self) -> None:
-        c = self.config
-        wanted = {
-            "freq": (c.frequencies,),
-            "sin_coef": (c.groups, c.frequencies, c.pairs),
-            "cos_coef": (c.groups, c.frequencies, c.pairs),
-        }
-        for name, shape in wanted.items():
+        sizes = {letter: getattr(self.config, field) for field, letter in contract.SIZES.items()}
+        for port in contract.NUMBERS:
+            name, shape = port.name, tuple(sizes[letter] for letter in port.shape)
             value = getattr(self, name)
             if value.shape != shape or value.dtype != np.float32:
                 raise ConfigError(

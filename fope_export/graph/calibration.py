@@ -17,10 +17,9 @@ from fope_export.documents import LISTING, read_bytes, read_json
 from fope_export.errors import BundleError, ConfigError, ExportError, cut, require
 from fope_export.model.decoder import Decoder
 from fope_export.model.tensors import read_array
+from fope_export.quantizations import QUANTIZATIONS
 from fope_export.tokens import Text
 
-RECIPES = {"int8-qdq": "INT8_DEFAULT_CFG", "fp8-qdq": "FP8_DEFAULT_CFG"}
-"""Model Optimizer's own: inputs per tensor; int8 weights per output and float8 ones per tensor; not `lm_head`."""
 SAMPLED = 1 << 13
 """Tokens to calibrate with."""
 LONGEST = 1024
@@ -55,7 +54,7 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
                 positions = torch.arange(ids.shape[1])[None]
                 calibrated(ids, torch.ones_like(ids), positions, calibrated.empty_cache(1))
 
-        recipe = getattr(optimizer, RECIPES[kind])
+        recipe = getattr(optimizer, QUANTIZATIONS[kind].recipe)
         try:
             with torch.no_grad():
                 measured = optimizer.quantize(copy.deepcopy(model).float(), recipe, forward_loop=run)

@@ -20,17 +20,18 @@ from torch.export import Dim, ExportedProgram
 
 from fope_export.bundle import Bundle, check_target, complete, creating
 from fope_export.config import ExportConfig, ModelConfig
+from fope_export.dtypes import FP16, either
 from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
 from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
-from fope_export.graph.qdq import InsertQdq
-from fope_export.graph.quantise import QuantiseWeights
 from fope_export.graph.translation import TRANSLATIONS
+from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
 from fope_export.model.decoder import Decoder
+from fope_export.quantizations import calibrated
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in model.onnx; the others go to model.onnx.data."""
@@ -52,7 +53,7 @@ def export(
 
     A bundle that stands there is replaced; the same checkpoint gives the same bytes. Another writer is waited for, for
     `lock_timeout` seconds. `report` is told each stage, and `progress` the bytes of weights that are written, and of
-    all. `calibration` is a file with text or token ids for int8-qdq and fp8-qdq, in place of Python's standard library.
+    all. `calibration` is a file with text or token ids for what is calibrated, in place of Python's standard library.
 
     Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantiser is not installed;
     then `out` is as it was.
@@ -87,7 +88,7 @@ def _ranges(
     if not (config.quantize and config.calibrated):
         if file:
             raise ConfigError(
-                f"{file} calibrates nothing", hint="Choose quantize int8-qdq or fp8-qdq, or leave it out."
+                f"{file} calibrates nothing", hint=f"Choose quantize {either(calibrated())}, or leave it out."
             )
         return {}
     report("calibrating")
@@ -103,7 +104,7 @@ def require_space(out: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise ExportError(
             f"{out} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free on the disk",
-            hint="Make room or choose another disk; --dtype fp16 halves what float32 takes.",
+            hint=f"Make room or choose another disk; --dtype {FP16.name} halves what float32 takes.",
         )
 
 
@@ -137,7 +138,7 @@ def check(path: Path) -> None:
 
 
 def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:
-    origin = Source(path=str(source.path.resolve()), dialect=source.dialect, files=source.hashes())
+    origin = Source(path=str(source.path.resolve()), layout=source.layout, files=source.hashes())
     spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
     return manifest_of(model, config, origin, source.model.config, spectra)
 
@@ -180,9 +181,8 @@ def to_onnx(model: Decoder, config: ExportConfig, ranges: Mapping[str, Ranges] |
     with quiet():
         program = trace(model, config.capacity or 0)
         finished = lower(program, config, inputs, outputs, _dimensions)
-    if config.quantize:
-        quantiser = InsertQdq(config.quantize, ranges or {}) if config.calibrated else QuantiseWeights(config.quantize)
-        quantiser(finished)
+    if row := config.quantization:
+        way_of(row).write(row.name, ranges or {})(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fope_export.bundle import Bundle, check_target, complete, creating
 from fope_export.config import ExportConfig
+from fope_export.dtypes import FP32
 from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
@@ -81,7 +82,7 @@ def export_module(
         rotations={name: rotary.config for name, rotary in rotations.items()},
         calls=sum(node.domain == contract.DOMAIN for node in model.graph),
     )
-    source = Source(path=class_name(module), dialect="module", files={"state_dict": state_hash(module)})
+    source = Source(path=class_name(module), layout="module", files={"state_dict": state_hash(module)})
     with creating(out, lock_timeout=lock_timeout) as folder:
         save(model, folder / MODEL)
         check(folder / MODEL)
@@ -142,7 +143,7 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
             hint="Construct one in its attention, or put it in your own code's place with replace_rotary(module, …).",
         )
     for name, weight in module.named_parameters():
-        if weight.dtype in (torch.float16, torch.bfloat16) and not weight.isfinite().all():
+        if weight.is_floating_point() and weight.dtype.itemsize < FP32.itemsize and not weight.isfinite().all():
             raise ExportError(
                 f"{name} holds NaN or infinity in {weight.dtype}",
                 hint="Was it cast? float16 ends at 65,504: bfloat16 has float32's range.",
@@ -151,7 +152,7 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
 
 
 def _resolved(config: ExportConfig, module: nn.Module) -> ExportConfig:
-    """With the module's dtype, of which float16 and bfloat16 weigh more than float32 beside them."""
+    """With the module's dtype, of several the last in the table."""
     plain = ExportConfig(opset=config.opset)
     if others := [name for name in config.__struct_fields__ if getattr(config, name) != getattr(plain, name)]:
         raise ConfigError(
@@ -162,8 +163,8 @@ def _resolved(config: ExportConfig, module: nn.Module) -> ExportConfig:
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point() and id(p) not in inside}
     if unknown := dtypes - NAMES.keys():
         raise ExportError(f"{type(module).__name__} has weights in {unknown.pop()}", hint="Call module.float() before.")
-    halves = [name for dtype, name in NAMES.items() if dtype in dtypes and name != "fp32"]
-    return msgspec.structs.replace(config.resolved(1), dtype=halves[-1] if halves else "fp32")
+    present = [name for dtype, name in NAMES.items() if dtype in dtypes]
+    return msgspec.structs.replace(config.resolved(1), dtype=present[-1] if present else FP32.name)
 
 
 def constant(module: nn.Module) -> nn.Module:

@@ -14,9 +14,9 @@ from fope_export.errors import ConfigError, ExportError, cut
 from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
-from fope_export.graph.quantise import INT8, Products
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
+from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, OPTIMISED
 from fope_export.place import OURS
@@ -52,9 +52,9 @@ def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
             f"{bundle.path} has a static cache, and what is optimised is the growing one",
             hint="Export with --cache dynamic; the optimised file then writes its cache in place.",
         )
-    passes = [*FUSIONS, TopologicalSortPass(), RemoveUnusedNodesPass()]
-    if int8_activations and export.quantize and not export.calibrated:
-        passes.append(Products(INT8))
+    passes: list[InPlacePass] = [*FUSIONS, TopologicalSortPass(), RemoveUnusedNodesPass()]
+    if int8_activations and export.quantization:
+        passes += way_of(export.quantization).fast()
     portable = bundle.model
     try:
         model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model

@@ -1,4 +1,4 @@
-"""The edits that make a portable file of what torch translated, and the float32 copy of a bfloat16 one."""
+"""The edits that make a portable file of what torch translated, and a copy in a wider dtype of a finished one."""
 
 import ast
 import os.path
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassError, PassResult, PostconditionError, PreconditionError, Sequential
 
+from fope_export.dtypes import Dtype
 from fope_export.errors import BundleError, cut
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
@@ -20,7 +21,6 @@ from fope_export.graph.translation import function
 
 NUMBERS = [i for i, port in enumerate(contract.INPUTS) if port.dtype == "float32"]
 """The ports of a FopeRotary call that take the spectrum's numbers."""
-NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch.onnx leaves the path of the module that a node came from."""
 
@@ -109,37 +109,41 @@ def _rotations(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 class Widen(Pass):
-    """Every bfloat16 value becomes float32, in the main graph; FopeRotary's body follows its attribute."""
+    """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute."""
+
+    def __init__(self, narrow: Dtype, wide: Dtype) -> None:
+        super().__init__()
+        self._narrow, self._from, self._to = narrow.precision, element_of(narrow), element_of(wide)
 
     def requires(self, model: ir.Model) -> None:
-        if not any(_narrow(model.graph)):
-            raise PreconditionError("the model has nothing in bfloat16")
+        if not any(_found(model.graph, self._from)):
+            raise PreconditionError(f"the model has nothing in {self._narrow}")
 
     def call(self, model: ir.Model) -> PassResult:
         for value in _values(model.graph):
-            if value.dtype == NARROW:
-                value.dtype = WIDE
-            if (tensor := value.const_value) is not None and tensor.dtype == NARROW:
+            if value.dtype == self._from:
+                value.dtype = self._to
+            if (tensor := value.const_value) is not None and tensor.dtype == self._from:
                 value.const_value = ir.LazyTensor(
-                    partial(_as_float32, tensor), WIDE, ir.Shape(tensor.shape.numpy()), name=tensor.name
+                    partial(_converted, tensor, self._to), self._to, ir.Shape(tensor.shape.numpy()), name=tensor.name
                 )
         for node, name in _dtypes(model.graph):
-            if node.attributes[name].as_int() == NARROW:
-                node.attributes[name] = ir.AttrInt64(name, WIDE)
+            if node.attributes[name].as_int() == self._from:
+                node.attributes[name] = ir.AttrInt64(name, self._to)
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        if left := next(_narrow(model.graph), None):
-            raise PostconditionError(f"{left} is in bfloat16")
+        if left := next(_found(model.graph, self._from), None):
+            raise PostconditionError(f"{left} is in {self._narrow}")
 
 
-def _narrow(graph: ir.Graph) -> Iterator[str | None]:
-    """Names of what is in bfloat16: values, numbers, and nodes that make them so."""
+def _found(graph: ir.Graph, dtype: ir.DataType) -> Iterator[str | None]:
+    """Names of what is in a dtype: values, numbers, and nodes that make them so."""
     for value in _values(graph):
-        if NARROW in (value.dtype, value.const_value.dtype if value.const_value is not None else None):
+        if dtype in (value.dtype, value.const_value.dtype if value.const_value is not None else None):
             yield value.name
     for node, name in _dtypes(graph):
-        if node.attributes[name].as_int() == NARROW:
+        if node.attributes[name].as_int() == dtype:
             yield node.name
 
 
@@ -154,8 +158,13 @@ def _dtypes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
     return ((node, name) for node in graph for name in names if name in node.attributes)
 
 
-def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+def element_of(dtype: Dtype) -> ir.DataType:
+    """A dtype as ONNX numbers it."""
+    return ir.DataType[dtype.element.upper()]
+
+
+def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().astype(to.numpy()), name=tensor.name)
 
 
 def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:

@@ -19,8 +19,9 @@ from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
-from fope_export.graph.quantise import Quantised, Rounding, array_of, linear_weight
 from fope_export.graph.reading import load_onnx
+from fope_export.graph.ways import Quantised, Rounding, array_of, linear_weight
+from fope_export.quantizations import QUANTIZATIONS
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 
@@ -43,19 +44,21 @@ class Grid(NamedTuple):
         return 0.51 * (np.ones_like(values) if whole else np.maximum(np.abs(values) / 8, 2**-9))
 
 
-GRIDS = {"int8-qdq": Grid(ir.DataType.INT8, 127.0), "fp8-qdq": Grid(ir.DataType.FLOAT8E4M3FN, 448.0)}
+GRIDS = {grid.dtype.name: grid for grid in (Grid(ir.DataType.INT8, 127.0), Grid(ir.DataType.FLOAT8E4M3FN, 448.0))}
+"""By ONNX's name of the numbers."""
 
 
 class InsertQdq(Pass):
-    """Have each calibrated linear layer read rounded inputs, and `<weight>.int8` (or .fp8) in place of `<weight>.T`.
+    """Have each calibrated linear layer read rounded inputs, and `<weight>.<numbers>` in place of `<weight>.T`.
 
     Weights are rounded when the file is written, one at a time.
     """
 
     def __init__(self, kind: str, ranges: Mapping[str, Ranges]) -> None:
-        """`ranges` are by the layer's name, as `calibrate` finds them."""
+        """Of a row; `ranges` are by the layer's name, as `calibrate` finds them."""
         super().__init__()
-        self._kind, self._grid, self._ranges = kind, GRIDS[kind], ranges
+        self._row, self._ranges = QUANTIZATIONS[kind], ranges
+        self._grid = GRIDS[self._row.element]
 
     def requires(self, model: ir.Model) -> None:
         layers = {_module(node) for node in model.graph if linear_weight(node) is not None}
@@ -71,7 +74,7 @@ class InsertQdq(Pass):
                 self._round_weight(builder.within(f"{module}/weight", before=node), node, weight, self._ranges[module])
                 self._round_input(builder.within(module, before=node), node, self._ranges[module])
         optimizer = require("modelopt", "modelopt")
-        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._kind}"
+        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
         return PassResult(model, modified=True)
 
     def _round_input(self, builder: GraphBuilder, node: ir.Node, ranges: Ranges) -> None:
@@ -88,8 +91,8 @@ class InsertQdq(Pass):
         name, tensor = weight.name.removesuffix(".T"), weight.const_value
         steps = self._scale(builder, f"{name}.scale", ranges.weight)
         read = partial(_rounded, tensor, array_of(steps), self._grid)
-        shape, kind = ir.Shape(tensor.shape.numpy()), self._kind.removesuffix("-qdq")
-        small = builder.initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{kind}"))
+        shape, numbers = ir.Shape(tensor.shape.numpy()), self._row.numbers
+        small = builder.initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
         axis: dict[str, Any] = {"axis": 1} if ranges.weight.ndim else {}
         back = builder.op(DEQUANTISE, small, steps, **axis, output_dtype=int(tensor.dtype))
         node.replace_input_with(1, _like(small, tensor.dtype, back))
@@ -160,7 +163,22 @@ class ExactInputs(Pass):
             raise PostconditionError(f"{left[0]} rounds its inputs")
 
 
-def rounded_layers(path: Path) -> Iterator[Quantised]:
+def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
+    """See `Way`."""
+    return InsertQdq(kind, ranges)
+
+
+def exact() -> list[Pass]:
+    """See `Way`."""
+    return [ExactInputs()]
+
+
+def fast() -> list[Pass]:
+    """See `Way`: products of 8 bits are what the file asks for."""
+    return []
+
+
+def read(path: Path) -> Iterator[Quantised]:
     """Every such layer of an ONNX file, one at a time."""
     for module, (small, back) in _layers(load_onnx(path)):
         numbers, steps = (array_of(value) for value in back.inputs)

@@ -4,23 +4,26 @@ The quantiser is ONNX Runtime's own. Embedding, norms, routers and everything ab
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from fope_export.dtypes import FP32
 from fope_export.errors import ExportError, require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
+from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
+from fope_export.graph.ways import Quantised, array_of, linear_weight
+from fope_export.quantizations import QUANTIZATIONS
 
 OPERATOR = "MatMulNBits"
-BITS = {"int4": 4, "int8": 8}
 BLOCK = 32
 """Inputs of a linear layer that share a scale."""
 EXACT = 1
@@ -30,18 +33,19 @@ INT8 = 4
 
 
 class QuantiseWeights(Pass):
-    """Have linear layers read `<weight>.int4` (or .int8), `.scales` and `.zero_points` in place of `<weight>.T`.
+    """Have linear layers read `<weight>.<kind>`, `.scales` and `.zero_points` in place of `<weight>.T`.
 
     Weights are read and quantised one at a time.
     """
 
     def __init__(self, kind: str) -> None:
-        """Raises BackendError where ONNX Runtime, which brings the quantiser, is not installed."""
+        """Of a row. Raises BackendError where ONNX Runtime, which brings the quantiser, is not installed."""
         super().__init__()
+        self._kind, self._bits = kind, ir.DataType[QUANTIZATIONS[kind].element].bitwidth
         with _no_root_logger():
             tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "cpu")
-        config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=BITS[kind])
-        self._kind, self._quantiser = kind, tools.DefaultWeightOnlyQuantizer(config)
+        config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self._bits)
+        self._quantiser = tools.DefaultWeightOnlyQuantizer(config)
 
     def requires(self, model: ir.Model) -> None:
         if not any(map(linear_weight, model.graph)):
@@ -63,14 +67,14 @@ class QuantiseWeights(Pass):
         inputs, outputs = weight.const_value.shape.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
             arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
-        _check_range(weight.name, *arrays, bits=BITS[self._kind])
+        _check_range(weight.name, *arrays, bits=self._bits)
         node.op_type, node.domain = OPERATOR, MICROSOFT
         node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
         node.resize_inputs(1 + len(arrays))
         for port, (array, part) in enumerate(zip(arrays, (self._kind, "scales", "zero_points"), strict=True), start=1):
             tensor = ir.Tensor(array, name=f"{weight.name.removesuffix('.T')}.{part}")
             node.replace_input_with(port, builder.initializer(tensor))
-        numbers = {"K": inputs, "N": outputs, "bits": BITS[self._kind], "block_size": BLOCK, "accuracy_level": EXACT}
+        numbers = {"K": inputs, "N": outputs, "bits": self._bits, "block_size": BLOCK, "accuracy_level": EXACT}
         node.attributes.update((name, ir.AttrInt64(name, number)) for name, number in numbers.items())
         if node.outputs[0] not in builder.graph.outputs:
             node.outputs[0].name = node.name
@@ -82,12 +86,9 @@ class QuantiseWeights(Pass):
             raise PostconditionError(f"{left[0]} is not quantised")
 
 
-def linear_weight(node: ir.Node) -> ir.Value | None:
-    """A linear layer's weight; None for other nodes, and for a router, where rounding would choose other experts."""
-    value = node.inputs[1] if node.op_type == "MatMul" else None
-    if value is None or not value.is_initializer() or not (value.name or "").endswith(".T"):
-        return None
-    return None if (value.name or "").endswith(".router.weight.T") else value
+def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantiseWeights:  # noqa: ARG001
+    """See `Way`."""
+    return QuantiseWeights(kind)
 
 
 @contextmanager
@@ -99,15 +100,6 @@ def _no_root_logger() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-
-
-class Rounding(NamedTuple):
-    """How a linear layer rounds its inputs: to integers, or E4M3 numbers, from least to largest, times scale."""
-
-    scale: float
-    least: float
-    largest: float
-    integers: bool
 
 
 class Products(Pass):
@@ -136,16 +128,17 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
     return (node for node in graph if node.op_type == OPERATOR)
 
 
-class Quantised(NamedTuple):
-    """A linear layer as a file holds it."""
-
-    module: str
-    weight: NDArray[np.float64]  # [outputs, inputs]
-    allowed: NDArray[np.float64]  # [outputs, inputs], how far from it the original may have been
-    rounding: Rounding | None = None  # of its inputs
+def exact() -> list[Pass]:
+    """See `Way`."""
+    return [Products(EXACT)]
 
 
-def quantised_weights(path: Path) -> Iterator[Quantised]:
+def fast() -> list[Pass]:
+    """See `Way`."""
+    return [Products(INT8)]
+
+
+def read(path: Path) -> Iterator[Quantised]:
     """Every quantised weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
     for node in load_onnx(path).graph:
         if node.op_type == OPERATOR:
@@ -184,14 +177,8 @@ def _check_range(
     if not largest <= last:
         raise ExportError(
             f"{name} in {bits} bits reaches {largest:.6g}, and {scales.dtype} ends at {last:.6g}",
-            hint="Export in fp32, or without quantize.",
+            hint=f"Export in {FP32.name}, or without quantize.",
         )
-
-
-def array_of(value: ir.Value | None) -> NDArray[Any]:
-    """The numbers of an initializer."""
-    assert value is not None and value.const_value is not None
-    return value.const_value.numpy()
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:

@@ -11,11 +11,12 @@ from onnxscript.values import Op, Opset
 
 import fope_export.fope.rotary
 import fope_export.model.decoder  # noqa: F401 (both register torch operators)
+from fope_export.dtypes import DTYPES
 from fope_export.errors import ExportError
 from fope_export.fope import contract
 
 _FOPE = Opset(contract.DOMAIN, contract.VERSION)
-_FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_FLOAT_TYPES = [f"tensor({row.element})" for row in DTYPES.values()]
 
 
 def schema() -> OpSchema:
@@ -43,16 +44,14 @@ _CALL = Op(_FOPE, contract.NAME, schema())
 
 def _translate(
     q: ir.Value, k: ir.Value, position_ids: ir.Value, freq: ir.Value, sin_coef: ir.Value, cos_coef: ir.Value,
-    sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int,
-    full_precision: bool,
+    *told: float,
 ) -> Any:  # fmt: skip
-    heads, kv_heads, head_dim, groups = _size(q, 2), _size(k, 2), _size(q, 3), _size(sin_coef, 0)
-    return _CALL(
-        q, k, position_ids, freq, sin_coef, cos_coef,
-        sin_pad=sin_pad, cos_pad=cos_pad, sign=sign, interleaved=int(interleaved), rotary_dim=rotary_dim,
-        compute_dtype=int(ir.DataType.FLOAT if full_precision or q.dtype is None else q.dtype),
-        head_dim=head_dim, heads_per_group=heads // groups, kv_heads_per_group=kv_heads // groups, **contract.DISPATCH,
+    attributes = contract.attributes(
+        dict(zip(contract.SETTINGS, told, strict=True)),
+        dtype=int(q.dtype or ir.DataType.FLOAT),
+        head_dim=_size(q, 3), heads=_size(q, 2), kv_heads=_size(k, 2), groups=_size(sin_coef, 0),
     )  # fmt: skip
+    return _CALL(q, k, position_ids, freq, sin_coef, cos_coef, **attributes, **contract.DISPATCH)
 
 
 def _size(value: ir.Value, axis: int) -> int:
@@ -84,9 +83,8 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 _BODY = """
 <domain: "fope", opset_import: ["" : {opset}]>
 FopeRotary
-<sin_pad, cos_pad, sign, interleaved, rotary_dim, compute_dtype, head_dim, heads_per_group, kv_heads_per_group,
- plugin_namespace, plugin_version>
-(q, k, position_ids, freq, sin_coef, cos_coef) => (q_rotated, k_rotated)
+<{attributes}>
+({inputs}) => ({outputs})
 {{
   # Sizes; runtimes fold them, and all that follows from coefficients alone, when they load the model.
   zero = Constant <value_ints: ints = [0]> ()
@@ -169,4 +167,9 @@ def function(opset: int) -> ir.Function:
         f"turn_{x}": _TURN.format(x=x, heads=heads)
         for x, heads in (("q", "heads_per_group"), ("k", "kv_heads_per_group"))
     }
-    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.format(opset=opset, **turns)))
+    header = {
+        "attributes": ", ".join((*contract.ATTRIBUTES, *contract.DISPATCH)),
+        "inputs": ", ".join(port.name for port in contract.INPUTS),
+        "outputs": ", ".join(port.name for port in contract.OUTPUTS),
+    }
+    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.format(opset=opset, **header, **turns)))

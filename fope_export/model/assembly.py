@@ -1,4 +1,4 @@
-"""From stored tensors to the decoder's: every one accounted for, of the right shape, read as its format says."""
+"""From stored tensors to the decoder's: every one accounted for, of the right shape, read as its layout says."""
 
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from fope_export.errors import CheckpointError
-from fope_export.model.blueprint import Blueprint, Format
 from fope_export.model.decoder import Decoder
 from fope_export.model.fp8 import SCALE
+from fope_export.model.layouts.base import Layout, WeightMap
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that torch.compile, FSDP and activation checkpointing put around another, anywhere, and that hold nothing."""
 
 
-def named(stored: Mapping[str, Tensor], layout: Format, plan: Blueprint, path: Path) -> dict[str, Tensor]:
-    """The tensors of the decoder by the names that the plan knows: decoded, and without what its model was wrapped in.
+def named(stored: Mapping[str, Tensor], layout: Layout, weight_map: WeightMap, path: Path) -> dict[str, Tensor]:
+    """The tensors of the decoder by the names that the map knows: decoded, and without what its model was wrapped in.
 
-    What stands before every name (`module.` of DataParallel) goes where the rest is then what the plan wants.
+    What stands before every name (`module.` of DataParallel) goes where the rest is then what the map wants.
 
     Raises CheckpointError where two tensors would get one name.
     """
@@ -29,14 +29,14 @@ def named(stored: Mapping[str, Tensor], layout: Format, plan: Blueprint, path: P
             raise CheckpointError(
                 f"{path}: {other} and {name} are both {short}", hint="Save the state_dict of one model alone."
             )
-    prefix, *others = sorted(_prefixes(_wanted(plan), bare)) or [""]
+    prefix, *others = sorted(_prefixes(_wanted(weight_map), bare)) or [""]
     if not others and all(name.startswith(prefix) for name in bare):
         bare = {name.removeprefix(prefix): original for name, original in bare.items()}
     return {name: stored[original] for name, original in bare.items() if not layout.foreign(name)}
 
 
-def _wanted(plan: Blueprint) -> set[str]:
-    return {name for names in plan.sources.values() for name in names}
+def _wanted(weight_map: WeightMap) -> set[str]:
+    return {name for names in weight_map.sources.values() for name in names}
 
 
 def _prefixes(wanted: Container[str], names: Iterable[str]) -> set[str]:
@@ -45,38 +45,39 @@ def _prefixes(wanted: Container[str], names: Iterable[str]) -> set[str]:
     return {name[:i] for name, i in dots if name[i:] in wanted}
 
 
-def assemble(plan: Blueprint, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
-    """The decoder's state dict in float32, of the tensors in `path` by the plan's names.
+def assemble(weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
+    """The decoder's state dict in float32, of the tensors in `path` by the map's names.
 
-    Raises CheckpointError naming the first tensor that is missing, left over, or not what the plan says.
+    Raises CheckpointError naming the first tensor that is missing, left over, or not what the map says.
     """
     # Of tensors that are one, a writer may keep either name (safetensors' save_model keeps the first of the alphabet).
-    kept = {original: name for name, original in plan.copies.items() if name in tensors and original not in tensors}
+    copies = weight_map.copies.items()
+    kept = {original: name for name, original in copies if name in tensors and original not in tensors}
     tensors = {**tensors, **{original: tensors[name] for original, name in kept.items()}}
-    _check_names(plan, tensors, path)
+    _check_names(weight_map, tensors, path)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = dict(plan.constants)
-    for name, sources in plan.sources.items():
-        state[name] = plan.made(name, [in_float32(plan, tensors, source, path) for source in sources])
+    state = dict(weight_map.constants)
+    for name, sources in weight_map.sources.items():
+        state[name] = weight_map.made(name, [in_float32(weight_map, tensors, source, path) for source in sources])
         _check(state[name], shapes[name], f"{path}: {sources[0]}")
         if name.endswith(".freq"):
             _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")
-    for name, value in plan.checksums.items():
+    for name, value in weight_map.checksums.items():
         if name in tensors:
             _check_frequencies(tensors[name], value, f"{path}: {name}")
-    for name, original in plan.copies.items():
+    for name, original in copies:
         if name in tensors:
-            _check_copy(plan, tensors, name, original, path)
+            _check_copy(weight_map, tensors, name, original, path)
     return state
 
 
-def _check_names(plan: Blueprint, tensors: Mapping[str, Tensor], path: Path) -> None:
-    wanted = _wanted(plan)
-    known = wanted | plan.copies.keys()
-    known |= {name + SCALE for name in known} | plan.checksums.keys()
+def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Path) -> None:
+    wanted = _wanted(weight_map)
+    known = wanted | weight_map.copies.keys()
+    known |= {name + SCALE for name in known} | weight_map.checksums.keys()
     for what, names, hint in (
         ("missing", wanted - tensors.keys(), _next_step(wanted, tensors)),
-        ("left over", tensors.keys() - known, "The configuration describes a smaller model or another dialect."),
+        ("left over", tensors.keys() - known, "The configuration describes a smaller model or another layout."),
     ):
         if names:
             raise CheckpointError(f"{path}: {len(names)} tensors {what}: {_listed(names)}", hint=hint)
@@ -91,11 +92,11 @@ def _next_step(wanted: Container[str], names: Iterable[str]) -> str:
     """Where tensors are missing."""
     found = sorted(_prefixes(wanted, names) - {""})
     if not found:
-        return "The configuration describes a larger model or another dialect."
+        return "The configuration describes a larger model or another layout."
     return f"Names begin with {' and with '.join(found[:2])}: save the state_dict of one model alone."
 
 
-def in_float32(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
     """A stored tensor, multiplied out where it is of 8 bits."""
     tensor, scale = tensors[name], tensors.get(name + SCALE)
     if not tensor.is_floating_point() or any(x is not None and x.layout != torch.strided for x in (tensor, scale)):
@@ -110,12 +111,12 @@ def in_float32(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, path: 
         )
     if scale is None:
         return tensor.to(torch.float32).contiguous()
-    if plan.fp8 is None:
+    if weight_map.fp8 is None:
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype}, and the configuration has no quantization_config",
             hint="It says what the scales stand for: bring the config.json that was written with the weights.",
         )
-    return plan.fp8.multiplied(name, tensor, scale, f"{path}: {name}")
+    return weight_map.fp8.multiplied(name, tensor, scale, f"{path}: {name}")
 
 
 def _check_whole(stored: Tensor, where: str) -> None:
@@ -126,8 +127,8 @@ def _check_whole(stored: Tensor, where: str) -> None:
         )
 
 
-def _check_copy(plan: Blueprint, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
-    if not torch.equal(in_float32(plan, tensors, name, path), in_float32(plan, tensors, of, path)):
+def _check_copy(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
+    if not torch.equal(in_float32(weight_map, tensors, name, path), in_float32(weight_map, tensors, of, path)):
         raise CheckpointError(
             f"{path}: {name} and {of} differ, and the configuration says that they are one",
             hint="Which of them was trained? If both were, tie_word_embeddings (weight_tying) is false.",

@@ -1,5 +1,6 @@
 """Strict loading: every tensor present, none left over, every shape and number right, and no code executed."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from fope_export.config import ModelConfig, as_written
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.model.assembly import assemble, named
-from fope_export.model.blueprint import Format
 from fope_export.model.decoder import Decoder
-from fope_export.model.formats import recognise
+from fope_export.model.layouts import layouts, recognise
+from fope_export.model.layouts.base import Layout
 from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
 
@@ -30,11 +31,17 @@ class Checkpoint:
     """A folder that was read and found consistent. `model` is a float32 decoder in eval mode."""
 
     path: Path
-    dialect: str
+    layout: str
     config: ModelConfig
     model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+
+    @property
+    def dialect(self) -> str:
+        """The former name of `layout`."""
+        warnings.warn("Checkpoint.dialect is called layout", DeprecationWarning, stacklevel=2)
+        return self.layout
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
@@ -51,24 +58,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError or ConfigError with the file, what was expected, what was found and what to do.
     """
     folder = Path(path)
-    layout = recognise(folder)
-    plan = layout.plan(folder)
-    config = _with_ends(plan.config, folder)
-    weights = _weights_file(folder, layout)
+    name, layout = recognise(folder)
+    weight_map = layout.read(folder)
+    config = _with_ends(weight_map.config, folder)
+    weights = _weights_file(folder, name, layout)
     stored, shards = read_tensors(weights)
-    tensors = named(stored, layout, plan, weights)
-    _check_size(plan.config, tensors, weights)
+    tensors = named(stored, layout, weight_map, weights)
+    _check_size(weight_map.config, tensors, weights)
     with torch.device("meta"):
         model = Decoder(config)
-    model.load_state_dict(assemble(plan, tensors, model, weights), assign=True, strict=False)
-    if plan.config.tie_embeddings:
+    model.load_state_dict(assemble(weight_map, tensors, model, weights), assign=True, strict=False)
+    if weight_map.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
-    names = ("config.yaml", "config.json", GENERATION, weights.name, *shards, *TOKENIZER_FILES)
-    files = tuple(folder / name for name in names if (folder / name).exists())
+    configurations = dict.fromkeys(each.configuration for _, each in layouts())
+    written = (*configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
+    files = tuple(path for each in written if (path := folder / each).exists())
     for path in files:
         check_file(path, raises=CheckpointError)
-    return Checkpoint(folder, layout.name, config, model.eval().requires_grad_(False), files)
+    return Checkpoint(folder, name, config, model.eval().requires_grad_(False), files)
 
 
 def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -108,17 +116,17 @@ def _check_size(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) 
     if config.num_layers > len(tensors):
         raise CheckpointError(
             f"{path}: {len(tensors)} tensors for {config.num_layers} layers: there are some missing",
-            hint="The configuration describes a larger model or another dialect.",
+            hint="The configuration describes a larger model or another layout.",
         )
 
 
-def _weights_file(folder: Path, layout: Format) -> Path:
-    for name in layout.weights:
-        if (folder / name).exists():
-            return folder / name
+def _weights_file(folder: Path, name: str, layout: Layout) -> Path:
+    for file in layout.weights:
+        if (folder / file).exists():
+            return folder / file
     raise CheckpointError(
         f"{folder}: no weights, expected {' or '.join(layout.weights)}",
-        hint=f"The folder looks like layout {layout.name} ({layout.evidence}).",
+        hint=f"The folder looks like layout {name} ({layout.evidence}).",
     )
 
 

@@ -10,7 +10,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from fope_export import dtypes
 from fope_export.config import ExportConfig, ModelConfig
+from fope_export.dtypes import BF16, FP32
 from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import frequencies
 from fope_export.fope.folding import folding_of
@@ -19,7 +21,8 @@ from fope_export.model.experts import Experts
 
 Cache = list[tuple[Tensor, Tensor]]
 """Rotated keys and values of every layer, each [B, K, P, E]; a static cache has its capacity in place of P."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {row.name: getattr(torch, row.precision) for row in dtypes.DTYPES.values()}
+"""PyTorch's, by the names that exports have."""
 Grow = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(past, new [B, K, S, E], tokens already there int64 [B]) -> present."""
 
@@ -205,7 +208,7 @@ class Decoder(nn.Module):
                 last = torch.finfo(dtype).max
                 raise ExportError(
                     f"{name} reaches {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {last:.6g}",
-                    hint="Export in bf16, which has almost float32's range, or in fp32.",
+                    hint=f"Export in {BF16.name}, which has almost float32's range, or in {FP32.name}.",
                 )
 
     def fold_padding(self) -> None:

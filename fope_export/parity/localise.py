@@ -17,7 +17,8 @@ from fope_export.backends.base import Feeds
 from fope_export.backends.eager import EagerBackend, in_numpy
 from fope_export.backends.ort import open_session, runnable
 from fope_export.bundle import Bundle
-from fope_export.fope.contract import DOMAIN
+from fope_export.config import SpectrumConfig
+from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
@@ -109,22 +110,26 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
 
 def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum."""
-    calls = [node for node in read_onnx(bundle.model).graph.node if node.domain == DOMAIN]
+    graph = read_onnx(bundle.model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    calls = [node for node in graph.node if node.domain == contract.DOMAIN]
     found = []
     for module, rotary in rotaries(model).items():
-        c, owner = rotary.config, model.get_submodule(module.rpartition(".")[0])
-        wanted: dict[str, float] = {
-            "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign), "head_dim": c.head_dim,
-            "rotary_dim": c.rotary_dim, "interleaved": int(c.pairing == "interleaved"),
-        }  # fmt: skip
-        if isinstance(owner, Attention):
-            wanted["heads_per_group"] = owner.heads // c.groups
-            wanted["kv_heads_per_group"] = owner.kv_heads // c.groups
         call = next((node for node in calls if node.name.startswith(f"{module}/")), onnx.NodeProto())
+        owner = model.get_submodule(module.rpartition(".")[0])
         carried = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
+        wanted = _attributes(rotary.config, owner, types.get(next(iter(call.input), ""), 0))
         if any(name not in carried or not np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items()):
             found.append(module)
     return found
+
+
+def _attributes(config: SpectrumConfig, owner: nn.Module, dtype: int) -> dict[str, float]:
+    """What a call on tensors of the ONNX type `dtype` carries; nobody knows how many heads a user's module has."""
+    heads, kv_heads = (owner.heads, owner.kv_heads) if isinstance(owner, Attention) else (0, 0)
+    told, sizes = contract.settings(config), {"head_dim": config.head_dim, "groups": config.groups}
+    wanted = contract.attributes(told, dtype=dtype, heads=heads, kv_heads=kv_heads, **sizes)
+    return {name: value for name, value in wanted.items() if heads or not name.endswith("heads_per_group")}
 
 
 def module_outputs(path: Path) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fope_export import dtypes
 from fope_export.backends.choose import BACKENDS, choose, read_machine
 from fope_export.backends.eager import in_numpy
 from fope_export.backends.ort import OrtGraph
@@ -29,6 +30,11 @@ from fope_export.parity.yardstick import Look, look, moved, neighbours
 
 Arrays = list[NDArray[Any]]
 DTYPES = {"float": torch.float32, "double": torch.float64}
+WIDENED: dict[torch.dtype, torch.dtype] = {
+    getattr(torch, row.precision): getattr(torch, row.widened.precision)
+    for row in dtypes.DTYPES.values()
+    if row.widened
+}
 """The manifest's names that are not torch's."""
 FOLLOW = "In float64 too, tensors must follow the dtype of weights or inputs: write x.to(weight.dtype), not x.float()."
 
@@ -223,10 +229,9 @@ def _given(bundle: Bundle, module: nn.Module, inputs: Sequence[Inputs]) -> list[
 
 
 def _feeds(bundle: Bundle, case: ModuleCase) -> dict[str, NDArray[Any]]:
-    """The case under the graph's names; bfloat16 runs as its float32 copy."""
+    """The case under the graph's names, in the dtypes that the copy of the graph has (`Dtype.widened`)."""
     tensors = [case.inputs[name].detach().cpu() for name in bundle.manifest.module().arguments]
-    narrow = torch.bfloat16
-    arrays = [(tensor.float() if tensor.dtype == narrow else tensor).numpy() for tensor in tensors]
+    arrays = [tensor.to(WIDENED.get(tensor.dtype, tensor.dtype)).numpy() for tensor in tensors]
     return {port.name: array for port, array in zip(bundle.manifest.inputs, arrays, strict=True)}
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
@@ -14,15 +13,14 @@ from fope_export.backends.base import Backend, Ids, feeds_for
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
+from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, BundleError
-from fope_export.graph.qdq import rounded_layers
-from fope_export.graph.quantise import Quantised, Rounding, quantised_weights
+from fope_export.graph.ways import Quantised, Rounding, way_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.judge import Floats, divergence, log_softmax
+from fope_export.quantizations import QUANTIZATIONS
 from fope_export.tokens import Text
 
-LIMITS = {"int4": 0.03, "int8": 0.005, "int8-qdq": 0.02, "fp8-qdq": 0.01}
-"""How much of itself a text's perplexity may grow by."""
 SCORED = 1 << 14
 """Bytes of held-out text that the cost is taken on, where the vocabulary is bytes."""
 DRAWN = 1 << 11
@@ -54,7 +52,7 @@ class Cost:
     @property
     def what(self) -> str:
         """What is quantised, in words."""
-        return f"{self.kind} {'weights and inputs' if self.kind.endswith('-qdq') else 'weights'}"
+        return f"{self.kind} {QUANTIZATIONS[self.kind].rounded}"
 
     @property
     def growth(self) -> float | None:
@@ -63,7 +61,8 @@ class Cost:
 
     @property
     def limit(self) -> float:
-        return LIMITS[self.kind]
+        """The most that it may grow by."""
+        return QUANTIZATIONS[self.kind].growth
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -104,7 +103,7 @@ def allowance_of(bundle: Bundle, model: Decoder) -> float:
     outweighs both.
     """
     export = bundle.manifest.export
-    if not export.quantize or export.calibrated or export.precision != "float32":
+    if not export.quantization or export.quantization.blocked or export.dtype != FP32.name:
         return 1.0
     longest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
     return max(1.0, math.sqrt(longest / BLOCKED))
@@ -141,7 +140,8 @@ def _rounded(rounding: Rounding, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
 
 
 def _layers(bundle: Bundle) -> Iterator[Quantised]:
-    return chain(quantised_weights(bundle.model), rounded_layers(bundle.model))
+    row = bundle.manifest.export.quantization
+    return way_of(row).read(bundle.model) if row else iter(())
 
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:

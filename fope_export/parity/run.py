@@ -16,6 +16,7 @@ from fope_export.backends.ort import OrtBackend
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
+from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
 from fope_export.graph.reading import check_graphs
 from fope_export.manifest import MANIFEST, OPTIMISED
@@ -107,7 +108,7 @@ class ParityResult:
     """What quantisation costs. The cases are then compared with PyTorch on the weights that the file holds."""
     reach: Reach | None = None
     """What extending did to the loss by length; stated, and not judged."""
-    dtype: str = "float32"
+    dtype: str = FP32.precision
     """Of PyTorch, whose rounding is the yardstick."""
     allowance: float = 1.0
     """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
@@ -225,7 +226,7 @@ def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Y
 
 def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
     """Hold PyTorch after folding against PyTorch before it, in float32."""
-    model = trained.as_exported(msgspec.structs.replace(exported, dtype="fp32", fold_padding=False))
+    model = trained.as_exported(msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=False))
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
     look = Yardstick(EagerBackend(model), EagerBackend.in_float64(model)).look(case)
     folded = copy.deepcopy(model)

@@ -19,7 +19,7 @@ from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.model.decoder import Decoder
-from fope_export.model.native import save
+from fope_export.model.layouts.native import save
 
 THETA, BATCH, RATE, BYTES = 10_000.0, 16, 2e-3, 256
 WEIGHTS = 6_000_000

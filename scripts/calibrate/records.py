@@ -20,7 +20,7 @@ import fope_export.parity
 
 ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "scripts/results/calibrate_parity.jsonl"
-RULE = ("judge.py", "yardstick.py", "cases.py", "quantised.py")
+RULE = ("judge.py", "yardstick.py", "cases.py")
 LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime")
 Record = dict[str, Any]
 

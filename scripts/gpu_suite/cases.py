@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,12 @@ class Call:
     freq: Tensor
     sin_coef: Tensor
     cos_coef: Tensor
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the operator takes, in the contract's order, without the precision of the rotation."""
+        case, tensors = self.case, (self.q, self.k, self.position_ids, self.freq, self.sin_coef, self.cos_coef)
+        return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
 
     def tokens(self, size: int) -> Iterator[slice]:
         """Pieces of S that keep B * S at about `size`."""

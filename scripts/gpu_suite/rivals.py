@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,14 @@ Outputs = tuple[Tensor, Tensor]
 
 def eager(call: Call) -> Outputs:
     """The definition as one writes it in torch: angles, series and rotation in float32, one rounding at the end."""
-    return _rotate(*_plain(call))
+    return _rotate(*call.arguments)
 
 
 def compiled() -> Callable[[Call], Outputs]:
     """The same through torch.compile, for one shape: what it learnt of others is forgotten."""
     torch.compiler.reset()
     function = torch.compile(_rotate, dynamic=False, fullgraph=True)
-    return lambda call: function(*_plain(call))
-
-
-def _plain(call: Call) -> tuple[Any, ...]:
-    case = call.case
-    tensors = (call.q, call.k, call.position_ids, call.freq, call.sin_coef, call.cos_coef)
-    return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
+    return lambda call: function(*call.arguments)
 
 
 def _rotate(

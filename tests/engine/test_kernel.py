@@ -7,7 +7,7 @@ One ulp is the spacing of the output's type at the size of what is added: |left|
 import ctypes
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import pytest
 from fope_export.engine import compile as compiling
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
+from tests.fields import Changes, Results, changed, forgetting, held
 from tests.support import magnitude
 
 ULPS = 4
@@ -187,6 +188,22 @@ def test_the_kernel_computes_the_definition(host: ctypes.CDLL, shape: str, kind:
     call = make(SHAPES[shape], KINDS[kind], spectrum(SHAPES[shape], pairing=pairing))
     outputs = run(host, call, 0, 0, 0)
     assert worst(call, outputs) <= ULPS
+
+
+@pytest.mark.parametrize("setting", sorted(contract.SETTINGS.keys() - {"full_precision"}))
+def test_the_kernel_follows_every_field(host: ctypes.CDLL, setting: str) -> None:
+    """But the precision: it rotates in float32 always."""
+    call = make(SHAPES["gqa"], KINDS["fp32"], spectrum(SHAPES["gqa"]))
+
+    def render(changes: Changes) -> Results:
+        return run(host, replace(call, spectrum=changed(call.spectrum, changes)), 0, 0, 0)
+
+    def truth(changes: Changes) -> Results:
+        return [reference.rotate(changed(call.spectrum, changes), x, call.position_ids) for x in (call.q, call.k)]
+
+    held(setting, render, truth)
+    with pytest.raises(AssertionError, match=setting):
+        held(setting, forgetting(setting, render), truth)
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])

@@ -7,7 +7,7 @@ import torch
 
 from fope_export.errors import ConfigError
 from fope_export.fope import frequencies
-from fope_export.model import olmo, paper
+from fope_export.model.layouts import olmo, paper
 from tests.conftest import variant_flags
 from tests.support import EPS, FACTOR
 
@@ -40,11 +40,6 @@ def test_yarn_keeps_fast_divides_slow_and_blends_between() -> None:
     # A pair of slack at each end: the ramp's ends are rounded to whole pairs.
     assert (ratio[turns > 32 * 1.2] == 1).all() and np.allclose(ratio[turns < 1 / 1.2], 1 / 16)
     assert (np.diff(ratio) <= 0).all()
-
-
-def test_yarn_attention_factor_is_hugging_faces() -> None:
-    assert frequencies.yarn_attention_factor(16) == pytest.approx(1.2772588722239781)
-    assert frequencies.yarn_attention_factor(1) == 1.0
 
 
 @pytest.mark.parametrize("name", ["yarn_after", "pi_after"])

@@ -265,3 +265,14 @@ def test_a_half_model_is_compared_in_float32() -> None:
     assert replace_rotary(model, Explicit, adapter(explicit)) == 1
     with pytest.raises(ConfigError, match="is not the same"):
         replace_rotary(around(Explicit()).half(), Explicit, adapter(tables_in_half))
+
+
+def test_replacing_nothing_is_an_error() -> None:
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(ConfigError, match="no part of ModuleList is GELU") as caught:
+        replace_rotary(model, nn.GELU, nn.Identity)
+    assert "Linear" in caught.value.hint
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, nn.Sequential(shared), nn.Linear(2, 2)).eval()
+    assert replace_rotary(model, lambda part: isinstance(part, nn.ReLU), lambda part: nn.Threshold(0, 0)) == 1
+    assert model[0] is model[1][0] and isinstance(model[0], nn.Threshold) and not model[0].training

@@ -74,18 +74,10 @@ def test_without_full_precision_the_rotation_itself_is_in_the_models_dtype() -> 
 @pytest.mark.parametrize("fields", [*VARIANTS[2:], {"rotary_dim": 6}], ids=str)
 def test_gradients(fields: dict[str, object]) -> None:
     spectrum, q, k, positions = make((4, 2, 2, 8, 5, 3), **fields)
-    config = spectrum.config
     leaves = [t.double().requires_grad_() for t in (q, k)]
     coefs = [torch.from_numpy(c).double().requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
-    settings = (
-        config.sin_pad,
-        config.cos_pad,
-        float(config.sign),
-        config.pairing == "interleaved",
-        config.rotary_dim,
-        True,
-    )
-    arguments = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *settings)
+    told = contract.settings(spectrum.config).values()
+    arguments = (*leaves, positions, torch.from_numpy(spectrum.freq), *coefs, *told)
     assert torch.autograd.gradcheck(rotary, arguments)
 
 
@@ -93,19 +85,8 @@ def test_gradients(fields: dict[str, object]) -> None:
 def test_the_operator_is_registered_as_torch_wants_it() -> None:
     spectrum, q, k, positions = make(SHAPES[1])
     coefs = [torch.from_numpy(c).requires_grad_() for c in (spectrum.sin_coef, spectrum.cos_coef)]
-    arguments = (
-        q.requires_grad_(),
-        k,
-        positions,
-        torch.from_numpy(spectrum.freq),
-        *coefs,
-        1.0,
-        1.0,
-        1.0,
-        False,
-        24,
-        True,
-    )
+    told = contract.settings(spectrum.config).values()
+    arguments = (q.requires_grad_(), k, positions, torch.from_numpy(spectrum.freq), *coefs, *told)
     results = torch.library.opcheck(rotary, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -176,5 +157,5 @@ def test_ports_and_settings_are_the_contracts() -> None:
     assert names == [port.name for port in contract.INPUTS] + [*contract.SETTINGS]
     kinds = {"float": float, "bool": bool, "int": int}
     settings = {a.name: kinds[str(a.type)] for a in schema.arguments[len(contract.INPUTS) :]}
-    assert settings == contract.SETTINGS
+    assert settings == {name: setting.kind for name, setting in contract.SETTINGS.items()}
     assert [str(r.type) for r in schema.returns] == ["Tensor"] * len(contract.OUTPUTS)

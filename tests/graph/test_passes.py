@@ -14,6 +14,7 @@ from onnx_ir.passes.common import ShapeInferencePass, TopologicalSortPass
 
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
+from fope_export.dtypes import BF16, FP32
 from fope_export.errors import BundleError
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
@@ -38,6 +39,7 @@ from fope_export.graph.series import ShareSeries
 from tests.conftest import small_decoder
 from tests.support import same_function, truth_of
 
+WIDEN = Widen(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
 RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
@@ -163,7 +165,7 @@ class Row(NamedTuple):
 ROWS = [
     Row(TransposeWeights(), transposing, no_numbers, "w has no numbers", "w is still transposed"),
     Row(AttachRotary(), without_function, no_dispatch, "no plugin would be found", "a function that the model lacks"),
-    Row(Widen(), lambda: decoder(dtype="bf16"), Widen(), "nothing in bfloat16", "is in bfloat16"),
+    Row(WIDEN, lambda: decoder(dtype="bf16"), WIDEN, "nothing in bfloat16", "is in bfloat16"),
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
@@ -244,7 +246,7 @@ def test_it_changes_no_number(chosen: tuple[Pass, ...]) -> None:
 
 def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not as its manifest says: Widen: the model has nothing in bfloat16"):
-        rewritten(bundle.model, tmp_path / "copy.onnx", [Widen()])
+        rewritten(bundle.model, tmp_path / "copy.onnx", [WIDEN])
 
 
 def builder_here() -> GraphBuilder:

@@ -15,7 +15,7 @@ from fope_export.errors import ConfigError
 from fope_export.fope import contract
 from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export, to_onnx
-from fope_export.graph.quantise import OPERATOR, QuantiseWeights, quantised_weights
+from fope_export.graph.quantise import OPERATOR, QuantiseWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
@@ -80,7 +80,7 @@ def test_values_have_shapes_and_onnx_runtime_is_quiet(quantised: Bundle, capfd: 
 def test_the_integers_stand_for_what_the_operator_multiplies_by(quantised: Bundle) -> None:
     """The operator applied to the identity gives the weight; 48 inputs leave half of the last block empty."""
     model = onnx.load(quantised.model)
-    weights = {found.module: found.weight for found in quantised_weights(quantised.model)}
+    weights = {found.module: found.weight for found in read(quantised.model)}
     assert list(weights) == LAYERS
     node = next(node for node in model.graph.node if node.name.startswith("layers.1.feed_forward.ff_out/"))
     dtype = np.float32 if quantised.manifest.export.dtype == "fp32" else np.float16

@@ -1,7 +1,5 @@
 """The ONNX function: its body in ONNX Runtime against the definition, and its ports against the contract."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,13 +18,9 @@ TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 
 def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type = np.float32) -> onnx.ModelProto:
     c = spectrum.config
-    attributes: dict[str, Any] = {
-        "sin_pad": c.sin_pad, "cos_pad": c.cos_pad, "sign": float(c.sign),
-        "interleaved": int(c.pairing == "interleaved"), "rotary_dim": c.rotary_dim,
-        "compute_dtype": TensorProto.FLOAT if c.full_precision else TYPES[dtype],
-        "head_dim": c.head_dim, "heads_per_group": heads // c.groups, "kv_heads_per_group": kv_heads // c.groups,
-    }  # fmt: skip
-    assert set(attributes) == set(contract.ATTRIBUTES)
+    attributes = contract.attributes(
+        contract.settings(c), dtype=TYPES[dtype], head_dim=c.head_dim, heads=heads, kv_heads=kv_heads, groups=c.groups
+    )
     names = [[port.name for port in ports] for ports in (contract.INPUTS, contract.OUTPUTS)]
     node = helper.make_node(contract.NAME, *names, domain=contract.DOMAIN, **attributes, **contract.DISPATCH)
     q, k = (["B", "S", n, c.head_dim] for n in (heads, kv_heads))

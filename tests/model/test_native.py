@@ -5,7 +5,7 @@ import torch
 
 from fope_export.errors import ConfigError
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.model.native import save
+from fope_export.model.layouts.native import save
 from tests.conftest import small_decoder
 
 
@@ -15,7 +15,7 @@ def test_what_is_saved_is_what_is_loaded(kind: str, tied: bool, tmp_path: Path) 
     model = small_decoder(kind, tie_embeddings=tied)
     save(model, tmp_path)
     loaded = load_checkpoint(tmp_path)
-    assert loaded.dialect == "native" and loaded.config == model.config
+    assert loaded.layout == "native" and loaded.config == model.config
     for (name, left), right in zip(model.state_dict().items(), loaded.model.state_dict().values(), strict=True):
         assert torch.equal(left, right), name
     assert (loaded.model.lm_head.weight is loaded.model.embed.weight) == tied

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
-from fope_export.model.olmo import tensor_name
+from fope_export.model.layouts.olmo import tensor_name
 from tests.conftest import DATA, VARIANTS, variant_flags, variant_tensors
 from tests.support import same_function, truth_of
 
@@ -88,7 +88,7 @@ def test_the_hugging_face_wrapper(weights: str, tmp_path: Path) -> None:
     else:
         save_file(tensors, tmp_path / weights)
     checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint.dialect == "hf_olmo"
+    assert checkpoint.layout == "hf_olmo"
     same_as_theirs(checkpoint.model, IDS, EXPECTED["yarn_after"])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from fope_export.errors import ConfigError, FopeError
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.model.hugging_face import HfFlags, plan_of
+from fope_export.model.layouts.hugging_face import HfFlags, weight_map_of
 from tests.model.test_hugging_face import config_of, tensors_of, write
 
 SIZES = {
@@ -94,13 +94,13 @@ UNSAID = {field.name for field in msgspec.structs.fields(HfFlags) if field.requi
 @pytest.mark.parametrize(("kind", "field"), [(k, f) for k in KNOWN for f in KNOWN[k] if f not in NO_MODEL])
 def test_a_field_left_out_means_what_transformers_takes(kind: str, field: str) -> None:
     said = {"model_type": kind} | {name: value for name, value in KNOWN[kind].items() if name not in NO_MODEL}
-    stated = plan_of(said)
+    stated = weight_map_of(said)
     del said[field]
     if field in UNSAID:
         with pytest.raises(ConfigError, match=field):
-            plan_of(said)
+            weight_map_of(said)
     else:
-        silent = plan_of(said)
+        silent = weight_map_of(said)
         assert (silent.config, silent.sources) == (stated.config, stated.sources)
 
 
@@ -142,7 +142,7 @@ def test_a_port_that_clamps_nothing_is_rope(flags: dict[str, bool], tmp_path: Pa
 def test_a_ports_base_may_stand_among_the_parameters() -> None:
     sizes = {name: value for name, value in SIZES.items() if name != "rope_theta"}
     moved = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} | sizes | CLAMPS
-    assert plan_of(moved).config == plan_of({"model_type": "llama"} | SIZES | CLAMPS).config
+    assert weight_map_of(moved).config == weight_map_of({"model_type": "llama"} | SIZES | CLAMPS).config
 
 
 LENGTH, WIDTH, GROUPS = 128, 16, 2
@@ -234,7 +234,7 @@ def test_a_ports_fourier_is_its_definition(name: str, dtype: torch.dtype, tmp_pa
     ids=str,
 )
 def test_rope_turns_in_the_precision_that_its_code_has(flags: dict[str, bool], full: bool) -> None:
-    assert plan_of({"model_type": "llama"} | SIZES | flags).config.spectrum.full_precision is full
+    assert weight_map_of({"model_type": "llama"} | SIZES | flags).config.spectrum.full_precision is full
 
 
 PORT = {"fourier": True}
@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_no_implementation_defines_is_refused(name: str) -> None:
     fields, message = REFUSED[name]
     with pytest.raises(FopeError, match=message) as caught:
-        plan_of({"model_type": "llama"} | SIZES | fields)
+        weight_map_of({"model_type": "llama"} | SIZES | fields)
     assert caught.value.hint
 
 
@@ -312,5 +312,5 @@ def test_the_flags_of_a_published_port() -> None:
         "rope_clamp_to_linear_mode": "ceil", "len_extra": False, "init_device": "cuda", "ignore_index": 128001,
     }  # fmt: skip
     sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
-    spectrum = plan_of({"model_type": "llama"} | SIZES | sizes | flags).config.spectrum
+    spectrum = weight_map_of({"model_type": "llama"} | SIZES | sizes | flags).config.spectrum
     assert (spectrum.frequencies, spectrum.pairs, spectrum.groups, spectrum.full_precision) == (46, 32, 4, True)

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -25,8 +26,9 @@ from fope_export.graph.export import export
 from fope_export.graph.quantise import BLOCK, EXACT, OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity import quantised
-from fope_export.parity.quantised import LIMITS, SCORED, allowance_of, cost_of
+from fope_export.parity.quantised import SCORED, allowance_of, cost_of
 from fope_export.parity.run import validate
+from fope_export.quantizations import QUANTIZATIONS
 from fope_export.report import parity_page, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
 from tests.parity.test_run import attributes, weights
@@ -154,15 +156,16 @@ def test_a_scale_that_clips_costs_too_much(tmp_path: Path, monkeypatch: pytest.M
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize="int8-qdq"))
     model = source_of(made).model
     cost = cost_of(made, model, load_backend(made))
-    assert not cost.failed and 0 < cost.growth < LIMITS["int8-qdq"]
+    assert not cost.failed and 0 < cost.growth < QUANTIZATIONS["int8-qdq"].growth
     weights("layers.2.feed_forward.ff_out.input_scale", lambda a: a / 32)(made)
     spoilt = cost_of(made, model, load_backend(made))
     assert "perplexity grows by" in spoilt.failed[0] and not spoilt.strays
 
 
 def test_the_cost_is_in_every_report(made: Bundle, spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, verdict in ((LIMITS["int4"], "pass"), (-1.0, "FAIL")):
-        monkeypatch.setitem(LIMITS, "int4", limit)
+    row = QUANTIZATIONS["int4"]
+    for limit, verdict in ((row.growth, "pass"), (-1.0, "FAIL")):
+        monkeypatch.setitem(QUANTIZATIONS, "int4", replace(row, growth=limit))
         found = validate(made, lengths=(64,))
         assert found.passed == (verdict == "pass") and found.cost is not None
         assert found.cost.tokens == SCORED and found.cost.perplexity and found.cost.quantised and found.cost.kl > 0
@@ -206,6 +209,6 @@ def test_the_shipped_model_hardly_suffers(
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize=kind))
     cost = cost_of(made, source_of(made).model, load_backend(made))
     assert cost.growth is not None and not cost.failed
-    assert -0.001 < cost.growth <= LIMITS[kind] and cost.kl < {"int4": 0.03, "int8": 3e-4}[kind]
+    assert -0.001 < cost.growth <= QUANTIZATIONS[kind].growth and cost.kl < {"int4": 0.03, "int8": 3e-4}[kind]
     sizes = [path.stat().st_size for path in (made.path / "model.onnx.data", shipped("fope") / "model.safetensors")]
     assert 0 < sizes[0] < sizes[1] * {"int4": 0.4, "int8": 0.65}[kind]

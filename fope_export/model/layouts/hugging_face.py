@@ -32,19 +32,20 @@ from fope_export.config import (
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import frequencies
 from fope_export.fope.spectrum import Spectrum
-from fope_export.model import paper
-from fope_export.model.blueprint import (
-    Blueprint,
-    Format,
+from fope_export.model.fp8 import Fp8
+from fope_export.model.layouts import paper
+from fope_export.model.layouts.base import (
+    CONFIG,
+    Layout,
     Positions,
+    WeightMap,
     join,
     model_type,
     only_supported,
     read_json,
     without_clashes,
 )
-from fope_export.model.fp8 import Fp8
-from fope_export.model.paper import PaperFlags
+from fope_export.model.layouts.paper import PaperFlags
 
 FOPE_FIELDS = ("fope_init_factor", "fope_sep_head", "num_inv_freq")
 """Any of these that is not null makes a model's position embedding FoPE."""
@@ -246,7 +247,7 @@ def _experts(flags: HfFlags) -> ExpertsConfig | None:
     )
 
 
-def blueprint(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, prefix: str) -> Blueprint:
+def weight_map(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, prefix: str) -> WeightMap:
     """The decoder of `flags`, its tensors found under `prefix`."""
     check(flags, rope, port, kind)
     positions = positions_of(flags, rope, port)
@@ -264,7 +265,7 @@ def blueprint(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, p
         constants |= positions.constants(rotary)
         sources |= positions.sources(rotary, own if port else f"{prefix}rotary_emb")
         checksums[f"{own}.inv_freq"] = positions.inv_freq
-    return Blueprint(
+    return WeightMap(
         config,
         sources,
         constants,
@@ -310,8 +311,8 @@ def _adapt(config: ModelConfig, positions: Positions, name: str, tensors: list[T
     return positions.adapt(tensors[0]) if name.endswith("_coef") else join(tensors)
 
 
-def _plan(folder: Path) -> Blueprint:
-    path = folder / "config.json"
+def _read(folder: Path) -> WeightMap:
+    path = folder / CONFIG
     data = read_json(path)
     where, prefix, kind = str(path), "model.", data.get("model_type")
     if section := MULTIMODAL.get(str(kind)):
@@ -322,10 +323,10 @@ def _plan(folder: Path) -> Blueprint:
         data = {"quantization_config": data.get("quantization_config")} | inner
     if kind not in KINDS:
         raise ConfigError(f"{where}: model_type is {kind!r}", hint=f"One of: {', '.join(KINDS)}.")
-    return plan_of(data, where, prefix)
+    return weight_map_of(data, where, prefix)
 
 
-def plan_of(data: Mapping[str, Any], where: str = "config.json", prefix: str = "model.") -> Blueprint:
+def weight_map_of(data: Mapping[str, Any], where: str = CONFIG, prefix: str = "model.") -> WeightMap:
     """The decoder that the fields of a config.json describe, its tensors found under `prefix`."""
     kind = KINDS[data["model_type"]]
     fields = kind.silent | {name: value for name, value in data.items() if name not in WITHOUT_EFFECT}
@@ -333,7 +334,7 @@ def plan_of(data: Mapping[str, Any], where: str = "config.json", prefix: str = "
     flags = convert(fields, HfFlags, where=where)
     try:
         rope = _rope(flags, where)
-        return blueprint(flags, rope, _port(port, rope.rope_theta, where), kind, prefix)
+        return weight_map(flags, rope, _port(port, rope.rope_theta, where), kind, prefix)
     except ConfigError as cause:
         message = str(cause)
         raise ConfigError(message if message.startswith(where) else f"{where}: {cause}", hint=cause.hint) from cause
@@ -380,12 +381,12 @@ def _tensor_name(name: str) -> str:
     return name.replace(".self_attn.pos_emb.", ".self_attn.rotary_emb.")
 
 
-HUGGING_FACE = Format(
-    name="hugging_face",
+LAYOUT = Layout(
     evidence=f"config.json with model_type {', '.join((*KINDS, *MULTIMODAL))}",
+    configuration=CONFIG,
     weights=("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
     recognise=_recognise,
-    plan=_plan,
+    read=_read,
     tensor_name=_tensor_name,
     foreign=_foreign,
 )

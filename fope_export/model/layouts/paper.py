@@ -16,7 +16,7 @@ from fope_export.config import Checked, Positive, Size, SpectrumConfig
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import normalized
 from fope_export.fope.spectrum import Spectrum
-from fope_export.model.blueprint import Positions, only_supported, without_clashes
+from fope_export.model.layouts.base import Positions, only_supported, without_clashes
 
 
 class PaperFlags(Checked, frozen=True, kw_only=True):

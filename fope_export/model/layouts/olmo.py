@@ -1,4 +1,4 @@
-"""The paper's repository (an OLMo fork): `config.yaml` and `model.pt`, or its Hugging Face wrapper `hf_olmo`.
+"""The paper's repository (an OLMo fork): `config.yaml` and `model.pt`.
 
 Flags, defaults, order of operations and tensor names follow olmo/config.py and olmo/model.py of that repository.
 """
@@ -16,18 +16,11 @@ from torch import Tensor
 from fope_export.config import Count, Layers, ModelConfig, Positive, SpectrumConfig, convert
 from fope_export.documents import read_yaml
 from fope_export.errors import CheckpointError, ConfigError
-from fope_export.model import paper
-from fope_export.model.blueprint import (
-    Blueprint,
-    Format,
-    Positions,
-    join,
-    model_type,
-    only_supported,
-    read_json,
-    without_clashes,
-)
-from fope_export.model.paper import PaperFlags
+from fope_export.model.layouts import paper
+from fope_export.model.layouts.base import Layout, Positions, WeightMap, join, only_supported, without_clashes
+from fope_export.model.layouts.paper import PaperFlags
+
+FILE = "config.yaml"
 
 
 class OlmoFlags(PaperFlags, frozen=True, kw_only=True):
@@ -103,12 +96,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 """Flags that no published model changes, and the values this layout supports."""
 
-WRAPPER_KEYS = frozenset(
-    "architectures auto_map bos_token_id dtype model_type tie_word_embeddings tokenizer_class torch_dtype "
-    "transformers_version use_cache _name_or_path".split()
-)
-"""What Hugging Face adds to a config.json; none of it describes the model."""
-
 
 def check(flags: OlmoFlags) -> None:
     """Raises ConfigError naming the first flag, or pair of flags, that this layout does not support."""
@@ -157,7 +144,7 @@ def model_config(flags: OlmoFlags, spectrum: SpectrumConfig) -> ModelConfig:
     )
 
 
-def blueprint(flags: OlmoFlags, prefix: str = "") -> Blueprint:
+def weight_map(flags: OlmoFlags, prefix: str = "") -> WeightMap:
     """The decoder of `flags`, its tensors found under `prefix`."""
     check(flags)
     positions = paper.positions(
@@ -179,7 +166,7 @@ def blueprint(flags: OlmoFlags, prefix: str = "") -> Blueprint:
         constants |= positions.constants(rotary)
         sources |= positions.sources(rotary, f"{theirs}.pos_emb")
     copies = {head: embed} if flags.weight_tying else {}
-    return Blueprint(
+    return WeightMap(
         model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies
     )
 
@@ -215,41 +202,30 @@ def tensor_name(key: str) -> str:
     return str(name)
 
 
-def _plan_yaml(folder: Path) -> Blueprint:
-    path = folder / "config.yaml"
+def _read(folder: Path) -> WeightMap:
+    path = folder / FILE
     data = read_yaml(path, raises=CheckpointError)
     section = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{path}: no model: section", hint="It must be the training run's config.yaml.")
-    return _plan(section, f"{path}: model", strict=False)  # as OmegaConf, which turns text into numbers and booleans
+    # As OmegaConf, which turns text into numbers and booleans.
+    return read_flags(section, f"{path}: model", strict=False)
 
 
-def _plan_wrapper(folder: Path) -> Blueprint:
-    path = folder / "config.json"
-    data = {key: value for key, value in read_json(path).items() if key not in WRAPPER_KEYS}
-    return _plan(data, str(path), prefix="model.")
-
-
-def _plan(section: Mapping[str, Any], where: str, prefix: str = "", *, strict: bool = True) -> Blueprint:
+def read_flags(section: Mapping[str, Any], where: str, prefix: str = "", *, strict: bool = True) -> WeightMap:
+    """The decoder that the flags in `section` describe, its tensors found under `prefix`. Errors begin with `where`."""
     flags = convert(section, OlmoFlags, where=where, strict=strict)
     try:
-        return blueprint(flags, prefix)
+        return weight_map(flags, prefix)
     except ConfigError as cause:
         raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause
 
 
-OLMO = Format(
-    name="olmo",
-    evidence="config.yaml with a model: section",
+LAYOUT = Layout(
+    evidence=f"{FILE} with a model: section",
+    configuration=FILE,
     weights=("model.safetensors", "model.pt"),
-    recognise=lambda folder: (folder / "config.yaml").exists(),
-    plan=_plan_yaml,
+    recognise=lambda folder: (folder / FILE).exists(),
+    read=_read,
     tensor_name=tensor_name,
-)
-HF_OLMO = Format(
-    name="hf_olmo",
-    evidence='config.json with model_type "hf_olmo"',
-    weights=("model.safetensors", "pytorch_model.bin"),
-    recognise=lambda folder: model_type(folder) == "hf_olmo",
-    plan=_plan_wrapper,
 )

@@ -8,19 +8,19 @@ from safetensors.torch import save as to_safetensors
 
 from fope_export.config import CONTRADICTION, ModelConfig, convert
 from fope_export.errors import CheckpointError, ConfigError
-from fope_export.fope import frequencies
-from fope_export.model.blueprint import Blueprint, Format, model_type, read_json
+from fope_export.fope import contract, frequencies
 from fope_export.model.decoder import Decoder
+from fope_export.model.layouts.base import CONFIG, Layout, WeightMap, model_type, read_json
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 
-def _plan(folder: Path) -> Blueprint:
+def _read(folder: Path) -> WeightMap:
     path = folder / CONFIG
     config = convert(read_json(path), ModelConfig, where=str(path))
     _check_training_length(config, path)
     copies = {"lm_head.weight": "embed.weight"} if config.tie_embeddings else {}
-    return Blueprint(config, {name: (name,) for name in stored_names(config)}, copies=copies)
+    return WeightMap(config, {name: (name,) for name in stored_names(config)}, copies=copies)
 
 
 def _check_training_length(config: ModelConfig, path: Path) -> None:
@@ -56,16 +56,16 @@ def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) ->
         spectrum = attention.rotary.spectrum
         if spectrum.config != model.config.spectrum:
             raise ConfigError(f"layer {i} has {spectrum.config}, not {model.config.spectrum}", hint=CONTRADICTION)
-        for name in ("freq", "sin_coef", "cos_coef"):
-            tensors[f"layers.{i}.attention.rotary.{name}"] = torch.from_numpy(getattr(spectrum, name))
+        for port in contract.NUMBERS:
+            tensors[f"layers.{i}.attention.rotary.{port.name}"] = torch.from_numpy(getattr(spectrum, port.name))
     (folder / WEIGHTS).write_bytes(to_safetensors(tensors))
     (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(model.config), indent=2) + b"\n")
 
 
-NATIVE = Format(
-    name="native",
+LAYOUT = Layout(
     evidence='config.json with model_type "fope"',
+    configuration=CONFIG,
     weights=(WEIGHTS,),
     recognise=lambda folder: model_type(folder) == "fope",
-    plan=_plan,
+    read=_read,
 )

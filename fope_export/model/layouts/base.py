@@ -14,9 +14,11 @@ from fope_export.errors import CheckpointError, ConfigError, cut
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.fp8 import Fp8
 
+CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
-class Blueprint:
+class WeightMap:
     """The decoder that a folder's configuration describes, and where each of its tensors comes from.
 
     `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
@@ -95,17 +97,19 @@ def join(tensors: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Format:
+class Layout:
     """A checkpoint layout: how it is recognised, which weight files it may have (preferred first), how it is read.
 
-    `tensor_name` undoes a layout's encoding of names in the weight file; `foreign` names are of another model there.
+    `evidence` is what `recognise` looks for, in words; `read` makes a folder's `configuration` file the decoder and the
+    names of its tensors, and raises CheckpointError or ConfigError where it says something else. `tensor_name` undoes a
+    layout's encoding of names in the weight file; `foreign` names are of another model there.
     """
 
-    name: str
     evidence: str
+    configuration: str
     weights: tuple[str, ...]
     recognise: Callable[[Path], bool]
-    plan: Callable[[Path], Blueprint]
+    read: Callable[[Path], WeightMap]
     tensor_name: Callable[[str], str] = lambda key: key
     foreign: Callable[[str], bool] = lambda name: False
 
@@ -117,6 +121,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def model_type(folder: Path) -> str | None:
     """`model_type` of the folder's config.json, if there is one."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     named = read_json(path).get("model_type") if path.exists() else None
     return named if isinstance(named, str) else None

@@ -1,0 +1,73 @@
+"""What the ways to round linear layers have in common: the protocol of their modules, and what they read and write."""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fope_export.graph.base import Pass
+from fope_export.graph.calibration import Ranges
+from fope_export.quantizations import Quantization
+
+
+class Rounding(NamedTuple):
+    """How a linear layer rounds its inputs: to integers, or E4M3 numbers, from least to largest, times scale."""
+
+    scale: float
+    least: float
+    largest: float
+    integers: bool
+
+
+class Quantised(NamedTuple):
+    """A linear layer as a file holds it."""
+
+    module: str
+    weight: NDArray[np.float64]  # [outputs, inputs]
+    allowed: NDArray[np.float64]  # [outputs, inputs], how far from it the original may have been
+    rounding: Rounding | None = None  # of its inputs
+
+
+class Way(Protocol):
+    """The module that a row of `QUANTIZATIONS` names as its home."""
+
+    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> Pass:
+        """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
+        the layer's name, none for weights alone. Raises BackendError where the quantiser is not installed.
+        """
+        ...
+
+    def read(self, path: Path) -> Iterator[Quantised]:
+        """Every layer of an ONNX file that the pass has rounded, one at a time."""
+        ...
+
+    def exact(self) -> list[Pass]:
+        """Passes after which weights stay rounded and inputs are read as they are; none where they always are."""
+        ...
+
+    def fast(self) -> list[Pass]:
+        """Passes that make the optimised file faster by rounding inputs too; none where there is no such thing."""
+        ...
+
+
+def way_of(row: Quantization) -> Way:
+    """Its home, imported."""
+    return cast("Way", import_module(row.home))
+
+
+def linear_weight(node: ir.Node) -> ir.Value | None:
+    """A linear layer's weight; None for other nodes, and for a router, where rounding would choose other experts."""
+    value = node.inputs[1] if node.op_type == "MatMul" else None
+    if value is None or not value.is_initializer() or not (value.name or "").endswith(".T"):
+        return None
+    return None if (value.name or "").endswith(".router.weight.T") else value
+
+
+def array_of(value: ir.Value | None) -> NDArray[Any]:
+    """The numbers of an initializer."""
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()

@@ -1,0 +1,86 @@
+"""The ways to round linear layers: one row each, and what differs between them is said here alone.
+
+The command line reads these rows, so they name the module that does the work instead of importing it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from fope_export.dtypes import FP16, FP32, Dtype
+
+
+class Since(NamedTuple):
+    """The first ONNX Runtime that has the operators of a bundle, where that is not the first that the others need."""
+
+    version: tuple[int, int]
+    dtype: Dtype | None
+    """In which it needs that one; None is any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A way to round linear layers: what it is, who takes it, and by what it is judged."""
+
+    name: str
+    """As `--quantize` and the manifest have it; up to a hyphen it ends the names of the rounded weights."""
+    element: str
+    """What weights become, as ONNX calls it."""
+    home: str
+    """The module that writes and reads it, which is a `graph.ways.Way`."""
+    recipe: str = ""
+    """Model Optimizer's, with which ranges are calibrated and inputs rounded too; nothing where weights alone are."""
+    dtypes: tuple[Dtype, ...] | None = None
+    """Those it can be combined with; None is all."""
+    since: tuple[Since, ...] = ()
+    """Newest first."""
+    engines: bool = False
+    """Whether TensorRT takes it."""
+    architecture: int = 0
+    """The oldest GPU that TensorRT multiplies it on: 89 is sm89."""
+    product: str = ""
+    """What older ones lack, in words."""
+    growth: float
+    """How much of itself a text's perplexity may grow by."""
+    blocked: bool = True
+    """Whether products add their terms in blocks, as PyTorch does; rounding may cost more where they do not."""
+    apart: float = 0.5
+    """As `Dtype.apart`: what rounding does to random weights."""
+
+    @property
+    def numbers(self) -> str:
+        """What the name of a rounded weight ends with."""
+        return self.name.partition("-")[0]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether inputs are rounded too, in steps that calibration finds."""
+        return bool(self.recipe)
+
+    @property
+    def rounded(self) -> str:
+        """What it rounds, in words."""
+        return "weights and inputs" if self.calibrated else "weights"
+
+    def takes(self, dtype: str) -> bool:
+        """Whether it can be combined with the dtype of that name."""
+        return self.dtypes is None or dtype in [row.name for row in self.dtypes]
+
+
+_blocks = partial(Quantization, home="fope_export.graph.quantise", dtypes=(FP32, FP16), blocked=False)
+_qdq = partial(
+    Quantization, home="fope_export.graph.qdq", since=(Since((1, 32), FP16), Since((1, 24), None)), engines=True
+)
+INT4 = _blocks(name="int4", element="INT4", growth=0.03)
+INT8 = _blocks(name="int8", element="INT8", growth=0.005)
+INT8_QDQ = _qdq(name="int8-qdq", element="INT8", recipe="INT8_DEFAULT_CFG", growth=0.02)
+FP8_QDQ = _qdq(
+    name="fp8-qdq", element="FLOAT8E4M3FN", recipe="FP8_DEFAULT_CFG", growth=0.01, architecture=89, product="float8"
+)
+QUANTIZATIONS = {row.name: row for row in (INT4, INT8, INT8_QDQ, FP8_QDQ)}
+"""By name."""
+
+
+def calibrated() -> list[Quantization]:
+    """The rows that round inputs too."""
+    return [row for row in QUANTIZATIONS.values() if row.calibrated]

@@ -1,0 +1,62 @@
+"""`python -m tests.toys quantisation FOLDER` (or dtype): every stage with the row, and what it says of itself."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fope_export.backends.ort import too_old
+from fope_export.benchmark.contenders import ALLOWED
+from fope_export.bundle import Bundle
+from fope_export.cli import main
+from fope_export.config import ExportConfig
+from fope_export.engine.build import build
+from fope_export.errors import ConfigError
+from fope_export.parity.run import validate
+from tests.conftest import small_decoder, write_native
+from tests.parity.test_run import weights
+from tests.toys import TOY, WIDE
+
+
+def quantisation(folder: Path) -> None:
+    made = stages(folder, "--quantize", TOY.name)
+    assert "toy weights" in made.manifest.export.described and too_old("x", "2.0", made.manifest.export) == ""
+    reason = too_old("x", "2.0", ExportConfig(quantize=TOY.name, dtype="fp16"))
+    assert reason == "x is 2.0, and toy in fp16 needs 99.0: pip install 'x>=99.0'"
+    with pytest.raises(ConfigError, match="quantize is toy and dtype is wide") as caught:
+        ExportConfig(quantize=TOY.name, dtype=WIDE.name)
+    assert caught.value.hint == "Choose dtype fp32 or fp16, or quantize int8-qdq or fp8-qdq."
+    refused(made, "sm86 has no toys", "export with --quantize int8-qdq for it")
+    weights(f"layers.0.attention.att_proj.weight.{TOY.numbers}", lambda a: a[::-1].copy())(made)
+    place = validate(made, lengths=(7, 64)).place
+    assert place is not None and place.tensors == ("layers.0.attention.att_proj.weight",)
+
+
+def dtype(folder: Path) -> None:
+    made = stages(folder, "--dtype", WIDE.name)
+    assert {port.dtype for port in made.manifest.inputs if port.name.startswith("past_")} == {WIDE.element}
+    assert validate(made, lengths=(7,)).dtype == "float32"  # that of the copy which ONNX Runtime computes
+    refused(made, "sm86 has no float64", "Export with --dtype fp16")
+
+
+def stages(folder: Path, *options: str) -> Bundle:
+    """Export, optimize, validate and run by the command line."""
+    checkpoint, out = write_native(small_decoder(), folder / "checkpoint"), str(folder / "out")
+    for command in (
+        ["export", str(checkpoint), out, *options], ["optimize", out], ["validate", out, "--lengths", "1,64"],
+        ["run", out, "--prompt-ids", "1,2,3", "--max-new-tokens", "4"], ["inspect", out],
+    ):  # fmt: skip
+        assert main([*command, "--traceback"]) == 0, command
+    assert ALLOWED[options[1]] > 0
+    return Bundle.open(out)
+
+
+def refused(made: Bundle, message: str, hint: str) -> None:
+    """By the build, before anything starts."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(made)
+    assert hint in caught.value.hint
+
+
+if __name__ == "__main__":
+    {each.__name__: each for each in (quantisation, dtype)}[sys.argv[1]](Path(sys.argv[2]))
