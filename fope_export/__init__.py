@@ -1,8 +1,10 @@
 """Language models with FoPE, from PyTorch to ONNX and TensorRT, with proof that they compute what PyTorch computes.
 
-Names load on first use, so that importing the package costs nothing; type checkers see them all.
+Names load on first use, so that importing the package costs nothing; type checkers see them all. What the package logs,
+under the names of its modules, is silent unless a program listens.
 """
 
+import logging
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -65,6 +67,7 @@ _HOMES = {
 }
 __all__ = [*_HOMES]
 __version__ = version("fope-export")
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if not TYPE_CHECKING:  # or a type checker takes every name for one of ours
 

@@ -1,6 +1,7 @@
 """The command line: what can be asked, and how a failure is told."""
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -329,7 +330,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return MISUSED
     try:
         _sweep()
-        code = int(args.function(args))
+        with _warnings_shown():
+            code = int(args.function(args))
         sys.stdout.flush()
     except (FopeError, OSError) as error:
         return _refuse(error, traced=args.traceback)
@@ -342,6 +344,18 @@ def _main(argv: Sequence[str] | None) -> int:
         print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)
         return BROKEN
     return code
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What the package warns of, on stderr."""
+    package, shown = logging.getLogger("fope_export"), logging.StreamHandler()
+    shown.setLevel(logging.WARNING)
+    package.addHandler(shown)
+    try:
+        yield
+    finally:
+        package.removeHandler(shown)
 
 
 def _refuse(error: FopeError | OSError, *, traced: bool) -> int:

@@ -1,6 +1,8 @@
 """The command line: results on stdout, errors and progress on stderr, exit codes 0, 1, 2."""
 
 import json
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from fope_export import place
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 
@@ -27,6 +30,16 @@ def test_export_validate_run_inspect(native: Path, tmp_path: Path, capsys: Captu
     for path in (str(native), out, f"{out}/model.onnx"):
         assert main(["inspect", path]) == 0
         assert "fope" in capsys.readouterr().out
+
+
+def test_warnings_are_shown_by_the_command_line_alone(spoilable: Bundle, capsys: Capture) -> None:
+    with place.holding(spoilable.path, 0, lambda folder: None):
+        assert main(["optimize", str(spoilable.path), "--lock-timeout", "0.3"]) == 2
+    assert re.search(r"^.*: waiting for `.*` on .*\nerror: ", capsys.readouterr().err)
+    code = "import fope_export, logging; logging.getLogger('fope_export.lock').warning('waiting')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == done.stdout == ""
+    assert [type(handler) for handler in logging.getLogger("fope_export").handlers] == [logging.NullHandler]
 
 
 def test_json_everywhere(native: Path, spoilable: Bundle, tmp_path: Path, capsys: Capture) -> None:

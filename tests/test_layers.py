@@ -1,5 +1,6 @@
 """Imports run one way (the contracts are in pyproject.toml), and nothing heavy loads before it is needed."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import fope_export
+from fope_export.bundle import Bundle
+from fope_export.graph.optimise import optimise
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {
@@ -39,6 +42,19 @@ def test_the_doctor_needs_no_torch() -> None:
     script = "import sys\nfrom fope_export.cli import main\nmain(['doctor'])\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"torch", "onnx", "onnxruntime", "matplotlib"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_bundle_runs_without_torch(optimised: bool, bundle: Bundle, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(bundle.path, tmp_path / "out"))
+    if optimised:
+        optimise(Bundle.open(out))
+    script = (
+        "import sys\nsys.modules['torch'] = None\nfrom fope_export.cli import main\n"
+        f"sys.exit(main(['run', {str(out)!r}, '--prompt-ids', '1,2,3', '--max-new-tokens', '3']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(",") == 2, done.stderr
 
 
 def test_the_public_door_opens_on_every_name() -> None:

@@ -10,6 +10,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 RECIPES = dict(re.findall(r"^### (Add an? [^\n]+)\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE | re.DOTALL))
 OWN = "NAME"
 """Stands for the new thing's name."""
+NAMED = re.compile(r"`(\w+)`\s+(?:of|in)\s+`([\w/.]+)`")
 
 
 def files(recipe: str) -> set[str]:
@@ -22,6 +23,13 @@ def files(recipe: str) -> set[str]:
 def test_the_files_of_a_recipe_exist(recipe: str) -> None:
     named = files(recipe)
     assert len(named) >= 2 and not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_what_a_recipe_says_is_in_a_file_is_there() -> None:
+    found = [pair for text in RECIPES.values() for pair in NAMED.findall(text)]
+    assert len(found) >= 6
+    for name, path in found:
+        assert re.search(rf"^(class |def )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{name} in {path}"
 
 
 def test_a_spectrum_field_is_written_where_the_recipe_says() -> None:

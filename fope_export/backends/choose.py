@@ -107,17 +107,35 @@ class Settings:
     """For one operator; 0 leaves it to the backend."""
     cuda_graph: bool = False
     """ONNX Runtime on a GPU captures decoding in a CUDA graph."""
+    exact: bool = False
+    """Without the rounding of what linear layers read, where the variant can leave it out (`Variant.exact`)."""
+
+
+USUALLY = Settings()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the ways in which a backend runs a bundle."""
+
+    name: str
+    load: Callable[[Bundle, Settings], Backend]
+    file: str = ""
+    """What the bundle must have for it."""
+    exact: bool = False
+    """Whether it can leave out the rounding of what linear layers read."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A backend: why a machine cannot run it (or nothing), how a bundle becomes one, and what it then has room for.
-    `too_old` says why its version cannot run a bundle that was exported so.
+    """A backend: why a machine cannot run it (or nothing), and what a bundle then has room for. Of its variants the
+    first is the plainest, and the last that a bundle has is what runs. `too_old` says why its version cannot run a
+    bundle that was exported so.
     """
 
     what: str
     missing: Callable[[Machine], str]
-    load: Callable[[Bundle, "Settings"], Backend]
+    variants: tuple[Variant, ...]
     limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
     widens: bool = False
@@ -128,13 +146,21 @@ class Row:
         dtype = DTYPES[bundle.manifest.export.dtype]
         return ((self.widens and dtype.widened) or dtype).precision
 
+    def variants_of(self, bundle: Bundle) -> tuple[Variant, ...]:
+        """Those that the bundle has what is needed for."""
+        return tuple(each for each in self.variants if not each.file or each.file in bundle.manifest.files)
+
 
 def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
     from fope_export.backends.ort import OrtBackend
+
+    return OrtBackend(bundle, threads=settings.threads, exact=settings.exact)
+
+
+def _load_ort_optimised(bundle: Bundle, settings: Settings) -> Backend:
     from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
-    kind = OptimisedOrtBackend if settings.optimised and OPTIMISED in bundle.manifest.files else OrtBackend
-    return kind(bundle, threads=settings.threads)
+    return OptimisedOrtBackend(bundle, threads=settings.threads, exact=settings.exact)
 
 
 def _ort_limits(bundle: Bundle) -> Limits:
@@ -203,14 +229,19 @@ BACKENDS: dict[str, Row] = {
     USUAL: Row(
         "the bundle in ONNX Runtime on the CPU",
         _without_ort,
-        _load_ort,
+        (
+            Variant("portable", _load_ort, exact=True),
+            Variant("optimised", _load_ort_optimised, OPTIMISED, exact=True),
+        ),
         _ort_limits,
         _without_ort,
         widens=True,
     ),
-    "onnxruntime-cuda": Row("its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, _load_ort_cuda),
-    "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, _load_trt, _trt_limits),
-    "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", _load_eager),
+    "onnxruntime-cuda": Row(
+        "its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, (Variant("optimised", _load_ort_cuda),)
+    ),
+    "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, (Variant("engine", _load_trt),), _trt_limits),
+    "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", (Variant("checkpoint", _load_eager),)),
 }
 
 
@@ -251,10 +282,10 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
     return name
 
 
-def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings | None = None) -> Backend:
-    """The chosen backend with `bundle` in it.
+def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings = USUALLY) -> Backend:
+    """The chosen backend with `bundle` in it: the last variant that the bundle has, or, not `optimised`, the first.
 
     Raises BackendError when it cannot run here, or does not load the bundle.
     """
-    chosen = choose(wanted, read_machine(), bundle.manifest.export)
-    return BACKENDS[chosen].load(bundle, settings or Settings())
+    variants = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)].variants_of(bundle)
+    return variants[-1 if settings.optimised else 0].load(bundle, settings)

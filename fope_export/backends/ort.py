@@ -19,7 +19,7 @@ from fope_export.quantizations import QUANTIZATIONS
 from fope_export.scratch import scratch
 
 if TYPE_CHECKING:
-    from onnx_ir.passes import InPlacePass
+    from fope_export.graph.base import Pass
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -219,10 +219,10 @@ def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Itera
         yield rewritten(bundle.loadable(name), folder / MODEL, edits)
 
 
-def _edits(export: ExportConfig, *, exact: bool) -> "list[InPlacePass]":
+def _edits(export: ExportConfig, *, exact: bool) -> "list[Pass]":
     """What makes that copy of a bundle that was exported so."""
     dtype, row = DTYPES[export.dtype], export.quantization if exact else None
-    edits: list[InPlacePass] = []
+    edits: list[Pass] = []
     if dtype.widened:
         from fope_export.graph.passes import Widen
 

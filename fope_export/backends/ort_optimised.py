@@ -6,10 +6,9 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fope_export.backends.base import Feeds, Ids, Logits, Part, empty_past, widest
+from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
@@ -18,14 +17,14 @@ from fope_export.manifest import KEPT, OPTIMISED
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
-NUMPY = {torch.int64: np.int64} | {getattr(torch, kind.__name__): kind for kind in TYPES.values()}
 
 
 @dataclass
 class Memory:
     """Keys and values [B, K, C, E] of every layer, written in place, for all caches that come from one another."""
 
-    tensors: list[Tensor]
+    device: Device
+    tensors: list[Array]
     bound: "Bound | None" = None
     """For single tokens in all rows, once there was such a step; it goes when the tensors do."""
 
@@ -37,7 +36,7 @@ class Memory:
         self.bound = None
         room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
         for i, old in enumerate(self.tensors):
-            self.tensors[i] = new = zeros((*old.shape[:2], room, old.shape[3]), old)
+            self.tensors[i] = new = self.device.zeros((*old.shape[:2], room, old.shape[3]))
             new[:, :, :have] = old
 
 
@@ -48,11 +47,6 @@ class SharedCache(NamedTuple):
     lengths: Ids  # [B]
 
 
-def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Of the dtype and on the device of `like`; on a host, what is never written takes no memory, unlike torch's."""
-    return torch.from_numpy(np.zeros(shape, NUMPY[like.dtype])).to(like.device)
-
-
 class Bound:
     """All that a step of some shape reads and writes, bound to a session: to run another is to write its numbers.
 
@@ -60,29 +54,29 @@ class Bound:
     """
 
     def __init__(
-        self, session: Any, tensors: Sequence[Tensor], tokens: int, width: int, vocab_size: int, *, last: bool,
-        graph: int | None = None,
+        self, session: Any, device: Device, tensors: Sequence[Array], tokens: int, width: int, vocab_size: int, *,
+        last: bool, graph: int | None = None,
     ) -> None:  # fmt: skip
-        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E]. `graph` is the CUDA graph
-        to be captured, -1 for none, where the session captures any.
+        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E] on a device. `graph` is the
+        CUDA graph to be captured, -1 for none, where the session captures any.
         """
-        rows, like = len(tensors[0]), tensors[0]
+        rows, self._device = len(tensors[0]), device
         shapes = {"input_ids": tokens, "attention_mask": width, "position_ids": tokens}
         self._hosts: dict[str, Any] = {name: np.zeros((rows, size), np.int64) for name, size in shapes.items()}
         self._hosts[KEPT] = np.arange(-1 if last else -tokens, 0)
-        self._inputs = {name: torch.from_numpy(host).to(like.device) for name, host in self._hosts.items()}
+        self._inputs = {name: device.placed(host) for name, host in self._hosts.items()}
         self._places, self._new = np.arange(width), np.arange(width) >= width - tokens
         self._session, self._binding, self._options = session, session.io_binding(), None
         for name, tensor in self._inputs.items():
-            self._binding.bind_input(name, *_place(tensor))
+            self._binding.bind_input(name, *device.binding(tensor))
         pasts = [port.name for port in session.get_inputs() if port.type in TYPES]
         presents = [port.name for port in session.get_outputs() if port.name != LOGITS]
         for past, present, tensor in zip(pasts, presents, tensors, strict=True):
-            self._binding.bind_input(past, *_place(tensor))
-            self._binding.bind_output(present, *_place(tensor))
-        self._logits = like.new_empty((rows, 1, vocab_size)) if last else None
+            self._binding.bind_input(past, *device.binding(tensor))
+            self._binding.bind_output(present, *device.binding(tensor))
+        self._logits = device.zeros((rows, 1, vocab_size)) if last else None
         if self._logits is not None:
-            self._binding.bind_output(LOGITS, *_place(self._logits))
+            self._binding.bind_output(LOGITS, *device.binding(self._logits))
         else:  # the file declares one token's, so that no other number may be bound
             self._binding.bind_output(LOGITS)
         if graph is not None:
@@ -93,26 +87,17 @@ class Bound:
         """Tokens [B, S], each row's after `past` [B] others."""
         self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, positions
         self._hosts["attention_mask"][:] = (self._places < past[:, None]) | self._new
-        if self._inputs[KEPT].is_cuda:  # on a host they are the same memory
-            for name, tensor in self._inputs.items():
-                tensor.copy_(torch.from_numpy(self._hosts[name]))
-            torch.cuda.current_stream().synchronize()
+        self._device.upload(self._hosts, self._inputs)
         self._session.run_with_iobinding(self._binding, self._options)
         found: Logits
         if self._logits is None:
             found = self._binding.get_outputs()[-1].numpy()
-        elif self._logits.is_cuda:
-            found = self._logits.cpu().numpy()
-        else:  # it is the caller's; the next step's has a place of its own
-            found = self._logits.numpy()
-            self._logits = torch.empty_like(self._logits)
-            self._binding.bind_output(LOGITS, *_place(self._logits))
+        else:
+            found = self._device.read(self._logits)
+            if found is self._logits:  # it is the caller's; the next step's has a place of its own
+                self._logits = np.empty_like(found)
+                self._binding.bind_output(LOGITS, *self._device.binding(self._logits))
         return found.astype(np.float32, copy=False)
-
-
-def _place(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
-    """A tensor as ONNX Runtime's bindings take it."""
-    return tensor.device.type, tensor.device.index or 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 
 class OptimisedOrtBackend:
@@ -144,15 +129,13 @@ class OptimisedOrtBackend:
             bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact,
             cuda_graph=cuda_graph,
         )  # fmt: skip
-        if device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("PyTorch finds no GPU, and caches are its tensors", hint="Install PyTorch for CUDA.")
         self._graphs = count(1) if cuda_graph else None
         kind = next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
-        self._like = torch.from_numpy(np.zeros(0, kind)).to(device)
+        self._device = _device(device, kind)
 
     def empty_cache(self, batch: int, room: int = 0) -> SharedCache:
         shapes = empty_past(self._manifest, batch).values()
-        memory = Memory([zeros(shape, self._like) for shape in shapes])
+        memory = Memory(self._device, [self._device.zeros(shape) for shape in shapes])
         memory.reserve(room)
         return SharedCache(memory, np.zeros(batch, np.int64))
 
@@ -191,11 +174,19 @@ class OptimisedOrtBackend:
                     logits[row, -1 if last else -tokens :] = self._run(bound, ids, positions, before)
         return logits, SharedCache(memory, past + counts)
 
-    def _bind(self, tensors: Sequence[Tensor], tokens: int, width: int, *, last: bool, graph: int | None) -> Bound:
-        return Bound(self._session, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
+    def _bind(self, tensors: Sequence[Array], tokens: int, width: int, *, last: bool, graph: int | None) -> Bound:
+        return Bound(self._session, self._device, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
 
     def _run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
         try:
             return bound.run(ids, positions, past)
         except Exception as cause:
             raise failure("run", self._path, cause) from cause
+
+
+def _device(name: str, kind: type[np.generic]) -> Device:
+    if name == "cpu":
+        return Host(kind)
+    from fope_export.backends.cuda import Cuda
+
+    return Cuda(kind)

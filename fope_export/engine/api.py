@@ -2,8 +2,10 @@
 
 import ctypes
 import importlib.util
+import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +16,10 @@ from typing import Any
 
 from fope_export.errors import BackendError, require
 from fope_export.scratch import KEPT
+
+logger = logging.getLogger(__name__)
+MESSAGES = 32
+"""Complaints of TensorRT that an error may quote."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,24 @@ def _preload_rtx(library: Library) -> None:
 
 
 def make_log(trt: ModuleType) -> Any:
-    """A logger that keeps messages: `errors()` joins those that say what went wrong."""
+    """A logger that hands messages on to `logging`, for debugging, and keeps the MESSAGES last different ones of those
+    that say what went wrong: `errors()` joins them.
+    """
+    severe = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.messages: list[tuple[Any, str]] = []
+            self._kept: deque[str] = deque(maxlen=MESSAGES)
 
         def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity, message))
+            logger.debug("%s: %s", trt.__name__, message)
+            if severity in severe and message not in self._kept:
+                self._kept.append(message)
 
         def errors(self) -> str:
-            severe = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-            told = dict.fromkeys(message for severity, message in self.messages if severity in severe)
             # Where there is no driver, each complaint is followed by one about that.
-            return "; ".join([message for message in told if "CUDA driver" not in message] or told)
+            return "; ".join([message for message in self._kept if "CUDA driver" not in message] or self._kept)
 
     return Log()
 

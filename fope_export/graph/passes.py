@@ -1,19 +1,22 @@
-"""Graph edits as passes: named, in memory, each with what it needs and what it promises."""
+"""The edits that make a portable file of what torch translated, and a copy in a wider dtype of a finished one."""
 
 import ast
 import os.path
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Sequential
+from onnx_ir.passes import PassError, PassResult, PostconditionError, PreconditionError, Sequential
 
 from fope_export.dtypes import Dtype
+from fope_export.errors import BundleError, cut
 from fope_export.fope import contract
-from fope_export.graph.reading import load_onnx
+from fope_export.graph.base import Pass
+from fope_export.graph.builder import GraphBuilder
+from fope_export.graph.reading import AGAIN, load_onnx
 from fope_export.graph.translation import function
 
 NUMBERS = [i for i, port in enumerate(contract.INPUTS) if port.dtype == "float32"]
@@ -22,38 +25,49 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch.onnx leaves the path of the module that a node came from."""
 
 
-class TransposeWeights(InPlacePass):
+class TransposeWeights(Pass):
     """Store each linear layer's weight as its MatMul reads it, under the name `<weight>.T`.
 
     The transposed copy is made when the file is written, one weight at a time.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                raise PreconditionError(f"{name} has no numbers")
+
     def call(self, model: ir.Model) -> PassResult:
-        graph, made = model.graph, False
-        for node in list(graph):
-            weight = node.inputs[0] if node.op_type == "Transpose" else None
-            tensor = weight.const_value if weight is not None and weight.is_initializer() else None
-            if tensor is None or tuple(node.attributes["perm"].as_ints()) != (1, 0):
-                continue
+        graph, builder, found = model.graph, GraphBuilder(model), list(_transposes(model.graph))
+        for node, tensor in found:
             name = f"{tensor.name}.T"
-            if name not in graph.initializers:
-                graph.register_initializer(_transposed(tensor, name))
-            node.outputs[0].replace_all_uses_with(graph.initializers[name])
+            known = graph.initializers.get(name)
+            weight = known if known is not None else builder.initializer(_transposed(tensor, name))
+            node.outputs[0].replace_all_uses_with(weight)
             graph.remove(node, safe=True)
-            made = True
         drop_unused(graph)
-        return PassResult(model, made)
+        return PassResult(model, modified=bool(found))
+
+    def ensures(self, model: ir.Model) -> None:
+        if left := [tensor.name for _, tensor in _transposes(model.graph)]:
+            raise PostconditionError(f"{left[0]} is still transposed in the graph")
 
 
-def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
+def _transposes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
+    """Nodes that transpose a matrix of weights, with the matrix."""
+    for node in graph:
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        tensor = weight.const_value if weight is not None and weight.is_initializer() else None
+        if tensor is not None and tuple(node.attributes["perm"].as_ints()) == (1, 0):
+            yield node, tensor
+
+
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     rows, columns = tensor.shape.numpy()
-    shape = ir.Shape((columns, rows))
 
     def read() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
 
-    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape((columns, rows)), name=name)
 
 
 def drop_unused(graph: ir.Graph) -> bool:
@@ -64,8 +78,19 @@ def drop_unused(graph: ir.Graph) -> bool:
     return bool(unused)
 
 
-class AttachRotary(InPlacePass):
-    """Give the model the function that its FopeRotary calls name, and check that every call can reach a plugin."""
+class AttachRotary(Pass):
+    """Give the model the function that its FopeRotary calls name; every call can reach a plugin."""
+
+    def requires(self, model: ir.Model) -> None:
+        calls = list(_rotations(model.graph))
+        if not calls:
+            raise PreconditionError(f"the model makes no call of {contract.DOMAIN}::{contract.NAME}")
+        for node in calls:
+            found = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
+            if found != contract.DISPATCH:
+                raise PreconditionError(
+                    f"{node.name} carries {found}, not {contract.DISPATCH}: no plugin would be found"
+                )
 
     def call(self, model: ir.Model) -> PassResult:
         body = function(model.opset_imports[""])
@@ -74,38 +99,63 @@ class AttachRotary(InPlacePass):
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
-        calls = [node for node in model.graph if node.domain == contract.DOMAIN]
-        if not calls:
-            raise PostconditionError(f"the model makes no call of {contract.DOMAIN}::{contract.NAME}")
-        for node in calls:
-            found = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
-            if found != contract.DISPATCH:
-                raise PostconditionError(
-                    f"{node.name} carries {found}, not {contract.DISPATCH}: no plugin would be found"
-                )
+        for node in _rotations(model.graph):
+            if node.op_identifier() not in model.functions or node.domain not in model.opset_imports:
+                raise PostconditionError(f"{node.name} calls a function that the model lacks")
 
 
-class Widen(InPlacePass):
+def _rotations(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.domain == contract.DOMAIN)
+
+
+class Widen(Pass):
     """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute."""
 
     def __init__(self, narrow: Dtype, wide: Dtype) -> None:
         super().__init__()
-        self._narrow, self._wide = narrow, wide
+        self._narrow, self._from, self._to = narrow.precision, element_of(narrow), element_of(wide)
+
+    def requires(self, model: ir.Model) -> None:
+        if not any(_found(model.graph, self._from)):
+            raise PreconditionError(f"the model has nothing in {self._narrow}")
 
     def call(self, model: ir.Model) -> PassResult:
-        graph, narrow, wide = model.graph, element_of(self._narrow), element_of(self._wide)
-        for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
-            if value.dtype == narrow:
-                value.dtype = wide
-            if (tensor := value.const_value) is not None and tensor.dtype == narrow:
+        for value in _values(model.graph):
+            if value.dtype == self._from:
+                value.dtype = self._to
+            if (tensor := value.const_value) is not None and tensor.dtype == self._from:
                 value.const_value = ir.LazyTensor(
-                    partial(_converted, tensor, wide), wide, ir.Shape(tensor.shape.numpy()), name=tensor.name
+                    partial(_converted, tensor, self._to), self._to, ir.Shape(tensor.shape.numpy()), name=tensor.name
                 )
-        for node in graph:
-            for name in ("to", "compute_dtype", "output_dtype"):
-                if name in node.attributes and node.attributes[name].as_int() == narrow:
-                    node.attributes[name] = ir.AttrInt64(name, wide)
+        for node, name in _dtypes(model.graph):
+            if node.attributes[name].as_int() == self._from:
+                node.attributes[name] = ir.AttrInt64(name, self._to)
         return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        if left := next(_found(model.graph, self._from), None):
+            raise PostconditionError(f"{left} is in {self._narrow}")
+
+
+def _found(graph: ir.Graph, dtype: ir.DataType) -> Iterator[str | None]:
+    """Names of what is in a dtype: values, numbers, and nodes that make them so."""
+    for value in _values(graph):
+        if dtype in (value.dtype, value.const_value.dtype if value.const_value is not None else None):
+            yield value.name
+    for node, name in _dtypes(graph):
+        if node.attributes[name].as_int() == dtype:
+            yield node.name
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from (*graph.inputs, *graph.initializers.values())
+    yield from (value for node in graph for value in node.outputs)
+
+
+def _dtypes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Nodes with the attributes of theirs that are an element type."""
+    names = ("to", "compute_dtype", "output_dtype")
+    return ((node, name) for node in graph for name in names if name in node.attributes)
 
 
 def element_of(dtype: Dtype) -> ir.DataType:
@@ -117,29 +167,55 @@ def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy().astype(to.numpy()), name=tensor.name)
 
 
-def rewritten(model: Path, copy: Path, edits: Sequence[InPlacePass]) -> Path:
-    """Write `model` to `copy` after some passes, with all its numbers."""
-    ir.save(Sequential(*edits)(load_onnx(model)).model, copy, external_data=f"{copy.name}.data")
+def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:
+    """Write `model` to `copy` after some passes, with all its numbers.
+
+    Raises BundleError where the model is not what they need.
+    """
+    try:
+        edited = Sequential(*edits)(load_onnx(model)).model
+    except PassError as cause:
+        raise BundleError(f"{model} is not as its manifest says: {cut(cause.__cause__)}", hint=AGAIN) from cause
+    ir.save(edited, copy, external_data=f"{copy.name}.data")
     return copy
 
 
-class ShareSpectra(InPlacePass):
+class ShareSpectra(Pass):
     """Layers whose rotations have equal numbers read them from the first of them, and runtimes compute them once."""
+
+    def requires(self, model: ir.Model) -> None:
+        for node in _rotations(model.graph):
+            for value in (node.inputs[port] for port in NUMBERS):
+                if value is None or value.const_value is None:
+                    raise PreconditionError(f"{node.name} reads numbers that are no initializers")
 
     def call(self, model: ir.Model) -> PassResult:
         first: dict[tuple[int, bytes], ir.Value] = {}
-        for node in model.graph:
-            if node.domain == contract.DOMAIN:
-                for port in NUMBERS:
-                    value = node.inputs[port]
-                    assert value is not None and value.const_value is not None
-                    key = port, value.const_value.tobytes()
-                    node.replace_input_with(port, first.setdefault(key, value))
+        for node, port, value, numbers in _spectra(model.graph):
+            node.replace_input_with(port, first.setdefault((port, numbers), value))
         return PassResult(model, modified=drop_unused(model.graph))
 
+    def ensures(self, model: ir.Model) -> None:
+        first: dict[tuple[int, bytes], ir.Value] = {}
+        for node, port, value, numbers in _spectra(model.graph):
+            if first.setdefault((port, numbers), value) is not value:
+                raise PostconditionError(f"{node.name} reads a copy of another layer's numbers")
 
-class NameNodes(InPlacePass):
+
+def _spectra(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, ir.Value, bytes]]:
+    """What every rotation reads at each of its NUMBERS' ports: the value, and its bytes."""
+    for node, port in ((node, port) for node in _rotations(graph) for port in NUMBERS):
+        value = node.inputs[port]
+        assert value is not None and value.const_value is not None
+        yield node, port, value, value.const_value.tobytes()
+
+
+class NameNodes(Pass):
     """Call nodes and values after the module they came from (layers.0.attention.rotary/FopeRotary)."""
+
+    def requires(self, model: ir.Model) -> None:
+        if not any(SCOPES in node.metadata_props for node in model.graph):
+            raise PreconditionError(f"no node has {SCOPES}: torch.onnx did not make the model")
 
     def call(self, model: ir.Model) -> PassResult:
         kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
@@ -156,6 +232,14 @@ class NameNodes(InPlacePass):
             value.name = f"constant.{i}"
         return PassResult(model, modified=True)
 
+    def ensures(self, model: ir.Model) -> None:
+        names = [f"{_module(node)}/{node.op_type}".lstrip("/") for node in model.graph]
+        for node, name in zip(model.graph, names, strict=True):
+            if not (node.name or "").startswith(name):
+                raise PostconditionError(f"{node.name} is not called {name}")
+        if again := [name for name, count in Counter(node.name for node in model.graph).items() if count > 1]:
+            raise PostconditionError(f"{again[0]} is the name of two nodes")
+
 
 def _module(node: ir.Node) -> str:
     """The path of the torch module that made `node`, empty for the outermost.
@@ -169,12 +253,17 @@ def _module(node: ir.Node) -> str:
     return os.path.commonpath(readers).replace("/", ".") if readers else ""
 
 
-class NameDimensions(InPlacePass):
+class NameDimensions(Pass):
     """Give torch's symbols (s17, s59 + s70) the names of the contract, everywhere; forget those that have none."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
         self.names = names
+
+    def requires(self, model: ir.Model) -> None:
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            if value.shape is None:
+                raise PreconditionError(f"{value.name} has no shape")
 
     def call(self, model: ir.Model) -> PassResult:
         outputs = (value for node in model.graph for value in node.outputs)
@@ -188,5 +277,7 @@ class NameDimensions(InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         for value in (*model.graph.inputs, *model.graph.outputs):
-            if value.shape is None or any(isinstance(d, ir.SymbolicDim) and d.value is None for d in value.shape):
+            if any(
+                isinstance(dim, ir.SymbolicDim) and dim.value not in self.names.values() for dim in value.shape or ()
+            ):
                 raise PostconditionError(f"{value.name} has shape {value.shape}: torch derived a size that is no name")

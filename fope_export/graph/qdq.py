@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from fope_export.errors import require
+from fope_export.graph.base import Pass
+from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, Rounding, array_of, initializer, linear_weight
+from fope_export.graph.ways import Quantised, Rounding, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
@@ -46,7 +48,7 @@ GRIDS = {grid.dtype.name: grid for grid in (Grid(ir.DataType.INT8, 127.0), Grid(
 """By ONNX's name of the numbers."""
 
 
-class InsertQdq(InPlacePass):
+class InsertQdq(Pass):
     """Have each calibrated linear layer read rounded inputs, and `<weight>.<numbers>` in place of `<weight>.T`.
 
     Weights are rounded when the file is written, one at a time.
@@ -58,60 +60,65 @@ class InsertQdq(InPlacePass):
         self._row, self._ranges = QUANTIZATIONS[kind], ranges
         self._grid = GRIDS[self._row.element]
 
+    def requires(self, model: ir.Model) -> None:
+        layers = {_module(node) for node in model.graph if linear_weight(node) is not None}
+        unknown = self._ranges.keys() - layers
+        if unknown or not self._ranges:
+            raise PreconditionError(f"calibration and graph disagree in {unknown or 'everything'}")
+
     def call(self, model: ir.Model) -> PassResult:
+        builder = GraphBuilder(model)
         for node in list(model.graph):
-            module = (node.name or "").rpartition("/")[0]
+            module = _module(node)
             if (weight := linear_weight(node)) is not None and module in self._ranges:
-                self._round_weight(node, module, weight, model.graph)
-                self._round_input(node, module, model.graph)
+                self._round_weight(builder.within(f"{module}/weight", before=node), node, weight, self._ranges[module])
+                self._round_input(builder.within(module, before=node), node, self._ranges[module])
         optimizer = require("modelopt", "modelopt")
         model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
         return PassResult(model, modified=True)
 
-    def _round_input(self, node: ir.Node, module: str, graph: ir.Graph) -> None:
+    def _round_input(self, builder: GraphBuilder, node: ir.Node, ranges: Ranges) -> None:
         x = node.inputs[0]
         assert x is not None and x.dtype is not None
-        step = self._scale(f"{module}.input_scale", np.float32(self._ranges[module].inputs), graph)
-        small = _node(QUANTISE, [x, step], {"output_dtype": self._grid.dtype}, module, x)
-        back = _node(DEQUANTISE, [small.outputs[0], step], {"output_dtype": x.dtype}, module, x)
-        graph.insert_before(node, [small, back])
-        node.replace_input_with(0, back.outputs[0])
+        step = self._scale(builder, f"{builder.scope}.input_scale", np.float32(ranges.inputs))
+        small = _like(x, self._grid.dtype, builder.op(QUANTISE, x, step, output_dtype=int(self._grid.dtype)))
+        back = _like(x, x.dtype, builder.op(DEQUANTISE, small, step, output_dtype=int(x.dtype)))
+        node.replace_input_with(0, back)
 
-    def _round_weight(self, node: ir.Node, module: str, weight: ir.Value, graph: ir.Graph) -> None:
+    def _round_weight(self, builder: GraphBuilder, node: ir.Node, weight: ir.Value, ranges: Ranges) -> None:
         """A weight that nothing else reads leaves the graph."""
         assert weight.name and weight.const_value is not None
-        name, tensor, ranges = weight.name.removesuffix(".T"), weight.const_value, self._ranges[module]
-        steps = self._scale(f"{name}.scale", ranges.weight, graph)
+        name, tensor = weight.name.removesuffix(".T"), weight.const_value
+        steps = self._scale(builder, f"{name}.scale", ranges.weight)
         read = partial(_rounded, tensor, array_of(steps), self._grid)
         shape, numbers = ir.Shape(tensor.shape.numpy()), self._row.numbers
-        small = initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
-        graph.register_initializer(small)
-        axis = {"axis": 1} if ranges.weight.ndim else {}
-        back = _node(DEQUANTISE, [small, steps], axis | {"output_dtype": tensor.dtype}, f"{module}/weight", small)
-        graph.insert_before(node, [back])
-        node.replace_input_with(1, back.outputs[0])
+        small = builder.initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
+        axis: dict[str, Any] = {"axis": 1} if ranges.weight.ndim else {}
+        back = builder.op(DEQUANTISE, small, steps, **axis, output_dtype=int(tensor.dtype))
+        node.replace_input_with(1, _like(small, tensor.dtype, back))
         if not weight.uses():
-            graph.initializers.pop(weight.name)
+            builder.graph.initializers.pop(weight.name)
 
-    def _scale(self, name: str, largest: NDArray[np.float32] | np.float32, graph: ir.Graph) -> ir.Value:
+    def _scale(self, builder: GraphBuilder, name: str, largest: NDArray[np.float32] | np.float32) -> ir.Value:
         """Of numbers from 0 to `largest`; 1 where that is 0 too."""
         steps = np.where(largest > 0, largest / np.float32(self._grid.largest), 1)
-        value = initializer(ir.Tensor(np.asarray(steps, np.float32), name=name))
-        graph.register_initializer(value)
-        return value
+        return builder.initializer(ir.Tensor(np.asarray(steps, np.float32), name=name))
 
     def ensures(self, model: ir.Model) -> None:
         found = {module for module, _ in _layers(model)}
-        if not found or found != set(self._ranges):
-            raise PostconditionError(f"calibration and graph disagree in {found ^ set(self._ranges) or 'everything'}")
+        if found != set(self._ranges):
+            raise PostconditionError(f"calibration and graph disagree in {found ^ set(self._ranges)}")
 
 
-def _node(kind: str, inputs: list[ir.Value], attributes: Mapping[str, int], module: str, like: ir.Value) -> ir.Node:
-    """A node named after its module, whose output has the shape of `like`."""
-    node = ir.node(kind, inputs, {name: int(number) for name, number in attributes.items()}, name=f"{module}/{kind}")
-    dtype = ir.DataType(attributes["output_dtype"])
-    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = node.name, like.shape, ir.TensorType(dtype)
-    return node
+def _module(node: ir.Node) -> str:
+    """The path of the torch module that a node is named after."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def _like(other: ir.Value, dtype: ir.DataType, value: ir.Value) -> ir.Value:
+    """`value`, known to have the shape of another."""
+    value.shape, value.type = other.shape, ir.TensorType(dtype)
+    return value
 
 
 def _rounded(tensor: ir.TensorProtocol, steps: NDArray[np.float32], grid: Grid) -> ir.TensorProtocol:
@@ -130,11 +137,15 @@ def _layers(model: ir.Model) -> Iterator[tuple[str, tuple[ir.Node, ir.Node]]]:
             case [ir.Node(op_type="DequantizeLinear") as back, ir.Node(op_type="DequantizeLinear") as weight]:
                 small = back.inputs[0].producer() if back.inputs[0] else None
                 if node.name and small is not None and small.inputs[1] is back.inputs[1]:
-                    yield node.name.rpartition("/")[0], (small, weight)
+                    yield _module(node), (small, weight)
 
 
-class ExactInputs(InPlacePass):
+class ExactInputs(Pass):
     """Linear layers read their inputs as they are; their weights stay rounded."""
+
+    def requires(self, model: ir.Model) -> None:
+        if not any(_layers(model)):
+            raise PreconditionError("no layer rounds its inputs")
 
     def call(self, model: ir.Model) -> PassResult:
         found = list(_layers(model))
@@ -147,18 +158,22 @@ class ExactInputs(InPlacePass):
         drop_unused(model.graph)
         return PassResult(model, modified=bool(found))
 
+    def ensures(self, model: ir.Model) -> None:
+        if left := [module for module, _ in _layers(model)]:
+            raise PostconditionError(f"{left[0]} rounds its inputs")
+
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
     """See `Way`."""
     return InsertQdq(kind, ranges)
 
 
-def exact() -> list[InPlacePass]:
+def exact() -> list[Pass]:
     """See `Way`."""
     return [ExactInputs()]
 
 
-def fast() -> list[InPlacePass]:
+def fast() -> list[Pass]:
     """See `Way`: products of 8 bits are what the file asks for."""
     return []
 

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from fope_export.dtypes import FP32
 from fope_export.errors import ExportError, require
+from fope_export.graph.base import Pass
+from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, array_of, initializer, linear_weight
+from fope_export.graph.ways import Quantised, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
 
-OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
+OPERATOR = "MatMulNBits"
 BLOCK = 32
 """Inputs of a linear layer that share a scale."""
 EXACT = 1
@@ -30,7 +32,7 @@ INT8 = 4
 """The one that rounds them to 8 bits, each block with a scale of its own: several times faster."""
 
 
-class QuantiseWeights(InPlacePass):
+class QuantiseWeights(Pass):
     """Have linear layers read `<weight>.<kind>`, `.scales` and `.zero_points` in place of `<weight>.T`.
 
     Weights are read and quantised one at a time.
@@ -45,39 +47,43 @@ class QuantiseWeights(InPlacePass):
         config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self._bits)
         self._quantiser = tools.DefaultWeightOnlyQuantizer(config)
 
+    def requires(self, model: ir.Model) -> None:
+        if not any(map(linear_weight, model.graph)):
+            raise PreconditionError("the model has no linear layer to quantise")
+
     def call(self, model: ir.Model) -> PassResult:
+        builder = GraphBuilder(model)
         for node in list(model.graph):
             if (weight := linear_weight(node)) is not None:
-                self._replace(node, weight, model.graph)
-        model.opset_imports[DOMAIN] = 1
+                self._replace(node, weight, builder)
+        model.opset_imports[MICROSOFT] = 1
         library = require("onnxruntime", "cpu")
         model.metadata_props["fope.quantiser"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
         return PassResult(model, modified=True)
 
-    def _replace(self, node: ir.Node, weight: ir.Value, graph: ir.Graph) -> None:
+    def _replace(self, node: ir.Node, weight: ir.Value, builder: GraphBuilder) -> None:
         """Turn the call into one of the operator. A weight that nothing else reads leaves the graph."""
         assert weight.name and weight.const_value is not None and node.name
         inputs, outputs = weight.const_value.shape.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
             arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
         _check_range(weight.name, *arrays, bits=self._bits)
-        node.op_type, node.domain = OPERATOR, DOMAIN
+        node.op_type, node.domain = OPERATOR, MICROSOFT
         node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
         node.resize_inputs(1 + len(arrays))
         for port, (array, part) in enumerate(zip(arrays, (self._kind, "scales", "zero_points"), strict=True), start=1):
-            value = initializer(ir.Tensor(array, name=f"{weight.name.removesuffix('.T')}.{part}"))
-            graph.register_initializer(value)
-            node.replace_input_with(port, value)
+            tensor = ir.Tensor(array, name=f"{weight.name.removesuffix('.T')}.{part}")
+            node.replace_input_with(port, builder.initializer(tensor))
         numbers = {"K": inputs, "N": outputs, "bits": self._bits, "block_size": BLOCK, "accuracy_level": EXACT}
         node.attributes.update((name, ir.AttrInt64(name, number)) for name, number in numbers.items())
-        if node.outputs[0] not in graph.outputs:
+        if node.outputs[0] not in builder.graph.outputs:
             node.outputs[0].name = node.name
         if not weight.uses():
-            graph.initializers.pop(weight.name)
+            builder.graph.initializers.pop(weight.name)
 
     def ensures(self, model: ir.Model) -> None:
-        if not any(node.op_type == OPERATOR for node in model.graph):
-            raise PostconditionError("the model has no linear layer to quantise")
+        if left := [node.name for node in model.graph if linear_weight(node) is not None]:
+            raise PostconditionError(f"{left[0]} is not quantised")
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantiseWeights:  # noqa: ARG001
@@ -96,26 +102,38 @@ def _no_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-class Products(InPlacePass):
+class Products(Pass):
     """Have every product with integer weights take its inputs with an `accuracy_level`: EXACT or INT8."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
         self._level = level
 
+    def requires(self, model: ir.Model) -> None:
+        if not any(_products(model.graph)):
+            raise PreconditionError("no weights are integers")
+
     def call(self, model: ir.Model) -> PassResult:
-        for node in model.graph:
-            if node.op_type == OPERATOR:
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", self._level)
+        for node in _products(model.graph):
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", self._level)
         return PassResult(model, modified=True)
 
+    def ensures(self, model: ir.Model) -> None:
+        for node in _products(model.graph):
+            if (level := node.attributes["accuracy_level"].as_int()) != self._level:
+                raise PostconditionError(f"{node.name} has the accuracy_level {level}")
 
-def exact() -> list[InPlacePass]:
+
+def _products(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.op_type == OPERATOR)
+
+
+def exact() -> list[Pass]:
     """See `Way`."""
     return [Products(EXACT)]
 
 
-def fast() -> list[InPlacePass]:
+def fast() -> list[Pass]:
     """See `Way`."""
     return [Products(INT8)]
 

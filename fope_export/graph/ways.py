@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import InPlacePass
 
+from fope_export.graph.base import Pass
 from fope_export.graph.calibration import Ranges
 from fope_export.quantizations import Quantization
 
@@ -35,7 +35,7 @@ class Quantised(NamedTuple):
 class Way(Protocol):
     """The module that a row of `QUANTIZATIONS` names as its home."""
 
-    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> InPlacePass:
+    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> Pass:
         """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
         the layer's name, none for weights alone. Raises BackendError where the quantiser is not installed.
         """
@@ -45,11 +45,11 @@ class Way(Protocol):
         """Every layer of an ONNX file that the pass has rounded, one at a time."""
         ...
 
-    def exact(self) -> list[InPlacePass]:
+    def exact(self) -> list[Pass]:
         """Passes after which weights stay rounded and inputs are read as they are; none where they always are."""
         ...
 
-    def fast(self) -> list[InPlacePass]:
+    def fast(self) -> list[Pass]:
         """Passes that make the optimised file faster by rounding inputs too; none where there is no such thing."""
         ...
 
@@ -65,12 +65,6 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
     if value is None or not value.is_initializer() or not (value.name or "").endswith(".T"):
         return None
     return None if (value.name or "").endswith(".router.weight.T") else value
-
-
-def initializer(tensor: ir.TensorProtocol) -> ir.Value:
-    """A value that has the name of its tensor, and is in no graph yet."""
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def array_of(value: ir.Value | None) -> NDArray[Any]:

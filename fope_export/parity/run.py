@@ -10,16 +10,14 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
-from fope_export.backends.ort import OrtBackend
-from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
 from fope_export.graph.reading import check_graphs
-from fope_export.manifest import MANIFEST, OPTIMISED
+from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
@@ -160,7 +158,7 @@ def validate(
         reach = reach_of(bundle, source_of(bundle, checkpoint).model, used) if exported.extend else None
         files, judging = _files(bundle, chosen), yardstick
         if exported.calibrated:
-            rounded, judging, files[""] = _round(yardstick, bundle, files[""], reference)
+            rounded, judging, files[""] = _round(yardstick, bundle, chosen, files[""], reference)
         for done, case in enumerate(cases):
             report(case.name, done, len(cases) + len(mistakes))
             look = judging.look(case)
@@ -202,11 +200,10 @@ def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
 
 
 def _files(bundle: Bundle, chosen: str) -> dict[str, Backend]:
-    """What the cases are run on, by what it adds to their names: the portable file, and the optimised one if any."""
-    found = {"": load_backend(bundle, chosen, Settings(optimised=False))}
-    if chosen == "onnxruntime" and OPTIMISED in bundle.manifest.files:
-        found[", optimised"] = OptimisedOrtBackend(bundle, exact=True)
-    return found
+    """What the cases are run on, by what it adds to their names: the first variant as it is, others unrounded."""
+    first, *others = BACKENDS[chosen].variants_of(bundle)
+    found = {"": first.load(bundle, USUALLY)}
+    return found | {f", {each.name}": each.load(bundle, Settings(exact=True)) for each in others}
 
 
 def _compare(case: Case, look: Look, tested: Backend, name: str) -> CaseResult:
@@ -248,21 +245,22 @@ def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
 
 
 def _round(
-    yardstick: Yardstick, bundle: Bundle, tested: Backend, case: Case
+    yardstick: Yardstick, bundle: Bundle, chosen: str, tested: Backend, case: Case
 ) -> tuple[list[CaseResult], Yardstick, Backend]:
     """A comparison of the bundle that rounds its linear layers' inputs, and by what and on what the others are made.
 
     Which of two steps a number falls to is chance where the last digit decides, and one such flip outweighs all other
     errors: two computations that round are no measure of each other. So float64 does not round, and the noise is the
-    error of members with rounded inputs. As that hides small faults, ONNX Runtime does not round in the other cases.
+    error of members with rounded inputs. As that hides small faults, what can does not round in the other cases.
     """
     model = copy.deepcopy(yardstick.single.model)
     round_inputs(bundle, model)
     rounding = Yardstick(EagerBackend(model), yardstick.double)
-    if not isinstance(tested, OrtBackend):
+    first = BACKENDS[chosen].variants_of(bundle)[0]
+    if not first.exact:
         return [], rounding, tested
     compared = _compare(case, rounding.look(case), tested, f"{case.name}, inputs rounded")
-    return [replace(compared, rounded=True)], yardstick, OrtBackend(bundle, exact=True)
+    return [replace(compared, rounded=True)], yardstick, first.load(bundle, Settings(exact=True))
 
 
 def _refusals(

@@ -12,9 +12,8 @@ from calibrate import today
 from calibrate.models import KINDS, Recipe, bundle_of, pool
 from calibrate.records import Book, Record
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import BACKENDS, Settings, load_backend
+from fope_export.backends.choose import BACKENDS, Settings
 from fope_export.backends.eager import EagerBackend
-from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.errors import FopeError
 from fope_export.model.checkpoint import source_of
@@ -104,12 +103,14 @@ class Bench:
                 place_weights(bundle, backend.model, arithmetic)
         cases = standard_cases(config, seed, lengths, BACKENDS[BACKEND].limits(bundle))
         reference = prefill(config, max(config.training_length, SHORTEST_CONTROL), seed)
-        portable: Backend = load_backend(bundle, BACKEND, Settings(optimised=False, threads=threads))
-        optimised = OptimisedOrtBackend(bundle, threads=threads, exact=True)
+        portable, optimised = (
+            variant.load(bundle, Settings(threads=threads, exact=variant.name != FILES[0]))
+            for variant in BACKENDS[BACKEND].variants_of(bundle)
+        )
         rounded: list[CaseResult] = []
         yardstick = plain
         if exported.calibrated:
-            rounded, yardstick, portable = _round(plain, bundle, portable, reference)
+            rounded, yardstick, portable = _round(plain, bundle, BACKEND, portable, reference)
         former = EagerBackend(yardstick.single.model)
         if exported.dtype == "bf16":
             former = EagerBackend(EagerBackend.in_float64(plain.single.model).model.to(DTYPES["bf16"]))

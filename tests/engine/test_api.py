@@ -45,6 +45,28 @@ def test_a_plugin_of_another_version_has_no_creator(plugin: Path) -> None:
     assert re.fullmatch(r"7 .*has no creator fope::FopeRotary of version 7 .*compiled again\.\n", done.stdout)
 
 
+class Severity:
+    """TensorRT's logger, as far as ours needs it."""
+
+    INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+
+def test_messages_are_logged_and_few_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    trt = types.ModuleType("tensorrt")
+    trt.ILogger = Severity
+    log = api.make_log(trt)
+    with caplog.at_level("DEBUG", logger="fope_export"):
+        for i in range(100 * api.MESSAGES):
+            log.log(Severity.WARNING, "slow")
+            log.log(Severity.ERROR, f"broken {i % (2 * api.MESSAGES)}")
+    assert (
+        caplog.messages[:2] == ["tensorrt: slow", "tensorrt: broken 0"] and len(caplog.messages) == 200 * api.MESSAGES
+    )
+    assert log.errors() == "; ".join(f"broken {i}" for i in range(api.MESSAGES, 2 * api.MESSAGES))
+    log.log(Severity.INTERNAL_ERROR, "CUDA driver missing")
+    assert "CUDA" not in log.errors() and log.errors().startswith("broken 33")
+
+
 def test_rtx_imported_too_early_is_refused() -> None:
     code = (
         "import tensorrt_rtx\nfrom fope_export.engine import api\n"

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx_ir.passes import PostconditionError
+from onnx_ir.passes import PreconditionError
 
 from fope_export.backends.base import feeds_for
 from fope_export.backends.ort import OrtBackend
@@ -191,7 +191,7 @@ def test_a_call_that_no_plugin_would_find_is_an_error() -> None:
     model = to_onnx(small_decoder(), ExportConfig().resolved(64))
     call = next(node for node in model.graph if node.domain == contract.DOMAIN)
     del call.attributes["plugin_namespace"]
-    with pytest.raises(PostconditionError, match="no plugin would be found"):
+    with pytest.raises(PreconditionError, match="no plugin would be found"):
         passes.AttachRotary()(model)
 
 
@@ -199,7 +199,7 @@ def test_a_model_without_a_call_is_an_error() -> None:
     model = to_onnx(small_decoder(), ExportConfig().resolved(64))
     for node in model.graph:
         node.domain = ""
-    with pytest.raises(PostconditionError, match="no call of fope::FopeRotary"):
+    with pytest.raises(PreconditionError, match="no call of fope::FopeRotary"):
         passes.AttachRotary()(model)
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto
-from onnx_ir.passes import PostconditionError
+from onnx_ir.passes import PreconditionError
 
 from fope_export.bundle import Bundle
 from fope_export.cli import main
@@ -139,5 +139,5 @@ def test_a_layer_that_the_graph_lacks_is_an_error_and_a_dead_one_is_not() -> Non
     dead = {"layers.0.attention.att_proj": Ranges(0.0, np.zeros(192, np.float32))}
     InsertQdq("int8-qdq", dead)(finished)
     assert (finished.graph.initializers["layers.0.attention.att_proj.weight.scale"].const_value.numpy() == 1).all()
-    with pytest.raises(PostconditionError, match=r"disagree in .*layers\.7"):
+    with pytest.raises(PreconditionError, match=r"disagree in .*layers\.7"):
         InsertQdq("int8-qdq", {"layers.7.attention.att_proj": dead.popitem()[1]})(finished)

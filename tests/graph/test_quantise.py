@@ -6,15 +6,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx_ir.passes import PostconditionError
+from onnx_ir.passes import PreconditionError
 
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExpertsConfig, ExportConfig
 from fope_export.errors import ConfigError
 from fope_export.fope import contract
+from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export, to_onnx
-from fope_export.graph.quantise import DOMAIN, OPERATOR, QuantiseWeights, read
+from fope_export.graph.quantise import OPERATOR, QuantiseWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
@@ -88,7 +89,7 @@ def test_the_integers_stand_for_what_the_operator_multiplies_by(quantised: Bundl
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
     alone = onnx.helper.make_model(
         onnx.helper.make_graph([node], "alone", [x], [y], tensors), ir_version=10,
-        opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)],
+        opset_imports=[onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(MICROSOFT, 1)],
     )  # fmt: skip
     session = onnxruntime.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {node.input[0]: np.eye(48, dtype=dtype)})
@@ -124,7 +125,7 @@ def test_a_model_without_a_linear_layer_is_an_error() -> None:
     model = to_onnx(small_decoder(), ExportConfig().resolved(64))
     for node in model.graph:
         node.domain, node.op_type = contract.DOMAIN, contract.NAME
-    with pytest.raises(PostconditionError, match="no linear layer"):
+    with pytest.raises(PreconditionError, match="no linear layer"):
         QuantiseWeights("int4")(model)
 
 

@@ -5,34 +5,40 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from fope_export.graph.base import Pass
+from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, array_of, initializer, linear_weight
+from fope_export.graph.ways import Quantised, array_of, linear_weight
 from tests.toys import TOY
 
 
-class RoundWeights(InPlacePass):
+class RoundWeights(Pass):
+    def requires(self, model: ir.Model) -> None:
+        if not any(map(linear_weight, model.graph)):
+            raise PreconditionError("the model has no linear layer")
+
     def call(self, model: ir.Model) -> PassResult:
+        builder = GraphBuilder(model)
         for node in list(model.graph):
             if (weight := linear_weight(node)) is not None:
-                self._round(node, weight, model.graph)
+                self._round(builder.within((node.name or "").rpartition("/")[0], before=node), node, weight)
         return PassResult(model, modified=True)
 
-    def _round(self, node: ir.Node, weight: ir.Value, graph: ir.Graph) -> None:
+    def ensures(self, model: ir.Model) -> None:
+        if any(map(linear_weight, model.graph)):
+            raise PostconditionError("a linear layer is left")
+
+    def _round(self, builder: GraphBuilder, node: ir.Node, weight: ir.Value) -> None:
         assert weight.name is not None
         name, numbers = weight.name.removesuffix(".T"), array_of(weight)
         steps = (np.abs(numbers).max(0) / 127).astype(np.float32)
         arrays = {TOY.numbers: np.rint(numbers / steps).astype(np.int8), "scale": steps}
-        inputs = [initializer(ir.Tensor(array, name=f"{name}.{part}")) for part, array in arrays.items()]
-        for value in inputs:
-            graph.register_initializer(value)
-        back = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{node.name}.weight")
-        back.outputs[0].name = back.name
-        graph.insert_before(node, [back])
-        node.replace_input_with(1, back.outputs[0])
-        graph.initializers.pop(weight.name)
+        inputs = [builder.constant(f"{name}.{part}", array) for part, array in arrays.items()]
+        node.replace_input_with(1, builder.op("DequantizeLinear", *inputs, axis=1))
+        builder.graph.initializers.pop(weight.name)
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> RoundWeights:
@@ -50,9 +56,9 @@ def read(path: Path) -> Iterator[Quantised]:
             yield Quantised((node.name or "").rpartition("/")[0], (small * steps).T, allowed.T)
 
 
-def exact() -> list[InPlacePass]:
+def exact() -> list[Pass]:
     return []
 
 
-def fast() -> list[InPlacePass]:
+def fast() -> list[Pass]:
     return []

@@ -1,0 +1,291 @@
+"""Each pass alone: it keeps the model's numbers, needs what it says, and is caught where it does not do its work."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
+from onnx_ir.passes.common import ShapeInferencePass, TopologicalSortPass
+
+from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.dtypes import BF16, FP32
+from fope_export.errors import BundleError
+from fope_export.fope import contract
+from fope_export.graph.base import Pass
+from fope_export.graph.builder import MICROSOFT, GraphBuilder
+from fope_export.graph.calibration import Ranges
+from fope_export.graph.export import to_onnx
+from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.optimise import FUSIONS
+from fope_export.graph.passes import (
+    SCOPES,
+    AttachRotary,
+    NameDimensions,
+    NameNodes,
+    ShareSpectra,
+    TransposeWeights,
+    Widen,
+    rewritten,
+)
+from fope_export.graph.qdq import ExactInputs, InsertQdq
+from fope_export.graph.quantise import EXACT, INT8, Products, QuantiseWeights
+from fope_export.graph.series import ShareSeries
+from tests.conftest import small_decoder
+from tests.support import same_function, truth_of
+
+WIDEN = Widen(BF16, FP32)
+PROJECTION = "layers.0.attention.att_proj"
+RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
+
+
+@cache
+def translated(dtype: str) -> ir.Model:
+    return to_onnx(small_decoder().as_exported(config := ExportConfig(dtype=dtype).resolved(64)), config)
+
+
+def decoder(dtype: str = "fp32") -> ir.Model:
+    """A copy that a test may change."""
+    return translated(dtype).clone()
+
+
+def before(last: type[Pass]) -> ir.Model:
+    """The decoder as a pass of FUSIONS finds it."""
+    model = decoder()
+    for each in FUSIONS:
+        if isinstance(each, last):
+            break
+        each(model)
+    return model
+
+
+def torchs() -> ir.Model:
+    """As torch.onnx leaves a model: nodes numbered, and with the modules that they came from."""
+    model = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["": 23]> g (float[s1] x) => (float[s1] y) { y = Neg (x) }'
+    )
+    node = model.graph.node(0)
+    node.name, node.metadata_props[SCOPES] = "node_Neg_0", "['', 'layers.0', 'neg']"
+    return model
+
+
+def transposing() -> ir.Model:
+    text = (
+        '<ir_version: 11, opset_import: ["": 23]> g (float[n, 2] x) => (float[n, 3] y) '
+        "<float[3, 2] w = {1, 2, 3, 4, 5, 6}> { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }"
+    )
+    return ir.from_onnx_text(text)
+
+
+def unshared() -> ir.Model:
+    """Two layers with equal numbers, of which each has its own."""
+    model = decoder()
+    first, second = (node for node in model.graph if node.domain == contract.DOMAIN)
+    for port in (3, 4, 5):
+        second.inputs[port].const_value = first.inputs[port].const_value
+    return model
+
+
+def without_function() -> ir.Model:
+    model = decoder()
+    model.functions.clear()
+    return model
+
+
+def product(model: ir.Model) -> ir.Model:
+    QuantiseWeights("int4")(model)
+    return model
+
+
+def rounded() -> ir.Model:
+    model = decoder()
+    InsertQdq("int8-qdq", RANGES)(model)
+    return model
+
+
+def no_numbers(model: ir.Model) -> None:
+    next(iter(model.graph.initializers.values())).const_value = None
+
+
+def no_dispatch(model: ir.Model) -> None:
+    del next(node for node in model.graph if node.domain == contract.DOMAIN).attributes["plugin_namespace"]
+
+
+def no_spectrum(model: ir.Model) -> None:
+    next(node for node in model.graph if node.domain == contract.DOMAIN).inputs[3].const_value = None
+
+
+def no_scopes(model: ir.Model) -> None:
+    for node in model.graph:
+        node.metadata_props.clear()
+
+
+def no_shape(model: ir.Model) -> None:
+    model.graph.outputs[0].shape = None
+
+
+def no_kind(*kinds: str) -> Callable[[ir.Model], None]:
+    """No node is of these kinds any more."""
+
+    def change(model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type in kinds:
+                node.op_type = "Identity"
+
+    return change
+
+
+def no_position_ids(model: ir.Model) -> None:
+    next(value for value in model.graph.inputs if value.name == "position_ids").name = "positions"
+
+
+def cache_of_its_own(model: ir.Model) -> None:
+    model.graph.inputs.pop()
+
+
+def norm_of_two_axes(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "RMSNormalization":
+            node.attributes["axis"] = ir.AttrInt64("axis", -2)
+
+
+class Row(NamedTuple):
+    edit: Pass
+    model: Callable[[], ir.Model]
+    spoil: Callable[[ir.Model], None]
+    needs: str
+    promises: str
+
+
+ROWS = [
+    Row(TransposeWeights(), transposing, no_numbers, "w has no numbers", "w is still transposed"),
+    Row(AttachRotary(), without_function, no_dispatch, "no plugin would be found", "a function that the model lacks"),
+    Row(WIDEN, lambda: decoder(dtype="bf16"), WIDEN, "nothing in bfloat16", "is in bfloat16"),
+    Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
+    Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
+    Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
+    Row(QuantiseWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantised"),
+    Row(Products(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
+    Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
+    Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),
+    Row(ShareSeries(), decoder, no_position_ids, "no input position_ids", "a rotation is still a call"),
+    Row(ShareSeries(), decoder, no_kind(contract.NAME, "Attention"), "read by 0 Attention", "still a call"),
+    Row(
+        FuseAttention(), lambda: before(FuseAttention), cache_of_its_own, "does not join an input", "Attention is left"
+    ),
+    Row(FuseAttention(), lambda: before(FuseAttention), no_kind("Split"), "not made by Split", "Attention is left"),
+    Row(ShareSeries(), decoder, ShareSeries(), "the model has no rotation", "a rotation is still a call"),
+    Row(FuseAttention(), lambda: before(FuseAttention), FuseAttention(), "the model has no attention", "is left"),
+    Row(KeepLastLogits(), decoder, KeepLastLogits(), "the input logits_to_keep already", "the last norm sees all"),
+    Row(KeepLastLogits(), decoder, no_kind("MatMul"), "logits is not made by MatMul", "the last norm sees all"),
+    Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
+]
+EACH = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{type(row.edit).__name__}: {row.needs}")
+
+
+def test_every_pass_has_a_row() -> None:
+    package = {each for each in Pass.__subclasses__() if each.__module__.startswith("fope_export.")}
+    assert package == {type(row.edit) for row in ROWS}
+
+
+@EACH
+def test_it_says_by_name_what_it_misses(row: Row) -> None:
+    model = row.model()
+    row.spoil(model)
+    with pytest.raises(PreconditionError, match=f"^{type(row.edit).__name__}: .*{row.needs}"):
+        row.edit(model)
+
+
+@EACH
+def test_it_does_its_work_and_is_caught_where_it_does_not(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row.edit(row.model()).modified
+    monkeypatch.setattr(type(row.edit), "call", lambda self, model: PassResult(model, modified=False))
+    with pytest.raises(PostconditionError, match=f"^{type(row.edit).__name__}: .*{row.promises}"):
+        row.edit(row.model())
+
+
+def test_half_a_work_is_caught() -> None:
+    fused = before(KeepLastLogits)
+    fused.graph.outputs.pop()
+    with pytest.raises(PostconditionError, match="GroupQueryAttention does not write into its cache"):
+        FuseAttention().ensures(fused)
+    twice = torchs()
+    (node,) = twice.graph
+    node.name = "layers.0/Neg"
+    twice.graph.append(ir.node("Neg", node.inputs, name=node.name, metadata_props=dict(node.metadata_props)))
+    with pytest.raises(PostconditionError, match=r"layers\.0/Neg is the name of two nodes"):
+        NameNodes().ensures(twice)
+
+
+def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
+    """Logits of the fifth token and the last, from a step of five and one of the others on what it left."""
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs() if value.name.startswith("past")]
+    cache, logits = [np.zeros((1, 4, 0, 16), np.float32) for _ in names], []
+    for new in (slice(0, 5), slice(5, None)):
+        positions = np.arange(ids.shape[1])[None, new]
+        mask = np.ones((1, positions[0, -1] + 1), np.int64)
+        feeds = {"input_ids": ids[:, new], "attention_mask": mask, "position_ids": positions}
+        step, *cache = session.run(None, feeds | dict(zip(names, cache, strict=True)))
+        logits.append(step[0, -1])
+    return np.array(logits)
+
+
+@pytest.mark.parametrize("chosen", [(edit,) for edit in FUSIONS[:1] + FUSIONS[2:]] + [FUSIONS[:2], FUSIONS])
+def test_it_changes_no_number(chosen: tuple[Pass, ...]) -> None:
+    """Each alone, but FuseAttention, which needs ShareSeries before it."""
+    ids = np.arange(8)[None]
+    got = run(Sequential(*chosen, TopologicalSortPass(), ShapeInferencePass())(decoder()).model, ids)
+    same_function(got, run(decoder(), ids), truth_of(small_decoder(), ids)[0, [4, 7]])
+
+
+def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not as its manifest says: Widen: the model has nothing in bfloat16"):
+        rewritten(bundle.model, tmp_path / "copy.onnx", [WIDEN])
+
+
+def builder_here() -> GraphBuilder:
+    return GraphBuilder(torchs(), "here")
+
+
+def test_the_builder_names_and_makes_once() -> None:
+    builder = builder_here()
+    (x,) = builder.graph.inputs
+    first = builder.op("Sub", x, x)
+    assert first.name == first.producer().name == "here/Sub" and builder.op("Sub", x, x) is first
+    assert builder.within("there").op("Sub", x, x, name="left").name == "there/Sub.left"
+    assert [value.name for value in builder.ops("Split", x, outputs=2, axis=0)] == ["here/Split.0", "here/Split.1"]
+    for changed in ({"inputs": (x, first)}, {"to": 1}):
+        with pytest.raises(ValueError, match="here/Sub is the name of two nodes"):
+            builder.op("Sub", *changed.pop("inputs", (x, x)), **changed)
+    assert builder.integers(1, 2) is builder.integers(1, 2) and builder.integer(3).const_value.numpy() == 3
+    with pytest.raises(ValueError, match=r"number\.3 is the name of two constants"):
+        builder.constant("number.3", np.array(4))
+
+
+def test_the_builder_knows_places_and_domains() -> None:
+    builder = builder_here()
+    (x,), (node,) = builder.graph.inputs, builder.graph
+    builder.within("early", before=node).op("Abs", x, domain=MICROSOFT)
+    builder.op("Exp", x)
+    assert [each.op_type for each in builder.graph] == ["Abs", "Neg", "Exp"]
+    assert builder.model.opset_imports[MICROSOFT] == 1
+
+
+def test_the_builder_takes_out_what_only_these_read() -> None:
+    builder = builder_here()
+    (x,), (node,) = builder.graph.inputs, builder.graph
+    kept = builder.op("Exp", x)
+    last = builder.op("Add", builder.op("Abs", kept), kept)
+    builder.op("Log", kept)
+    builder.remove(last.producer())
+    assert [each.op_type for each in builder.graph] == ["Neg", "Exp", "Log"]
+    with pytest.raises(ValueError, match="still"):
+        builder.remove(kept.producer())
+    with pytest.raises(ValueError, match="output"):
+        builder.remove(node)
