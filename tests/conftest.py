@@ -58,20 +58,16 @@ def spectra(kind: str, layers: int, heads: int, head_dim: int, length: int) -> l
 def small_decoder(kind: str = "fope", *, heads: int = 4, kv_heads: int = 4, length: int = 64, **fields: Any) -> Decoder:
     """Two layers unless told otherwise, head_dim 16, 256 bytes of vocabulary, random weights."""
     made = spectra(kind, fields.get("num_layers", 2), kv_heads, 16, length)
-    config = ModelConfig(
-        **{
-            "vocab_size": 256, "hidden_size": heads * 16, "intermediate_size": 48, "num_layers": 2, "num_heads": heads,
-            "num_kv_heads": kv_heads, "norm_eps": 1e-6, "tie_embeddings": False, "training_length": length,
-            "rope_theta": 1e4, "floored": kind == "fope", "eos_token_id": 0, "pad_token_id": 0,
-            "spectrum": made[0].config,
-        }
-        | fields
-    )  # fmt: skip
+    usual: dict[str, Any] = {
+        "vocab_size": 256, "hidden_size": heads * 16, "intermediate_size": 48, "num_layers": 2, "num_heads": heads,
+        "num_kv_heads": kv_heads, "norm_eps": 1e-6, "tie_embeddings": False, "training_length": length,
+        "rope_theta": 1e4, "floored": kind == "fope", "eos_token_id": 0, "pad_token_id": 0, "spectrum": made[0].config,
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = Decoder(config).eval().requires_grad_(False)
+    model = Decoder(ModelConfig(**usual | fields)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     for attention, spectrum in zip(model.attentions(), made, strict=True):
         attention.rotary = FopeRotary.from_spectrum(spectrum)
     return model
@@ -148,7 +144,8 @@ def variant_tensors(name: str) -> dict[str, torch.Tensor]:
 def _draw(rng: np.random.Generator, key: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = rng.standard_normal(shape)
     if key.endswith("_coef"):
-        return np.eye(*shape[-2:]) + 0.3 * noise / np.sqrt(shape[-2])
+        coef: np.ndarray = np.eye(shape[-2], shape[-1]) + 0.3 * noise / np.sqrt(shape[-2])
+        return coef
     return ("bias" not in key) + 0.1 * noise if len(shape) == 1 else noise / np.sqrt(shape[-1])
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ class Severity:
 
 
 def test_messages_are_logged_and_few_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    trt = types.ModuleType("tensorrt")
+    trt: Any = types.ModuleType("tensorrt")
     trt.ILogger = Severity
     log = api.make_log(trt)
     with caplog.at_level("DEBUG", logger="fope_export"):

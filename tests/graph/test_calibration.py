@@ -51,7 +51,7 @@ def test_a_router_is_not_measured_and_half_types_are_measured_in_float32() -> No
 
 def test_inputs_that_are_not_finite_are_an_error() -> None:
     model = small_decoder()
-    model.layers[1].attn_norm.weight[0] = float("inf")
+    model.get_parameter("layers.1.attn_norm.weight")[0] = float("inf")
     with pytest.raises(ExportError, match="cannot calibrate the model: detected inf"):
         calibrate(model, "int8-qdq", WINDOWS)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -73,7 +74,7 @@ def test_the_reference_logits_come_out_whole_and_step_by_step(
 @pytest.mark.parametrize(
     "name", ["yarn_after", "shared_head", "wide", "zeros_kept", "tied", "nope", "rope_gqa", "norm"]
 )
-def test_variants_come_out_too(name: str, write_variant, tmp_path: Path) -> None:
+def test_variants_come_out_too(name: str, write_variant: Callable[[str], Path], tmp_path: Path) -> None:
     folder = write_variant(name)
     session, truth = Session(export(folder, tmp_path / "out").path), truth_of(load_checkpoint(folder).model, IDS)
     for steps in ((300,), (290, 3, *[1] * 7)):
@@ -160,7 +161,7 @@ def test_onnx_runtime_says_nothing_when_it_loads_and_runs(bundle: Bundle, capfd:
 
 
 @pytest.mark.parametrize("opset", [23, 24])
-def test_both_opsets(opset: int, native: Path, bundle: Bundle, decoder: Decoder, tmp_path: Path) -> None:
+def test_both_opsets(opset: Literal[23, 24], native: Path, bundle: Bundle, decoder: Decoder, tmp_path: Path) -> None:
     other = export(native, tmp_path / "out", ExportConfig(opset=opset))
     model = onnx.load(other.model, load_external_data=False)
     assert {o.domain: o.version for o in model.opset_import} == {"": opset, "fope": 1}
@@ -266,7 +267,7 @@ def test_onnx_runtime_is_quiet_about_a_static_cache(static_bundle: Bundle, capfd
 
 
 @pytest.mark.parametrize("kind", ["pi", "yarn"])
-def test_extended_models_validate_and_say_so(kind: str, native: Path, tmp_path: Path) -> None:
+def test_extended_models_validate_and_say_so(kind: Literal["pi", "yarn"], native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(extend=kind))
     before, after = (bundle_freq(path) for path in (export(native, tmp_path / "plain"), made))
     assert made.manifest.export.extend_to == 1024 and made.manifest.export.described.endswith(f"{kind} to 1024 tokens")
@@ -275,7 +276,9 @@ def test_extended_models_validate_and_say_so(kind: str, native: Path, tmp_path: 
 
 
 def bundle_freq(bundle: Bundle) -> list[float]:
-    return bundle.manifest.spectra[0]["freq"]
+    freq = bundle.manifest.spectra[0]["freq"]
+    assert isinstance(freq, list)
+    return freq
 
 
 def test_a_model_is_not_extended_to_less_than_it_knows(native: Path, tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def block_of(low: float, high: float) -> Callable[[Decoder], None]:
 
 def padded_channel(model: Decoder) -> None:
     """A row of q that folding multiplies by the square root of 2, and that does not fit then."""
-    model.layers[1].attention.att_proj.weight[7, 0] = 50_000.0
+    model.attentions()[1].att_proj.weight[7, 0] = 50_000.0
 
 
 OVERFLOWS: dict[str, tuple[Callable[[Decoder], None], ExportConfig, str]] = {

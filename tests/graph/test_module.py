@@ -4,6 +4,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def test_the_adapter_is_their_code(flow: FlowTransformer) -> None:
 
 def run(bundle: Bundle, inputs: dict[str, Tensor]) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
-    return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    results: list[np.ndarray] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return results
 
 
 def test_the_graph_has_the_modules_names_and_sizes(exported: Bundle) -> None:
@@ -210,7 +212,9 @@ def test_decoders_have_no_such_sizes(bundle: Bundle) -> None:
 
 
 def test_what_needs_a_decoder_refuses_a_module(exported: Bundle, flow: FlowTransformer, bundle: Bundle) -> None:
-    for ask in (lambda: validate(exported), *(lambda n=n: load_backend(exported, n) for n in ("onnxruntime", "torch"))):
+    asks: list[Callable[[], object]] = [partial(load_backend, exported, name) for name in ("onnxruntime", "torch")]
+    asks.append(partial(validate, exported))
+    for ask in asks:
         with pytest.raises(BundleError, match=r"holds a module, export_vision\.FlowTransformer") as caught:
             ask()
         assert "validate_module" in caught.value.hint
@@ -261,7 +265,7 @@ def test_dictionaries_masks_dtypes_and_shared_rotations(dtype: torch.dtype, name
     torch.manual_seed(0)
     model = Pair().eval().to(dtype)
     with torch.no_grad():
-        model.rotary.sin_coef += 0.1 * torch.rand_like(model.rotary.sin_coef)
+        model.rotary.sin_coef.add_(0.1 * torch.rand_like(model.rotary.sin_coef))
     bundle = export_module(
         model, pair_inputs(), tmp_path / "pair", dynamic_shapes=tokens(), input_names=("tokens", "mask", "positions"),
         config=ExportConfig(opset=24),
@@ -295,7 +299,8 @@ def test_a_subclass_brings_its_own_layout_and_the_controls_see_through_it(tmp_pa
 
         def forward(self, x: Tensor) -> Tensor:
             q, k = self.rotary(x, x)
-            return q @ k.mT
+            scores: Tensor = q @ k.mT
+            return scores
 
     torch.manual_seed(0)
     model = Scores().eval()

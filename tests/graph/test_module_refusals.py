@@ -23,6 +23,7 @@ class Wrong(nn.Module):
     def __init__(self, give: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.rotary = FopeRotary.create(head_dim=16, groups=1, training_length=64)
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(1))
         self.give = give
 

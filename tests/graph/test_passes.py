@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,7 @@ from fope_export.graph.passes import (
 from fope_export.graph.qdq import ExactInputs, InsertQdq
 from fope_export.graph.quantise import EXACT, INT8, Products, QuantiseWeights
 from fope_export.graph.series import ShareSeries
+from fope_export.graph.ways import array_of
 from tests.conftest import small_decoder
 from tests.support import same_function, truth_of
 
@@ -82,12 +83,18 @@ def transposing() -> ir.Model:
     return ir.from_onnx_text(text)
 
 
+def numbers_at(node: ir.Node, port: int) -> ir.Value:
+    value = node.inputs[port]
+    assert value is not None
+    return value
+
+
 def unshared() -> ir.Model:
     """Two layers with equal numbers, of which each has its own."""
     model = decoder()
     first, second = (node for node in model.graph if node.domain == contract.DOMAIN)
     for port in (3, 4, 5):
-        second.inputs[port].const_value = first.inputs[port].const_value
+        numbers_at(second, port).const_value = numbers_at(first, port).const_value
     return model
 
 
@@ -117,7 +124,7 @@ def no_dispatch(model: ir.Model) -> None:
 
 
 def no_spectrum(model: ir.Model) -> None:
-    next(node for node in model.graph if node.domain == contract.DOMAIN).inputs[3].const_value = None
+    numbers_at(next(node for node in model.graph if node.domain == contract.DOMAIN), 3).const_value = None
 
 
 def no_scopes(model: ir.Model) -> None:
@@ -157,7 +164,7 @@ def norm_of_two_axes(model: ir.Model) -> None:
 class Row(NamedTuple):
     edit: Pass
     model: Callable[[], ir.Model]
-    spoil: Callable[[ir.Model], None]
+    spoil: Callable[[ir.Model], object]
     needs: str
     promises: str
 
@@ -249,6 +256,12 @@ def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, 
         rewritten(bundle.model, tmp_path / "copy.onnx", [WIDEN])
 
 
+def maker_of(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
+
+
 def builder_here() -> GraphBuilder:
     return GraphBuilder(torchs(), "here")
 
@@ -257,13 +270,14 @@ def test_the_builder_names_and_makes_once() -> None:
     builder = builder_here()
     (x,) = builder.graph.inputs
     first = builder.op("Sub", x, x)
-    assert first.name == first.producer().name == "here/Sub" and builder.op("Sub", x, x) is first
+    assert first.name == maker_of(first).name == "here/Sub" and builder.op("Sub", x, x) is first
     assert builder.within("there").op("Sub", x, x, name="left").name == "there/Sub.left"
     assert [value.name for value in builder.ops("Split", x, outputs=2, axis=0)] == ["here/Split.0", "here/Split.1"]
-    for changed in ({"inputs": (x, first)}, {"to": 1}):
+    changes: list[tuple[ir.Value, dict[str, Any]]] = [(first, {}), (x, {"to": 1})]
+    for other, attributes in changes:
         with pytest.raises(ValueError, match="here/Sub is the name of two nodes"):
-            builder.op("Sub", *changed.pop("inputs", (x, x)), **changed)
-    assert builder.integers(1, 2) is builder.integers(1, 2) and builder.integer(3).const_value.numpy() == 3
+            builder.op("Sub", x, other, **attributes)
+    assert builder.integers(1, 2) is builder.integers(1, 2) and array_of(builder.integer(3)) == 3
     with pytest.raises(ValueError, match=r"number\.3 is the name of two constants"):
         builder.constant("number.3", np.array(4))
 
@@ -283,9 +297,9 @@ def test_the_builder_takes_out_what_only_these_read() -> None:
     kept = builder.op("Exp", x)
     last = builder.op("Add", builder.op("Abs", kept), kept)
     builder.op("Log", kept)
-    builder.remove(last.producer())
+    builder.remove(maker_of(last))
     assert [each.op_type for each in builder.graph] == ["Neg", "Exp", "Log"]
     with pytest.raises(ValueError, match="still"):
-        builder.remove(kept.producer())
+        builder.remove(maker_of(kept))
     with pytest.raises(ValueError, match="output"):
         builder.remove(node)

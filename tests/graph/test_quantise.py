@@ -24,9 +24,9 @@ from tests.parity.test_run import attributes
 LINEAR = ["attention.att_proj", "attention.attn_out", "feed_forward.ff_proj", "feed_forward.ff_out"]
 LAYERS = [f"layers.{i}.{name}" for i in (0, 1) for name in LINEAR] + ["lm_head"]
 CONFIGS = [
-    ExportConfig(quantize=kind, dtype=dtype, cache=cache, capacity=96 if cache == "static" else None)
-    for kind, dtype, cache in (
-        ("int4", "fp32", "dynamic"), ("int4", "fp16", "static"), ("int8", "fp32", "static"), ("int8", "fp16", "dynamic")
+    ExportConfig(quantize=kind, dtype=dtype, cache="static" if capacity else "dynamic", capacity=capacity)
+    for kind, dtype, capacity in (
+        ("int4", "fp32", None), ("int4", "fp16", 96), ("int8", "fp32", 96), ("int8", "fp16", None)
     )
 ]  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:
 def test_a_router_keeps_its_weights() -> None:
     experts = ExpertsConfig(count=4, per_token=2, intermediate_size=32, groups=1, normalize=True, layers=(1,))
     model = to_onnx(small_decoder(experts=experts), ExportConfig(quantize="int4").resolved(64))
-    read = [value.name for node in model.graph for value in node.inputs if value is not None]
+    read = [value.name or "" for node in model.graph for value in node.inputs if value is not None]
     assert any(name.startswith("layers.1.feed_forward.router.weight") for name in read)
     assert not any("router.weight.int4" in name for name in read) and "lm_head.weight.int4" in read
 
@@ -129,7 +129,9 @@ def test_a_model_without_a_linear_layer_is_an_error() -> None:
         QuantiseWeights("int4")(model)
 
 
-def test_bfloat16_is_refused_with_the_fields_name(native: Path, tmp_path: Path, capsys) -> None:
+def test_bfloat16_is_refused_with_the_fields_name(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match="quantize is int4 and dtype is bf16"):
         ExportConfig(quantize="int4", dtype="bf16")
     with pytest.raises(ConfigError, match="quantize"):

@@ -1,5 +1,7 @@
 """The ONNX function: its body in ONNX Runtime against the definition, and its ports against the contract."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +15,7 @@ from fope_export.graph.translation import function, schema
 from tests.fope.test_rotary import ALL, SHAPES, make
 from tests.support import EPS, rotated_within
 
-TYPES = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
+TYPES: dict[type, int] = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 
 
 def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type = np.float32) -> onnx.ModelProto:
@@ -21,13 +23,15 @@ def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type
     attributes = contract.attributes(
         contract.settings(c), dtype=TYPES[dtype], head_dim=c.head_dim, heads=heads, kv_heads=kv_heads, groups=c.groups
     )
-    names = [[port.name for port in ports] for ports in (contract.INPUTS, contract.OUTPUTS)]
-    node = helper.make_node(contract.NAME, *names, domain=contract.DOMAIN, **attributes, **contract.DISPATCH)
-    q, k = (["B", "S", n, c.head_dim] for n in (heads, kv_heads))
+    inputs, outputs = ([port.name for port in ports] for ports in (contract.INPUTS, contract.OUTPUTS))
+    told: dict[str, Any] = attributes | contract.DISPATCH
+    node = helper.make_node(contract.NAME, inputs, outputs, domain=contract.DOMAIN, **told)
+    sizes: list[list[str | int]] = [["B", "S", heads, c.head_dim], ["B", "S", kv_heads, c.head_dim], ["B", "S"]]
+    q, k, tokens = sizes
     values = [
         helper.make_tensor_value_info(name, kind, shape)
         for name, kind, shape in (
-            ("q", TYPES[dtype], q), ("k", TYPES[dtype], k), ("position_ids", TensorProto.INT64, ["B", "S"]),
+            ("q", TYPES[dtype], q), ("k", TYPES[dtype], k), ("position_ids", TensorProto.INT64, tokens),
             ("q_rotated", TYPES[dtype], q), ("k_rotated", TYPES[dtype], k),
         )
     ]  # fmt: skip
@@ -42,14 +46,15 @@ def model_of_one_call(spectrum: Spectrum, heads: int, kv_heads: int, dtype: type
 
 def run(model: onnx.ModelProto, *inputs: np.ndarray) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip(("q", "k", "position_ids"), inputs, strict=True)))
+    results: list[np.ndarray] = session.run(None, dict(zip(("q", "k", "position_ids"), inputs, strict=True)))
+    return results
 
 
 @pytest.mark.parametrize(("shape", "fields"), ALL, ids=str)
-def test_the_body_is_the_definition(shape: tuple[int, ...], fields: dict[str, object]) -> None:
+def test_the_body_is_the_definition(shape: tuple[int, ...], fields: dict[str, Any]) -> None:
     spectrum, *inputs = make(shape, **fields)
     arrays = [tensor.numpy() for tensor in inputs]
-    for got, x in zip(run(model_of_one_call(spectrum, *shape[:2]), *arrays), arrays[:2], strict=True):
+    for got, x in zip(run(model_of_one_call(spectrum, shape[0], shape[1]), *arrays), arrays[:2], strict=True):
         wanted = reference.rotate(spectrum, x, arrays[2])
         rotated_within(got, wanted, spectrum, x, arrays[2], series=EPS, result=EPS)
 
@@ -75,7 +80,8 @@ def test_constant_paddings_are_whole_tensors() -> None:
     """ONNX Runtime before 1.25 sees no shape in a function's lists of integers, and Pad asks for one."""
     body = function(23)
     made = {node.outputs[0].name: node for node in body if node.op_type == "Constant"}
-    paddings = {node.inputs[1].name for node in body if node.op_type == "Pad"} & set(made)
+    pads = [node.inputs[1] for node in body if node.op_type == "Pad"]
+    paddings = {value.name for value in pads if value is not None} & set(made)
     assert paddings and all("value" in made[name].attributes for name in paddings)
 
 
