@@ -69,6 +69,11 @@ def _varint(number: int) -> bytes:
     return bytes([number & 127 | 128]) + _varint(number >> 7) if number > 127 else bytes([number])
 
 
+def to_a_device(path: Path) -> None:
+    data(path).unlink()
+    data(path).symlink_to("/dev/zero")
+
+
 REFUSED: dict[str, tuple[Spoil, str]] = {
     "above": (external(location="../moved"), r"lies in '\.\./moved', outside of the folder"),
     "below and above": (external(location="a/../../moved"), "outside of the folder"),
@@ -77,7 +82,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "nowhere": (external(location=""), "outside of the folder"),
     "missing": (lambda path: data(path).unlink(), "No such file"),
     "short": (lambda path: os.truncate(data(path), 999), "which has 999, is to give"),
-    "a device": (lambda path: data(path).unlink() or data(path).symlink_to("/dev/zero"), "is a device"),
+    "a device": (to_a_device, "is a device"),
     "far": (external(offset=str(1 << 60)), "is to give"),
     "negative": (external(offset="-8"), "is to give"),
     "another length": (external(length="8"), "is to give 8 from"),
