@@ -79,17 +79,13 @@ class Bundle:
         return loadable(self.path / name, f"{MODEL}.data")
 
     def damaged(self) -> dict[str, str]:
-        """Files that are gone or no longer what the manifest records, with the reason. Reports, which can be made again
-        at any time, are not among them.
+        """Files that are gone or no longer what the manifest records, with the reason: no reports, which can be made again
+        at any time, and nothing that another command has replaced meanwhile and recorded.
         """
-        found = {}
-        for name, recorded in self.manifest.files.items():
-            if name.startswith(REPORTS):
-                continue
-            if not (self.path / name).is_file():
-                found[name] = "is missing"
-            elif sha256(self.path / name) != recorded:
-                found[name] = "differs from the hash in the manifest"
+        found = _damaged(self.path, self.manifest)
+        if found and (now := read_manifest(self.path)) != self.manifest:
+            still = _damaged(self.path, now)
+            found = {name: why for name, why in found.items() if name in still}
         return found
 
     def add(self, files: Mapping[str, bytes | Path], *, lock_timeout: float = TIMEOUT) -> Self:
@@ -130,6 +126,18 @@ class Bundle:
         place.flush(staged)
         place.commit(self.path, _settle)
         return type(self)(self.path, manifest)
+
+
+def _damaged(folder: Path, manifest: Manifest) -> dict[str, str]:
+    found = {}
+    for name, recorded in manifest.files.items():
+        if name.startswith(REPORTS):
+            continue
+        if not (folder / name).is_file():
+            found[name] = "is missing"
+        elif sha256(folder / name) != recorded:
+            found[name] = "differs from the hash in the manifest"
+    return found
 
 
 def _identity(manifest: Manifest) -> Manifest:

@@ -25,6 +25,8 @@ class _Sequence:
     """A prompt at work."""
 
     number: int
+    prompt: Ids
+    """Its different tokens."""
     place: int
     """Position of the next token."""
     left: int
@@ -68,13 +70,20 @@ def generate(
         cache = backend.assemble([Part(prefix, 0, 0, shared)], room) if shared else backend.empty_cache(1, room)
         logits, cache = prefill(backend, _alone(prompts[number]), chunk, cache, shared)
         length = len(prompts[number])
-        return _Sequence(number, length, sampling.max_new_tokens, logits[0, -1], Part(cache, 0, 0, length))
+        return _Sequence(
+            number,
+            np.unique(prompts[number]),
+            length,
+            sampling.max_new_tokens,
+            logits[0, -1],
+            Part(cache, 0, 0, length),
+        )
 
     waiting, working = deque(range(len(prompts))), list[_Sequence]()
     while waiting or working:
         while waiting and len(working) < (max_batch or len(prompts)):
             working.append(start(waiting.popleft()))
-        draws = [Draw(sampling, each.place, 0, prompts[each.number], each.made) for each in working]
+        draws = [Draw(sampling, each.place, 0, each.prompt, each.made) for each in working]
         drawn = sample(np.stack([each.logits for each in working]), draws)
         chosen = dict(zip((each.number for each in working), drawn, strict=True))
         ended = (yield [chosen.get(number) for number in range(len(prompts))]) or ()

@@ -1,7 +1,7 @@
 """The next token of each row, greedy or drawn: the same for a prompt whatever stands beside it."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -64,7 +64,8 @@ class Draw(NamedTuple):
     """The position that the token will have."""
     choice: int = 0
     """Tells answers to one prompt apart."""
-    prompt: Collection[int] = ()
+    prompt: Sequence[int] | NDArray[np.int64] = ()
+    """Its tokens, each at least once."""
     made: Mapping[int, int] = {}
     """How often each token is in the answer so far."""
 
@@ -81,13 +82,13 @@ def sample(logits: NDArray[Any], draws: Sequence[Draw]) -> list[int]:
 
 
 def _next(logits: NDArray[Any], draw: Draw, largest: int) -> int:
-    changed = _changed(logits, draw)
+    changed = adjusted(logits, draw)
     if changed is not logits:
         largest = int(changed.argmax())
     return largest if draw.sampling.temperature == 0 else _drawn(changed, draw, float(changed[largest]))
 
 
-def _changed(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
+def adjusted(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
     """The logits [V] after bias and penalties; themselves where there are none."""
     sampling = draw.sampling
     repeats = sampling.repetition_penalty != 1 and (len(draw.prompt) or draw.made)
@@ -98,7 +99,7 @@ def _changed(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
     for token, bias in sampling.logit_bias.items():
         found[token] += bias
     if repeats:
-        seen = np.unique(np.concatenate([np.fromiter(ids, np.int64) for ids in (draw.prompt, draw.made)]))
+        seen = np.union1d(np.asarray(draw.prompt, np.int64), np.fromiter(draw.made, np.int64))
         factor = sampling.repetition_penalty
         found[seen] = np.where(found[seen] > 0, found[seen] / factor, found[seen] * factor)
     if counted:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fope_export.errors import ConfigError
-from fope_export.sampling import FEW, Draw, Sampling, sample
+from fope_export.generation import generate
+from fope_export.sampling import FEW, Draw, Sampling, adjusted, sample
+from tests.support import Forgetful
 
 
 def at(places: range, choice: int = 0, **options: Any) -> list[Draw]:
@@ -127,17 +129,23 @@ def test_min_p_leaves_out_what_is_unlikely_beside_the_likeliest() -> None:
 )
 def test_penalties_and_biases_change_the_logits(options: dict[str, Any], wanted: list[float]) -> None:
     """The prompt has tokens 0 and 3, the answer token 1 three times."""
-    logits, order = np.array([2.0, 3.0, 2.0, -1.0, 0.5]), []
-    draw = Draw(Sampling(**options), 5, 0, (0, 3, 3), {1: 3})
-    before = logits.copy()
-    for biased in range(5):  # with so much on each token in turn, what it has beside the others is told
-        for other in range(5):
-            pair = np.full(5, -1e9)
-            pair[[biased, other]] = logits[[biased, other]]
-            order.append(sample(pair[None], [draw])[0] == (biased if wanted[biased] >= wanted[other] else other))
-    assert (logits == before).all()
-    ties = sum(a == b for a in wanted for b in wanted) - 5
-    assert order.count(False) <= ties
+    logits = np.array([2.0, 3.0, 2.0, -1.0, 0.5])
+    before, draw = logits.copy(), Draw(Sampling(**options), 5, 0, (0, 3, 3), {1: 3})
+    assert adjusted(logits, draw).tolist() == wanted and (logits == before).all()
+    assert sample(logits[None], [draw]) == [int(np.argmax(wanted))]
+
+
+def test_a_prompt_and_its_answer_are_what_generation_penalises() -> None:
+    """A model that always gives the first tokens the largest logits: what came before is left out."""
+    backend = Forgetful(lambda feeds: np.broadcast_to(np.arange(9.0, 0, -1), (*feeds.input_ids.shape, 9)), 9)
+
+    def made(**options: Any) -> list[int | None]:
+        return [token for (token,) in generate(backend, [[4, 0, 4]], Sampling(max_new_tokens=5, **options))]
+
+    assert made() == [0] * 5
+    assert made(repetition_penalty=1e9) == [1, 2, 3, 5, 6]
+    assert made(presence_penalty=1.5) == [0, 1, 0, 0, 0]
+    assert made(frequency_penalty=0.75) == [0, 0, 1, 0, 1]
 
 
 def test_a_bias_of_no_token_is_refused() -> None:
