@@ -79,8 +79,8 @@ class Bundle:
         return loadable(self.path / name, f"{MODEL}.data")
 
     def damaged(self) -> dict[str, str]:
-        """Files that are gone or no longer what the manifest records, with the reason: no reports, which can be made again
-        at any time, and nothing that another command has replaced meanwhile and recorded.
+        """Files that are gone or no longer what the manifest records, with the reason: no reports, which can be made
+        again at any time, and nothing that another command has replaced meanwhile and recorded.
         """
         found = _damaged(self.path, self.manifest)
         if found and (now := read_manifest(self.path)) != self.manifest:
