@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         if args.stop:
             raise ConfigError("--stop needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
         steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk)
-        _print_ids((token for (token,) in steps), as_json=args.json)
+        _print_ids((token for _, token in steps), as_json=args.json)
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts) if args.prompts else [""]
     asked = _asked(args, bundle, prompts)
@@ -286,7 +286,7 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _print_ids(ids: Iterable[int | None], *, as_json: bool) -> None:
+def _print_ids(ids: Iterable[int], *, as_json: bool) -> None:
     if as_json:
         _print_json(list(ids))
         return

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fope_export.backends.base import Backend, Feeds, feeds_for
+from fope_export.backends.base import Backend, Ids
 from fope_export.backends.choose import load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import processor
@@ -59,25 +59,25 @@ def timed_export(checkpoint: Path, out: Path, *options: str) -> tuple[float, flo
     return seconds, int(peak) / 1024
 
 
-def prompt(length: int) -> Feeds:
-    return feeds_for(np.random.default_rng(0).integers(0, VOCABULARY, (1, length)))
+def prompt(length: int) -> Ids:
+    return np.random.default_rng(0).integers(0, VOCABULARY, length)
 
 
-def timed_prefill(backend: Backend, length: int, chunk: int | None) -> float:
-    """Seconds for `length` tokens, fed as `prefill` does."""
-    feeds = prompt(length)
+def timed_prefill(backend: Backend, length: int, chunk: int) -> float:
+    """Seconds for `length` tokens, `chunk` at a time."""
+    ids, slots = prompt(length), backend.slots(1, length)
     started = time.perf_counter()
-    prefill(backend, feeds, chunk)
+    prefill(slots, 0, ids, chunk)
     return time.perf_counter() - started
 
 
 def timed_decode(backend: Backend, past: int) -> float:
     """Seconds for one token after `past` others, the mean of DECODED greedy steps."""
-    logits, cache = prefill(backend, prompt(past))
+    slots = backend.slots(1, past + DECODED)
+    logits = prefill(slots, 0, prompt(past), backend.chunk)
     started = time.perf_counter()
-    for i in range(DECODED):
-        token = logits[:, -1:].argmax(-1)
-        logits, cache = backend.step(feeds_for(token, np.ones((1, past + 1 + i), np.int64)), cache, last=True)
+    for _ in range(DECODED):
+        (logits,) = slots.decode([0], [int(logits.argmax())])
     return (time.perf_counter() - started) / DECODED
 
 
@@ -86,14 +86,14 @@ CASES: dict[str, Callable[[Backend], float]] = {
     "decode, past 1024": lambda backend: timed_decode(backend, 1024),
     "prefill 512": lambda backend: timed_prefill(backend, 512, 0),
     "prefill 2048, at once": lambda backend: timed_prefill(backend, 2048, 0),
-    "prefill 2048, in chunks": lambda backend: timed_prefill(backend, 2048, None),
+    "prefill 2048, in chunks": lambda backend: timed_prefill(backend, 2048, backend.chunk),
 }
 
 
 def agree(backends: dict[str, Backend]) -> None:
     """Refuse to time backends that do not compute the same."""
     for one, other in (("torch FoPE", "ONNX FoPE"), ("torch FoPE", "ONNX folded"), ("torch RoPE", "ONNX RoPE")):
-        ours, theirs = (prefill(backends[name], prompt(64))[0] for name in (one, other))
+        ours, theirs = (prefill(backends[name].slots(1), 0, prompt(64), 0)[None] for name in (one, other))
         if not distance(ours, theirs, ours.argmax(-1)) <= ALLOWED["fp32"]:
             raise SystemExit(f"{one} and {other} do not compute the same: they are not timed")
 

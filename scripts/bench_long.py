@@ -22,7 +22,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import read_machine
 from fope_export.backends.ort_optimised import OptimisedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
@@ -61,15 +60,14 @@ def measure(path: Path, length: int, chunk: int) -> dict[str, float]:
     bundle = Bundle.open(path)
     backend = OptimisedOrtBackend(bundle)
     text = as_tokens(python_source(held_out=True))
-    tokens = np.resize(text, length)[None].astype(np.int64)
-    prefill(backend, feeds_for(tokens[:, :chunk]))
+    tokens = np.resize(text, length).astype(np.int64)
+    prefill(backend.slots(1), 0, tokens[:chunk], 0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, started = status("VmRSS"), time.perf_counter()
-    logits, _ = prefill(backend, feeds_for(tokens), chunk)
+    logits = prefill(backend.slots(1, length), 0, tokens, chunk)
     seconds = time.perf_counter() - started
     peak = status("VmHWM") - before
-    short = feeds_for(tokens[:, :BOTH_FIT])
-    whole, parts = (prefill(backend, short, size)[0][:, -1] for size in (0, chunk))
+    whole, parts = (prefill(backend.slots(1), 0, tokens[:BOTH_FIT], size) for size in (0, chunk))
     return {
         "peak_MiB": round(peak / 2**20), "bound_MiB": round(bound(bundle, length, chunk) / 2**20),
         "seconds": round(seconds, 1), "finite": bool(np.isfinite(logits).all()),

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fope_export.backends.base import Feeds, Logits, Part, feeds_for
+from fope_export.backends.base import Backend, Feeds, Logits, Slots, feeds_for
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.stacked import Part, StackedSlots
 from fope_export.fope.spectrum import Spectrum
+from fope_export.generation import generate
 from fope_export.model.decoder import Decoder
+from fope_export.sampling import Sampling
 
 Array = NDArray[Any]
 EPS = float(np.finfo(np.float32).eps)
@@ -28,15 +31,29 @@ class Forgetful:
     def __init__(self, answer: Callable[[Feeds], Logits], vocab_size: int) -> None:
         self.answer, self.vocab_size = answer, vocab_size
 
-    def empty_cache(self, batch: int, room: int = 0) -> None:
+    def empty_cache(self, batch: int) -> None:
         return None
 
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> None:
+    def assemble(self, parts: Sequence[Part]) -> None:
         return None
+
+    def slots(self, count: int, room: int = 0) -> Slots:
+        return StackedSlots(self, count)
+
+    def close(self) -> None:
+        """It has nothing."""
 
     def step(self, feeds: Feeds, cache: None, *, last: bool = False) -> tuple[Logits, None]:
         logits = self.answer(feeds)
         return logits[:, -1:] if last else logits, None
+
+
+def answers(backend: Backend, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any) -> list[list[int]]:
+    """What `generate` makes of each prompt."""
+    found: list[list[int]] = [[] for _ in prompts]
+    for number, token in generate(backend, prompts, sampling, **options):
+        found[number].append(token)
+    return found
 
 
 def truth_of(model: Decoder, ids: Array, mask: Array | None = None) -> Array:

@@ -14,11 +14,11 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.demo import shipped
-from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.sampling import Sampling
 from fope_export.tokens import Text
+from tests.support import answers
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")
 optimum = pytest.importorskip("optimum.onnxruntime", reason="needs fope-export[peers]")
@@ -58,8 +58,7 @@ def ending(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def ours(backend: Backend, prompts: Rows, eos: int | None = None) -> Rows:
-    steps = generate(backend, prompts, Sampling(max_new_tokens=NEW), eos=eos)
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    return answers(backend, prompts, Sampling(max_new_tokens=NEW), eos=eos)
 
 
 def in_genai(bundle: Bundle, prompts: Rows) -> Rows:

@@ -139,8 +139,8 @@ def test_a_prompt_and_its_answer_are_what_generation_penalises() -> None:
     """A model that always gives the first tokens the largest logits: what came before is left out."""
     backend = Forgetful(lambda feeds: np.broadcast_to(np.arange(9.0, 0, -1), (*feeds.input_ids.shape, 9)), 9)
 
-    def made(**options: Any) -> list[int | None]:
-        return [token for (token,) in generate(backend, [[4, 0, 4]], Sampling(max_new_tokens=5, **options))]
+    def made(**options: Any) -> list[int]:
+        return [token for _, token in generate(backend, [[4, 0, 4]], Sampling(max_new_tokens=5, **options))]
 
     assert made() == [0] * 5
     assert made(repetition_penalty=1e9) == [1, 2, 3, 5, 6]

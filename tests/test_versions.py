@@ -24,10 +24,9 @@ KINDS = {
 }
 
 
-def written(bundle: Bundle, backend: str | None = None) -> list[int | None]:
+def written(bundle: Bundle, backend: str | None = None) -> list[int]:
     """What a bundle continues with."""
-    steps = generate(load_backend(bundle, backend), [[5, 6, 7]], Sampling(max_new_tokens=4))
-    return [token for (token,) in steps]
+    return [token for _, token in generate(load_backend(bundle, backend), [[5, 6, 7]], Sampling(max_new_tokens=4))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,6 +30,13 @@ class Feeds(NamedTuple):
         return Feeds(ids[:, start:end], mask[:, :end], positions[:, start:end])
 
 
+def no_room(what: str, size: int, room: int) -> BackendError:
+    """For more rows or tokens than there is room for."""
+    return BackendError(
+        f"{size} {what} do not fit: there is room for {room}", hint="Ask for less, or export with a larger --capacity."
+    )
+
+
 class Limits(NamedTuple):
     """What a backend has room for; None is no limit."""
 
@@ -41,27 +48,49 @@ class Limits(NamedTuple):
         sizes = {"rows": len(feeds.input_ids), "tokens": feeds.attention_mask.shape[1]}
         for (what, size), limit in zip(sizes.items(), self, strict=True):
             if limit is not None and size > limit:
-                raise BackendError(
-                    f"{size} {what} do not fit: there is room for {limit}",
-                    hint="Ask for less, or export with a larger --capacity.",
-                )
+                raise no_room(what, size, limit)
 
 
-class Part(NamedTuple):
-    """Some tokens of one row of a cache: those that columns `start` to `end` of its attention mask stand for."""
+class Slots(Protocol):
+    """Rows of a backend with a sequence of their own each. Those that a call does not name stay as they are, and may be
+    named again at any time.
+    """
 
-    cache: Any
-    row: int
-    start: int
-    end: int
+    count: int
+    capacity: int | None
+    """Tokens that fit in a row; None is no limit but memory."""
+
+    def prefill(self, slot: int, ids: Ids, start: int, *, last: bool = True) -> Logits:
+        """Put tokens [S] into a row after its first `start` ones, in the place of what came there, if anything did.
+        Logits [S, V], or of the last token alone [1, V].
+        """
+        ...
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
+        """One more token in each of some different rows; logits [N, V]."""
+        ...
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Have the row `target` be the first `tokens` of the row `source`."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Empty a row."""
+        ...
+
+    def close(self) -> None:
+        """Give back what they took. They are not used again."""
+        ...
 
 
 class Backend(Protocol):
-    """Runs a decoder step by step.
+    """Runs a decoder: in slots, to serve; or step by step on caches that are passed along, as the graph is.
 
-    Logits [B, S, V] belong to the caller. A cache belongs to the backend that made it: it is handed back unread, stays
-    where the backend keeps it (host or device), and an old one remains valid after a step that grew it. (A cache that
-    is written in place is one buffer: of two steps that continue from the same old one, the later wins.)
+    It belongs to one thread at a time, with its caches and slots: nothing here may be called while another call runs.
+
+    Logits belong to the caller. A cache belongs to the backend that made it: it is handed back unread, stays where the
+    backend keeps it (host or device), and an old one remains valid after a step that grew it. (A cache that is written
+    in place is one buffer: of two steps that continue from the same old one, the later wins.)
     """
 
     name: str
@@ -69,31 +98,24 @@ class Backend(Protocol):
     chunk: int
     """Tokens of a long prompt that it takes fastest."""
 
-    def empty_cache(self, batch: int, room: int = 0) -> Any:
-        """A cache of `batch` rows with no past; `room` is a guess of how many tokens each of them will have."""
-        ...
-
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> Any:
-        """A new cache with a row for each part, padded on the left to the longest; `room` as for an empty one."""
+    def empty_cache(self, batch: int) -> Any:
+        """A cache of `batch` rows with no past."""
         ...
 
     def step(self, feeds: Feeds, cache: Any, *, last: bool = False) -> tuple[Logits, Any]:
-        """Logits of the new tokens, or of the last alone, and the cache grown by them."""
+        """Logits [B, S, V] of the new tokens, or of the last alone, and the cache grown by them."""
         ...
 
+    def slots(self, count: int, room: int = 0) -> Slots:
+        """As many empty rows; `room` is a guess of how many tokens each of them will have.
 
-def fill(array: Any, sources: Sequence[Any], parts: Sequence[Part], width: int) -> Any:
-    """Write a cache's `parts` into the zeros of `array` [B, K, C, E], the rows of `sources` that they name ending at
-    slot `width`; numpy or torch.
-    """
-    for row, (source, part) in enumerate(zip(sources, parts, strict=True)):
-        array[row, :, width - (part.end - part.start) : width] = source[part.row, :, part.start : part.end]
-    return array
+        Raises BackendError for more rows than it takes.
+        """
+        ...
 
-
-def widest(parts: Sequence[Part]) -> int:
-    """Tokens of the longest."""
-    return max(part.end - part.start for part in parts)
+    def close(self) -> None:
+        """Give back memory and device. It is not used again."""
+        ...
 
 
 def empty_past(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:

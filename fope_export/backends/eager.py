@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fope_export.backends.base import CHUNK, Feeds, Logits, Part, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Logits, Slots
+from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
 
@@ -32,11 +33,11 @@ class EagerBackend:
         """The truth: a copy of `model` that computes everything but the angles in float64."""
         return cls(copy.deepcopy(model).double(), name="torch float64")
 
-    def empty_cache(self, batch: int, room: int = 0) -> Cache:  # noqa: ARG002
+    def empty_cache(self, batch: int) -> Cache:
         return self.model.empty_cache(batch)
 
     @torch.inference_mode()
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> Cache:  # noqa: ARG002
+    def assemble(self, parts: Sequence[Part]) -> Cache:
         width = widest(parts)
         shape = list(parts[0].cache[0][0].shape)
         shape[0], shape[2] = len(parts), self.model.capacity or width
@@ -50,6 +51,12 @@ class EagerBackend:
         with _attention(self.model.embed.weight):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
+
+    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self.model.capacity or None)
+
+    def close(self) -> None:
+        """The model is the caller's."""
 
 
 def _attention(weight: torch.Tensor) -> AbstractContextManager[None]:

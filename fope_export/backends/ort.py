@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past
+from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
@@ -58,11 +59,11 @@ class OrtBackend:
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
 
-    def empty_cache(self, batch: int, room: int = 0) -> list[Any]:  # noqa: ARG002
+    def empty_cache(self, batch: int) -> list[Any]:
         shapes = empty_past(self._manifest, batch)
         return [self._value(np.zeros(shape, self._types[name])) for name, shape in shapes.items()]
 
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> list[Any]:  # noqa: ARG002
+    def assemble(self, parts: Sequence[Part]) -> list[Any]:
         width, static = widest(parts), self._manifest.export.capacity
         made = []
         for tensors in zip(*([value.numpy() for value in part.cache] for part in parts), strict=True):
@@ -92,6 +93,12 @@ class OrtBackend:
         # The static cache's own values, and not their aliases among the outputs: those do not keep its memory alive.
         wanted = logits.numpy()[:, -int(last) :]
         return wanted.astype(np.float32, copy=False), cache if static else present
+
+    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self._manifest.export.capacity)
+
+    def close(self) -> None:
+        del self._session
 
     def _value(self, array: np.ndarray[Any, Any]) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

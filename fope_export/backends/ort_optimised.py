@@ -1,13 +1,12 @@
 """The bundle's second file, for ONNX Runtime alone (`graph.optimise`): a cache in place, and no padding at all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Ids, Logits, Part, empty_past, widest
+from fope_export.backends.base import Feeds, Ids, Logits, empty_past
 from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
@@ -17,34 +16,6 @@ from fope_export.manifest import KEPT, OPTIMISED
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
-
-
-@dataclass
-class Memory:
-    """Keys and values [B, K, C, E] of every layer, written in place, for all caches that come from one another."""
-
-    device: Device
-    tensors: list[Array]
-    bound: "Bound | None" = None
-    """For single tokens in all rows, once there was such a step; it goes when the tensors do."""
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for as many tokens in every row; what is there stays."""
-        have = self.tensors[0].shape[2]
-        if tokens <= have:
-            return
-        self.bound = None
-        room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
-        for i, old in enumerate(self.tensors):
-            self.tensors[i] = new = self.device.zeros((*old.shape[:2], room, old.shape[3]))
-            new[:, :, :have] = old
-
-
-class SharedCache(NamedTuple):
-    """A memory, and how many tokens of each of its rows are this cache's."""
-
-    memory: Memory
-    lengths: Ids  # [B]
 
 
 class Bound:
@@ -100,6 +71,123 @@ class Bound:
         return found.astype(np.float32, copy=False)
 
 
+class Decoding(NamedTuple):
+    """What steps of one token in each of some rows have in common."""
+
+    place: tuple[int, int, int]  # first row, rows, width of the mask
+    bound: Bound
+    graph: int | None
+    """The CUDA graph that repeats it."""
+
+
+class OrtSlots:
+    """Keys and values [B, K, C, E] of every layer, written in place; C grows when a row needs it.
+
+    A step runs the rows from the first to the last that it names. One between them that it does not name is fed a token
+    that nobody reads, whose place is after the row's own.
+    """
+
+    capacity: int | None = None
+
+    def __init__(self, backend: "OptimisedOrtBackend", count: int, room: int) -> None:
+        self.count, self.lengths, self._backend = count, np.zeros(count, np.int64), backend
+        self.tensors = backend.memory(count)
+        self._decoding: Decoding | None = None
+        self._reserve(room)
+
+    def prefill(self, slot: int, ids: Ids, start: int, *, last: bool = True) -> Logits:
+        positions, past = np.arange(start, start + len(ids)), np.array([start])
+        logits = self.run(slot, ids[None], positions[None], past, last=last)
+        self.lengths[slot] = start + len(ids)
+        return logits.reshape(-1, self._backend.vocab_size)
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
+        low, high = (0, self.count) if self._backend.graphs else (min(slots), max(slots) + 1)
+        named, past = np.array(slots) - low, self.lengths[low:high]
+        ids = np.zeros((high - low, 1), np.int64)
+        ids[named, 0] = tokens
+        logits = self.run(low, ids, past[:, None], past, last=True)
+        past[named] += 1
+        return logits.reshape(high - low, -1).take(named, axis=0)
+
+    def run(self, low: int, ids: Ids, positions: Ids, past: Ids, *, last: bool) -> Logits:
+        """Tokens [N, S] for the rows from `low` on, each row's after `past` [N] others; S is 1 where N is not."""
+        rows, new = ids.shape
+        total = int(past.max()) + new
+        self._reserve(total)
+        if new == 1 and (rows == self.count or not self._backend.graphs):
+            bound = self._single(low, rows, total)
+        else:
+            bound = self._bind(low, rows, new, total, last=last)
+        return self._backend.run(bound, ids, positions, past)
+
+    def _single(self, low: int, rows: int, total: int) -> Bound:
+        """For one token in each row; the same as in the last step wherever it can be."""
+        room = self.tensors[0].shape[2]
+        place = low, rows, room if self._backend.graphs else min(-(-total // BLOCK) * BLOCK, room)
+        if self._decoding is None or self._decoding.place != place:
+            self._release()
+            graph = self._backend.graphs.take() if self._backend.graphs else None
+            bound = self._bind(low, rows, 1, place[-1], last=True, graph=graph)
+            self._decoding = Decoding(place, bound, graph)
+        return self._decoding.bound
+
+    def _bind(self, low: int, rows: int, new: int, width: int, *, last: bool, graph: int | None = None) -> Bound:
+        return self._backend.bind([tensor[low : low + rows] for tensor in self.tensors], new, width, last, graph)
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room for as many tokens in every row; what is there stays."""
+        have = self.tensors[0].shape[2]
+        if tokens <= have:
+            return
+        self._release()
+        room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
+        for i, old in enumerate(self.tensors):
+            self.tensors[i] = new = self._backend.device.zeros((*old.shape[:2], room, old.shape[3]))
+            new[:, :, :have] = old
+
+    def _release(self) -> None:
+        """The next decoding has other rows or another memory."""
+        if self._decoding and self._backend.graphs and self._decoding.graph:
+            self._backend.graphs.give_back(self._decoding.graph)
+        self._decoding = None
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for tensor in self.tensors:
+            tensor[target, :, :tokens] = tensor[source, :, :tokens]
+        self.lengths[target] = tokens
+
+    def free(self, slot: int) -> None:
+        self.lengths[slot] = 0
+
+    def close(self) -> None:
+        self._release()
+        self.tensors.clear()
+
+
+class SharedCache(NamedTuple):
+    """Slots, and how many tokens of each of their rows are this cache's."""
+
+    slots: OrtSlots
+    lengths: Ids  # [B]
+
+
+class Graphs:
+    """The numbers of a session's CUDA graphs: one that is given back is forgotten there, and taken again."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self._free, self._new = session, list[int](), count(1)
+
+    def take(self) -> int:
+        return self._free.pop() if self._free else next(self._new)
+
+    def give_back(self, graph: int) -> None:
+        """Where ONNX Runtime cannot forget a graph, its number is not used again."""
+        if release := getattr(self._session, "release_captured_graph", None):
+            release(graph)
+            self._free.append(graph)
+
+
 class OptimisedOrtBackend:
     """A bundle's optimised file in ONNX Runtime.
 
@@ -129,26 +217,19 @@ class OptimisedOrtBackend:
             bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact,
             cuda_graph=cuda_graph,
         )  # fmt: skip
-        self._graphs = count(1) if cuda_graph else None
-        kind = next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
-        self._device = _device(device, kind)
+        self.graphs = Graphs(self._session) if cuda_graph else None
+        self.device = _device(
+            device, next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
+        )
 
-    def empty_cache(self, batch: int, room: int = 0) -> SharedCache:
-        shapes = empty_past(self._manifest, batch).values()
-        memory = Memory(self._device, [self._device.zeros(shape) for shape in shapes])
-        memory.reserve(room)
-        return SharedCache(memory, np.zeros(batch, np.int64))
+    def slots(self, count: int, room: int = 0) -> OrtSlots:
+        return OrtSlots(self, count, room)
 
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> SharedCache:
-        cache = self.empty_cache(len(parts), max(room, widest(parts)))
-        for row, part in enumerate(parts):
-            cache.lengths[row] = count = part.end - part.start
-            for tensor, source in zip(cache.memory.tensors, part.cache.memory.tensors, strict=True):
-                tensor[row, :, :count] = source[part.row, :, :count]
-        return cache
+    def empty_cache(self, batch: int) -> SharedCache:
+        return SharedCache(self.slots(batch), np.zeros(batch, np.int64))
 
     def step(self, feeds: Feeds, cache: SharedCache, *, last: bool = False) -> tuple[Logits, SharedCache]:
-        memory, (batch, new) = cache.memory, feeds.input_ids.shape
+        slots, (batch, new) = cache.slots, feeds.input_ids.shape
         real = feeds.attention_mask[:, -new:] != 0
         counts = np.count_nonzero(real, axis=1)
         past = np.count_nonzero(feeds.attention_mask, axis=1) - counts
@@ -157,27 +238,31 @@ class OptimisedOrtBackend:
                 "the attention mask does not fit the cache",
                 hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
             )
-        memory.reserve(int((past + counts).max()))
-        if new == 1 and counts.all():
-            if memory.bound is None:
-                graph = next(self._graphs) if self._graphs else None
-                memory.bound = self._bind(memory.tensors, 1, memory.tensors[0].shape[2], last=True, graph=graph)
-            logits = self._run(memory.bound, feeds.input_ids, feeds.position_ids, past)
+        logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
+        if new == 1:
+            logits[counts > 0] = slots.run(0, feeds.input_ids, feeds.position_ids, past, last=True)[counts > 0]
         else:
-            logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
             for row, tokens in enumerate(counts):
                 if tokens:
                     ids, positions = (x[row : row + 1, new - tokens :] for x in (feeds.input_ids, feeds.position_ids))
-                    tensors, before = [tensor[row : row + 1] for tensor in memory.tensors], past[row : row + 1]
-                    graph = -1 if self._graphs else None
-                    bound = self._bind(tensors, tokens, int(before[0] + tokens), last=last, graph=graph)
-                    logits[row, -1 if last else -tokens :] = self._run(bound, ids, positions, before)
-        return logits, SharedCache(memory, past + counts)
+                    found = slots.run(row, ids, positions, past[row : row + 1], last=last)
+                    logits[row, -1 if last else -tokens :] = found
+        return logits, SharedCache(slots, past + counts)
 
-    def _bind(self, tensors: Sequence[Array], tokens: int, width: int, *, last: bool, graph: int | None) -> Bound:
-        return Bound(self._session, self._device, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
+    def close(self) -> None:
+        del self._session
 
-    def _run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
+    def memory(self, rows: int) -> list[Array]:
+        """Keys and values of every layer, with room for no token."""
+        return [self.device.zeros(shape) for shape in empty_past(self._manifest, rows).values()]
+
+    def bind(self, tensors: Sequence[Array], tokens: int, width: int, last: bool, graph: int | None) -> Bound:
+        """See `Bound`; without a number nothing is captured."""
+        graph = -1 if self.graphs and graph is None else graph
+        return Bound(self._session, self.device, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
+
+    def run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
+        """Raises BackendError with what ONNX Runtime says."""
         try:
             return bound.run(ids, positions, past)
         except Exception as cause:

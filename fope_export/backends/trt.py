@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Part, empty_past, fill, widest
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past, no_room
+from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.dtypes import DTYPES
 from fope_export.engine import api
@@ -89,13 +90,13 @@ class TrtBackend:
         self._stream.synchronize()
         return context
 
-    def empty_cache(self, batch: int, room: int = 0) -> TrtCache:  # noqa: ARG002
+    def empty_cache(self, batch: int) -> TrtCache:
         shapes = empty_past(self._manifest, batch).values()
         with torch.cuda.stream(self._stream):
             return TrtCache([torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes])
 
     @torch.inference_mode()
-    def assemble(self, parts: Sequence[Part], room: int = 0) -> TrtCache:  # noqa: ARG002
+    def assemble(self, parts: Sequence[Part]) -> TrtCache:
         width = widest(parts)
         with torch.cuda.stream(self._stream):
             made = []
@@ -117,6 +118,15 @@ class TrtBackend:
                 logits, cache = self._run(profile, {name: x.to(self._device) for name, x in inputs.items()}, cache)
             answer: Logits = logits[:, -int(last) :].float().cpu().numpy()
         return answer, cache
+
+    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
+        if count > (most := self.record.most("batch")):
+            raise no_room("rows", count, most)
+        return StackedSlots(self, count, self.record.most("total_sequence"))
+
+    def close(self) -> None:
+        self._contexts.clear()
+        del self._engine
 
     def _run(self, profile: str, inputs: dict[str, Tensor], cache: TrtCache) -> tuple[Tensor, TrtCache]:
         """Enqueue one step on the current stream."""

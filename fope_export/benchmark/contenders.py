@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from fope_export.backends.base import Backend, Ids, Logits, feeds_for
+from fope_export.backends.base import Backend, Ids, Logits, Slots, feeds_for
 from fope_export.backends.choose import BACKENDS, Machine, Settings, load_backend
 from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
@@ -56,18 +56,40 @@ class Loaded(NamedTuple):
     weight_bytes: int
 
 
+class Slotted(Greedy):
+    """A backend as a contender, as `run` uses it: prompts one after the other, answers together."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._slots: Slots | None = None
+
+    def begin(self, prompts: Ids, new: int) -> Logits:
+        """See `Contender`."""
+        if self._slots:
+            self._slots.close()
+        batch, length = prompts.shape
+        self._slots = slots = self._backend.slots(batch, length + new)
+        return np.stack([prefill(slots, row, ids, self._backend.chunk) for row, ids in enumerate(prompts)])
+
+    def feed(self, tokens: Ids) -> Logits:
+        """See `Contender`."""
+        assert self._slots
+        return self._slots.decode(range(len(tokens)), tokens)
+
+
 class Stepping(Greedy):
-    """A backend as a contender: prompts in chunks, as `run` feeds them."""
+    """A backend as a contender that takes all prompts at once: eager PyTorch at its best."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def begin(self, prompts: Ids, new: int) -> Logits:
+    def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002 (its cache grows)
         """See `Contender`."""
-        self._mask = np.ones_like(prompts)
-        batch, length = prompts.shape
-        cache = self._backend.empty_cache(batch, length + new)
-        logits, self._cache = prefill(self._backend, feeds_for(prompts), cache=cache)
+        feeds, self._cache = feeds_for(prompts), self._backend.empty_cache(len(prompts))
+        self._mask, size = feeds.attention_mask, self._backend.chunk
+        for start in range(0, prompts.shape[1], size):
+            part = feeds.part(start, start + size)
+            logits, self._cache = self._backend.step(part, self._cache, last=True)
         return logits[:, -1]
 
     def feed(self, tokens: Ids) -> Logits:
@@ -112,7 +134,7 @@ def _backend(name: str, optimised: bool, job: Job, *, cuda_graph: bool = False) 
     if optimised and OPTIMISED not in bundle.manifest.files:
         raise BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
     settings = Settings(optimised=optimised, threads=job.threads, cuda_graph=cuda_graph)
-    return Loaded(Stepping(load_backend(bundle, name, settings)), _of_bundle(bundle))
+    return Loaded(Slotted(load_backend(bundle, name, settings)), _of_bundle(bundle))
 
 
 def _of_bundle(bundle: Bundle) -> int:

@@ -1,6 +1,7 @@
 """The file for ONNX Runtime alone: the same numbers as the portable one, and no row that could be wrong unnoticed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope.rotary import FopeRotary
-from fope_export.generation import generate, pad_left
+from fope_export.generation import pad_left
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.manifest import OPTIMISED
@@ -25,7 +26,7 @@ from fope_export.model.checkpoint import source_of
 from fope_export.parity.run import validate
 from fope_export.sampling import Sampling
 from tests.conftest import small_decoder, write_native
-from tests.support import same_function, truth_of
+from tests.support import EPS, answers, same_function, truth_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "fope": {},
@@ -87,45 +88,43 @@ def test_tokens_stay_when_prompts_share_and_take_turns(pair: tuple[Any, Any]) ->
         return  # a tie may fall either way
     prefix = list(range(1, 30))
     prompts = [[*prefix, 5], [*prefix, 9, 8, 7], [*prefix, *range(60, 90)], [*prefix, 11, 12]]
-    alone = [[token for (token,) in generate(pair[0], [p], Sampling(max_new_tokens=9))] for p in prompts]
+    alone = [answers(pair[0], [prompt], Sampling(max_new_tokens=9))[0] for prompt in prompts]
     for backend in pair:
         for limit in (0, 2):
-            steps = generate(backend, prompts, Sampling(max_new_tokens=9), max_batch=limit)
-            got = [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
-            assert got == alone
+            assert answers(backend, prompts, Sampling(max_new_tokens=9), max_batch=limit) == alone
 
 
 def test_a_cache_grows_and_is_written_in_place(pair: tuple[Any, Any]) -> None:
-    backend = pair[1]
-    ids = np.ones((1, 300), np.int64)
-    cache = backend.empty_cache(1, 64)
-    assert cache.memory.tensors[0].shape[2] == 256
-    _, filled = backend.step(feeds_for(ids[:, :100]), cache)
-    assert filled.memory.tensors is cache.memory.tensors and filled.lengths.tolist() == [100]
-    _, grown = backend.step(feeds_for(ids[:, 100:], np.ones((1, 300), np.int64)), filled)
-    assert grown.memory.tensors[0].shape[2] == 512 and grown.lengths.tolist() == [300]
-    assert grown.memory.tensors[0][0, :, :300].any(2).any(0).all() and not grown.memory.tensors[0][:, :, 300:].any()
+    ids, slots = np.ones(300, np.int64), pair[1].slots(1, 64)
+    first = slots.tensors[0]
+    assert first.shape[2] == 256
+    slots.prefill(0, ids[:100], 0)
+    assert slots.tensors[0] is first and slots.lengths.tolist() == [100]
+    slots.prefill(0, ids[100:], 100)
+    assert slots.tensors[0].shape[2] == 512 and slots.lengths.tolist() == [300]
+    assert slots.tensors[0][0, :, :300].any(2).any(0).all() and not slots.tensors[0][:, :, 300:].any()
 
 
 def test_an_old_cache_is_good_after_another_grew_what_they_share(pair: tuple[Any, Any]) -> None:
     """It must not go on with the memory that was given back."""
     backend, caches = pair[1], []
-    _, cache = backend.step(feeds_for(np.arange(1, 255)[None]), pair[1].empty_cache(1, 256))
+    _, cache = backend.step(feeds_for(np.arange(1, 255)[None]), pair[1].empty_cache(1))
     for total in (255, 256, 257):  # the last does not fit any more
         caches.append(cache)
         _, cache = backend.step(feeds_for(np.array([[7]]), np.ones((1, total), np.int64)), cache)
-    assert cache.memory.tensors[0].shape[2] == 512
-    before = cache.memory.tensors[0][0, :, 255].copy()
+    assert cache.slots.tensors[0].shape[2] == 512
+    before = cache.slots.tensors[0][0, :, 255].copy()
     backend.step(feeds_for(np.array([[9]]), np.ones((1, 256), np.int64)), caches[1])
-    assert not np.array_equal(cache.memory.tensors[0][0, :, 255], before)
+    assert not np.array_equal(cache.slots.tensors[0][0, :, 255], before)
 
 
-def test_a_cuda_graph_is_captured_for_each_place_of_a_cache(optimised: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_captured_in_a_cuda_graph(optimised: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it goes without a GPU: every step of decoding names the graph of the memory that it works in, and has
-    its inputs where the one before had them; prompts are not captured.
+    its inputs where the one before had them; prompts are not captured; graphs that cannot be repeated are forgotten.
     """
     backend = OptimisedOrtBackend(optimised, cuda_graph=True)
     plain, session, named, placed = OptimisedOrtBackend(optimised), backend._session, [], []
+    forgotten: list[int] = []
 
     class Spy:
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
@@ -136,16 +135,20 @@ def test_a_cuda_graph_is_captured_for_each_place_of_a_cache(optimised: Bundle, m
             return getattr(session, name)
 
     monkeypatch.setattr(backend, "_session", Spy())
-    caches, ids = [each.empty_cache(1, 256) for each in (backend, plain)], np.arange(1, 255)[None]
-    for feeds in (feeds_for(ids), *(feeds_for(ids[:, :1], np.ones((1, t), np.int64)) for t in (255, 256, 257, 258))):
-        (got, caches[0]), (wanted, caches[1]) = (
-            each.step(feeds, cache, last=True) for each, cache in zip((backend, plain), caches, strict=True)
-        )
-        np.testing.assert_array_equal(got, wanted)
-        bound = caches[0].memory.bound
-        placed.append(bound and [array.ctypes.data for array in bound._inputs.values()])
-    assert named == ["-1", "1", "1", "2", "2"]
-    assert placed[0] is None and placed[1] == placed[2] != placed[3] == placed[4]
+    monkeypatch.setattr(backend.graphs, "_session", SimpleNamespace(release_captured_graph=forgotten.append))
+    both = [each.slots(2, 256) for each in (backend, plain)]
+    for slots in both:
+        slots.prefill(0, np.arange(1, 255), 0)
+        slots.prefill(1, np.array([5]), 0)
+    for rows in ([0], [0, 1], [0], [1]):  # the third outgrows the memory
+        got, wanted = (slots.decode(rows, [7] * len(rows)) for slots in both)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=16 * EPS * np.abs(wanted).max())
+        decoding = both[0]._decoding
+        assert decoding
+        placed.append([array.ctypes.data for array in decoding.bound._inputs.values()])
+    both[0].close()
+    assert named == ["-1", "-1", "1", "1", "1", "1"] and forgotten == [1, 1]
+    assert placed[0] == placed[1] != placed[2] == placed[3]
 
 
 def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> None:

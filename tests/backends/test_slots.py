@@ -1,0 +1,140 @@
+"""Slots of every backend: a row's logits are those of its tokens alone, whatever happens beside it."""
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from fope_export.backends.base import Backend, Logits, Slots, feeds_for
+from fope_export.backends.choose import Settings, load_backend
+from fope_export.backends.eager import EagerBackend
+from fope_export.bundle import Bundle
+from fope_export.errors import BackendError
+from fope_export.graph.optimise import optimise
+from fope_export.model.decoder import Decoder
+from tests.support import same_function, truth_of
+
+KINDS = ["portable", "optimised", "static", "torch"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def backend(request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, optimised: Bundle) -> Backend:
+    if request.param == "torch":
+        return load_backend(bundle, "torch")
+    made = {"portable": bundle, "static": static_bundle, "optimised": optimised}[request.param]
+    return load_backend(made, settings=Settings(optimised=request.param == "optimised"))
+
+
+@pytest.fixture(scope="module")
+def optimised(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return optimise(Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("optimised") / "bundle")))
+
+
+class Watched:
+    """Slots whose every answer is compared with the tokens that each row holds."""
+
+    def __init__(self, slots: Slots, decoder: Decoder) -> None:
+        self.slots, self.decoder, self.plain = slots, decoder, EagerBackend(decoder)
+        self.held: list[list[int]] = [[] for _ in range(slots.count)]
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> None:
+        self.held[slot] = [*self.held[slot][:start], *ids]
+        self._same(self.slots.prefill(slot, np.array(ids), start), [slot])
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        for slot, token in zip(slots, tokens, strict=True):
+            self.held[slot].append(token)
+        self._same(self.slots.decode(slots, tokens), slots)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.slots.copy(source, target, tokens)
+        self.held[target] = self.held[source][:tokens]
+
+    def _same(self, got: Logits, slots: Sequence[int]) -> None:
+        assert got.shape == (len(slots), self.decoder.config.vocab_size) and got.dtype == np.float32
+        for row, slot in zip(got, slots, strict=True):
+            ids = np.array([self.held[slot]])
+            wanted, _ = self.plain.step(feeds_for(ids), self.plain.empty_cache(1))
+            same_function(row, wanted[0, -1], truth_of(self.decoder, ids)[0, -1])
+
+
+def test_rows_come_and_go(backend: Backend, decoder: Decoder) -> None:
+    rows = Watched(backend.slots(3), decoder)
+    rows.prefill(1, [5, 6, 7, 8], 0)
+    rows.decode([1], [9])
+    rows.prefill(0, [3], 0)
+    rows.decode([1, 0], [2, 4])  # in any order
+    rows.prefill(2, list(range(20, 40)), 0)
+    rows.prefill(2, [8, 9], 20)  # its next chunk
+    rows.decode([0, 2], [6, 7])
+    rows.decode([2], [1])
+    rows.decode([0, 1, 2], [5, 5, 5])
+    rows.slots.free(1)
+    for token in (4, 3):
+        rows.decode([0, 2], [token, 9])
+    rows.prefill(1, [7, 7], 0)
+    rows.decode([0, 1, 2], [1, 2, 3])
+
+
+def test_a_row_is_cut_and_copied(backend: Backend, decoder: Decoder) -> None:
+    rows = Watched(backend.slots(2), decoder)
+    rows.prefill(0, [5, 6, 7, 8, 9], 0)
+    rows.copy(0, 1, 3)
+    rows.prefill(1, [1, 2], 3)
+    rows.prefill(0, [4], 2)  # in the place of the last three
+    rows.decode([0, 1], [8, 8])
+    rows.copy(1, 0, 6)
+    rows.decode([0, 1], [2, 3])
+    rows.prefill(0, [1, 1], 4)
+    rows.decode([1], [6])
+    rows.decode([1, 0], [5, 5])
+
+
+def test_a_row_that_rests_while_others_go_on_is_as_it_was(backend: Backend, decoder: Decoder) -> None:
+    rows = Watched(backend.slots(4), decoder)
+    for slot in range(4):
+        rows.prefill(slot, [slot + 1] * (5 - slot), 0)
+    rows.decode([0, 1, 2, 3], [9, 9, 9, 9])
+    for _ in range(3):
+        rows.decode([0, 3], [7, 7])
+    rows.decode([1, 2], [4, 5])
+    rows.decode([3], [6])
+    rows.decode([3, 2, 1, 0], [1, 2, 3, 4])
+
+
+def test_logits_of_every_token_of_a_prompt(backend: Backend, decoder: Decoder) -> None:
+    slots, ids = backend.slots(1), np.array([5, 6, 7, 8])
+    got = np.concatenate([slots.prefill(0, ids[:3], 0, last=False), slots.prefill(0, ids[3:], 3, last=False)])
+    plain = EagerBackend(decoder)
+    wanted, _ = plain.step(feeds_for(ids[None]), plain.empty_cache(1))
+    same_function(got, wanted[0], truth_of(decoder, ids[None])[0])
+
+
+def test_logits_belong_to_the_caller(backend: Backend) -> None:
+    slots = backend.slots(2)
+    first = slots.prefill(0, np.array([5, 6]), 0), slots.prefill(1, np.array([7]), 0), slots.decode([0, 1], [3, 4])
+    kept = [logits.copy() for logits in first]
+    slots.decode([0, 1], [9, 9])
+    for logits, before in zip(first, kept, strict=True):
+        np.testing.assert_array_equal(logits, before)
+
+
+def test_several_slots_of_one_backend_do_not_meet(backend: Backend, decoder: Decoder) -> None:
+    one, other = (Watched(backend.slots(1), decoder) for _ in range(2))
+    one.prefill(0, [5, 6, 7], 0)
+    other.prefill(0, [9, 8], 0)
+    one.decode([0], [3])
+    one.slots.close()
+    other.decode([0], [4])
+
+
+def test_a_static_cache_is_full(static_bundle: Bundle) -> None:
+    slots = load_backend(static_bundle).slots(2)
+    assert slots.capacity
+    slots.prefill(0, np.ones(slots.capacity - 1, np.int64), 0)
+    slots.prefill(1, np.array([7]), 0)
+    slots.decode([0, 1], [1, 1])
+    with pytest.raises(BackendError, match=f"{slots.capacity + 1} tokens do not fit"):
+        slots.decode([0], [1])
+    slots.decode([1], [1])  # which has not as many

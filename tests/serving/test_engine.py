@@ -1,0 +1,199 @@
+"""The engine, step by step."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from fope_export.backends.choose import load_backend
+from fope_export.bundle import Bundle
+from fope_export.errors import BackendError, ConfigError
+from fope_export.sampling import Sampling
+from fope_export.serving.engine import Engine, Event, Failed, Finished, Handle, Request, Token
+from tests.scripted import Scripted
+from tests.support import answers
+
+ENDLESS = [[3], [4], [5], [6]]
+
+
+def asked(prompt: list[int], new: int = 9, **fields: Any) -> Request:
+    return Request(prompt=prompt, sampling=Sampling(max_new_tokens=new), **fields)
+
+
+def shown(events: list[Event]) -> list[int | str]:
+    """Tokens by their ids, the rest by what it says."""
+    return [
+        e.id if isinstance(e, Token) else e.reason if isinstance(e, Finished) else f"failed: {e.cause}" for e in events
+    ]
+
+
+def to_the_end(engine: Engine, *handles: Handle) -> list[list[int | str]]:
+    for _ in range(1000):
+        if not engine.step():
+            return [shown(handle.take()) for handle in handles]
+    raise AssertionError("it does not end")
+
+
+def test_requests_join_and_leave_at_any_step() -> None:
+    backend = Scripted(ENDLESS)
+    engine = Engine(backend, 2)
+    first = engine.submit(asked([1], 4))
+    assert engine.step() and shown(first.take()) == [3]
+    second, third = engine.submit(asked([2], 2)), engine.submit(asked([3], 2, ends={5}))
+    assert engine.step() and shown(first.take()) == [3] and shown(second.take()) == [4]
+    assert engine.step() and shown(second.take()) == [4, "length"]
+    assert shown(third.take()) == []  # there was no slot
+    assert not engine.step()
+    assert shown(first.take()) == [3, 3, "length"] and shown(third.take()) == [5, "stop"]
+    assert not engine.step()  # nothing to do is no error
+    assert backend.log == [
+        "prefill 0 [1] 0", "decode {0: 3}", "prefill 1 [2] 0", "decode {0: 3, 1: 4}", "decode {0: 3}", "prefill 1 [3] 0"
+    ]  # fmt: skip
+
+
+def test_a_long_prompt_delays_the_others_by_a_chunk_a_token() -> None:
+    backend = Scripted(ENDLESS)
+    engine = Engine(backend, 2, chunk=4)
+    first = engine.submit(asked([1], 9))
+    engine.step()
+    second = engine.submit(asked([9, 9, 9, 9, 8, 8, 8, 8, 2], 1))
+    for _ in range(2):
+        engine.step()
+    assert shown(first.take()) == [3, 3, 3] and shown(second.take()) == []
+    engine.step()
+    assert shown(first.take()) == [3] and shown(second.take()) == [4, "length"]
+    assert [call for call in backend.log if "prefill 1" in call] == [
+        "prefill 1 [9, 9, 9, 9] 0", "prefill 1 [8, 8, 8, 8] 4", "prefill 1 [2] 8"
+    ]  # fmt: skip
+
+
+def test_short_prompts_share_the_budget_of_a_step() -> None:
+    engine = Engine(Scripted(ENDLESS), 4, chunk=4)
+    handles = [engine.submit(asked([9, number])) for number in (1, 2, 3)]
+    engine.step()
+    assert [shown(handle.take()) for handle in handles] == [[3], [4], []]
+    engine = Engine(Scripted(ENDLESS), 4, chunk=4, budget=0)
+    handles = [engine.submit(asked([9] * 9 + [number])) for number in (1, 2, 3)]
+    engine.step()
+    assert [shown(handle.take()) for handle in handles] == [[3], [4], [5]]
+
+
+def test_a_request_is_cancelled_wherever_it_is() -> None:
+    backend = Scripted(ENDLESS)
+    engine = Engine(backend, 2, chunk=2)
+    handles = [engine.submit(asked(prompt)) for prompt in ([1], [9] * 20, [2])]
+    engine.step()
+    for handle in handles:
+        handle.cancel()
+    assert not engine.step()
+    assert [shown(handle.take()) for handle in handles] == [[3, "cancelled"], ["cancelled"], ["cancelled"]]
+    again = engine.submit(asked([2], 1))
+    assert to_the_end(engine, again) == [[4, "length"]]
+
+
+def test_a_failure_ends_that_request_alone() -> None:
+    backend = Scripted(ENDLESS, fails="prefill 1")
+    engine = Engine(backend, 2)
+    good, bad = engine.submit(asked([1], 3)), engine.submit(asked([2], 3))
+    assert to_the_end(engine, good, bad) == [[3, 3, 3, "length"], ["failed: prefill 1 [2] 0"]]
+    assert "free 1" in backend.log  # what it holds is nobody's
+
+
+def test_a_failed_step_ends_what_was_in_it_and_no_more() -> None:
+    backend = Scripted(ENDLESS, fails="decode")
+    engine = Engine(backend, 2)
+    handles = [engine.submit(asked([number], 3)) for number in (1, 2, 3)]
+    engine.step()
+    engine.step()
+    backend.fails = ""
+    first, second, third = to_the_end(engine, *handles)
+    assert first == [3, "failed: decode {0: 3, 1: 4}"] and second == [4, "failed: decode {0: 3, 1: 4}"]
+    assert third == [5, 5, 5, "length"]
+
+
+def test_a_full_slot_fails_with_both_numbers() -> None:
+    engine = Engine(Scripted(ENDLESS, capacity=3), 2)
+    long, short = engine.submit(asked([9, 1], 5)), engine.submit(asked([2], 3))
+    got = to_the_end(engine, long, short)
+    assert got[1] == [4, 4, 4, "length"]
+    assert got[0] == [3, 3, "failed: 4 tokens do not fit: there is room for 3"]
+
+
+def test_what_a_slot_holds_serves_who_begins_alike() -> None:
+    backend, prefix = Scripted(ENDLESS), [7] * 20
+    engine = Engine(backend, 2)
+    to_the_end(engine, engine.submit(asked([*prefix, 1], 2)))
+    one, other = engine.submit(asked([*prefix, 2], 2)), engine.submit(asked([*prefix, 1, 3, 2], 2))
+    assert to_the_end(engine, one, other) == [[4, 4, "length"], [4, 4, "length"]]
+    few = engine.submit(asked([*prefix[:15], 3], 1))
+    assert to_the_end(engine, few) == [[5, "length"]]
+    assert (
+        [call for call in backend.log if not call.startswith("decode")]
+        == [
+            f"prefill 0 {[*prefix, 1]} 0",
+            "prefill 0 [2] 20",  # in place
+            "copy 0 1 20",  # of one that is at work
+            "prefill 1 [1, 3, 2] 20",
+            f"prefill 0 {[*prefix[:15], 3]} 0",
+        ]
+    )
+
+
+def test_a_prompt_that_a_slot_holds_whole_is_fed_its_last_token() -> None:
+    backend, prompt = Scripted(ENDLESS), [*[7] * 20, 1]
+    engine = Engine(backend, 1)
+    for _ in range(2):
+        assert to_the_end(engine, engine.submit(asked(prompt, 2))) == [[3, 3, "length"]]
+    assert backend.log[-2] == "prefill 0 [1] 20"
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (asked([]), "a prompt is empty"),
+        (asked([3, 10]), "token 10 is outside the vocabulary of 10"),
+        (asked([-1]), "token -1 is outside"),
+        (Request(prompt=[1], sampling=Sampling(logit_bias={10: 1.0})), "logit_bias adds"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_answered_is_refused_when_it_comes(request_: Request, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Engine(Scripted(ENDLESS)).submit(request_)
+
+
+def test_closing_tells_everybody() -> None:
+    backend = Scripted(ENDLESS)
+    engine = Engine(backend, 1)
+    handles = [engine.submit(asked([number])) for number in (1, 2)]
+    engine.step()
+    engine.close()
+    assert [shown(handle.take()) for handle in handles] == [[3, "cancelled"], ["cancelled"]]
+    assert backend.log[-1] == "close"
+
+
+def test_others_submit_while_one_steps(bundle: Bundle) -> None:
+    """And what a real model answers is what it answers alone."""
+    backend = load_backend(bundle)
+    engine, prompts = Engine(backend, 3, chunk=8), [[n, n + 1, n + 2] * (n + 1) for n in range(1, 9)]
+    sampling, handles = Sampling(max_new_tokens=6, temperature=1.0, seed=5), dict[int, Handle]()
+
+    def submit(number: int) -> None:
+        handles[number] = engine.submit(Request(prompt=prompts[number], sampling=sampling))
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+        engine.step()
+    for thread in threads:
+        thread.join()
+    got = to_the_end(engine, *(handles[number] for number in range(len(prompts))))
+    assert got == [[*answers(backend, [prompt], sampling)[0], "length"] for prompt in prompts]
+
+
+def test_the_cause_of_a_failure_is_kept(static_bundle: Bundle) -> None:
+    engine = Engine(load_backend(static_bundle), 1)
+    handle = engine.submit(asked([1] * 201))
+    engine.step()
+    (event,) = handle.take()
+    assert isinstance(event, Failed) and isinstance(event.cause, BackendError)
