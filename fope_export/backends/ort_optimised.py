@@ -83,8 +83,8 @@ class Decoding(NamedTuple):
 class OrtSlots:
     """Keys and values [B, K, C, E] of every layer, written in place; C grows when a row needs it.
 
-    A step runs the rows from the first to the last that it names. One between them that it does not name is fed a token
-    that nobody reads, whose place is after the row's own.
+    A step runs the rows from the first to the last that it names. One between them that it does not name is fed a first
+    token that nobody reads, which costs no attention, and is given its own back.
     """
 
     capacity: int | None = None
@@ -103,12 +103,15 @@ class OrtSlots:
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
         low, high = (0, self.count) if self._backend.graphs else (min(slots), max(slots) + 1)
-        named, past = np.array(slots) - low, self.lengths[low:high]
-        ids = np.zeros((high - low, 1), np.int64)
-        ids[named, 0] = tokens
-        logits = self.run(low, ids, past[:, None], past, last=True)
-        past[named] += 1
-        return logits.reshape(high - low, -1).take(named, axis=0)
+        ids, past, named = np.zeros(self.count, np.int64), np.zeros(self.count, np.int64), list(slots)
+        ids[named], past[named] = tokens, self.lengths[named]
+        resting = [row for row in range(low, high) if row not in slots and self.lengths[row]]
+        firsts = [tensor[resting, :, 0] for tensor in self.tensors] if resting else []
+        logits = self.run(low, ids[low:high, None], past[low:high, None], past[low:high], last=True)
+        for first, tensor in zip(firsts, self.tensors, strict=False):
+            tensor[resting, :, 0] = first
+        self.lengths[named] += 1
+        return logits.reshape(high - low, -1).take([row - low for row in named], axis=0)
 
     def run(self, low: int, ids: Ids, positions: Ids, past: Ids, *, last: bool) -> Logits:
         """Tokens [N, S] for the rows from `low` on, each row's after `past` [N] others; S is 1 where N is not."""
