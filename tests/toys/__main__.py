@@ -1,21 +1,25 @@
-"""`python -m tests.toys quantisation FOLDER` (or dtype): every stage with the row, and what it says of itself."""
+"""`python -m tests.toys quantisation FOLDER` (or dtype, or backend): every stage with the row, and what it says."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fope_export.backends.choose import BACKENDS, abilities, choose, read_machine
 from fope_export.backends.ort import too_old
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.engine.build import build
-from fope_export.errors import ConfigError
+from fope_export.errors import BackendError, ConfigError
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
 from tests.parity.test_run import weights
 from tests.toys import TOY, WIDE
+from tests.toys.backend import NAME, ROW
 
 
 def quantisation(folder: Path) -> None:
@@ -39,6 +43,21 @@ def dtype(folder: Path) -> None:
     refused(made, "sm86 has no float64", "Export with --dtype fp16")
 
 
+def backend(folder: Path) -> None:
+    BACKENDS[NAME] = ROW
+    checkpoint, out = write_native(small_decoder(), folder / "checkpoint"), str(folder / "out")
+    assert main(["export", str(checkpoint), out]) == 0
+    for command in (
+        ["validate", out, "--lengths", "1,64"], ["run", out, "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]
+    ):  # fmt: skip
+        assert main([*command, "--backend", NAME, "--traceback"]) == 0, command
+    report = json.loads((folder / "out" / "reports" / "parity.json").read_text())
+    assert report["backend"] == NAME
+    assert f"run its checkpoint in {NAME}" in abilities(read_machine())
+    with pytest.raises(BackendError, match="toys need a core"):
+        choose(NAME, replace(read_machine(), cores=0))
+
+
 def stages(folder: Path, *options: str) -> Bundle:
     """Export, optimize, validate and run by the command line."""
     checkpoint, out = write_native(small_decoder(), folder / "checkpoint"), str(folder / "out")
@@ -59,4 +78,4 @@ def refused(made: Bundle, message: str, hint: str) -> None:
 
 
 if __name__ == "__main__":
-    {each.__name__: each for each in (quantisation, dtype)}[sys.argv[1]](Path(sys.argv[2]))
+    {each.__name__: each for each in (quantisation, dtype, backend)}[sys.argv[1]](Path(sys.argv[2]))
