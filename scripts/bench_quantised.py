@@ -71,7 +71,7 @@ def quality(folder: Path) -> dict[str, Any]:
         growth = round(100 * (perplexity / plain - 1), 3)
         found[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
         if config.quantize:
-            model = source_of(bundle).model.as_exported(config)
+            model = source_of(bundle).model.converted(config)
             found[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
     loss = loss_by_length(EagerBackend(source_of(bundle).model), text, [trained])[trained]
     return {"scored_bytes": SCORED, "context": trained, "pytorch_perplexity": round(math.exp(loss), 5), "kinds": found}

@@ -101,7 +101,7 @@ def _model(job: Job) -> Any:
     if job.contender == TWIN:
         return load_checkpoint(job.twin).model.to(job.device)
     bundle = Bundle.open(job.bundle, verify=False)
-    model = source_of(bundle, job.checkpoint).model.as_exported(bundle.manifest.export)
+    model = source_of(bundle, job.checkpoint).model.converted(bundle.manifest.export)
     if bundle.manifest.export.quantize:
         place_weights(bundle, model)
     return model.to(job.device)

@@ -46,7 +46,7 @@ def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("optimise")
     config = ExportConfig(fold_padding=request.param == "folded", dtype="fp16" if request.param == "fp16" else "fp32")
     made = optimise(export(write_native(model, folder / "model"), folder / "out", config))
-    exact = EagerBackend.in_float64(model.as_exported(config))
+    exact = EagerBackend.in_float64(model.converted(config))
     return load_backend(made, settings=Settings(optimised=False)), load_backend(made), exact
 
 

@@ -52,7 +52,7 @@ def test_linear_layers_are_quantised_and_nothing_else(quantised: Bundle, native:
     for name, tensor in tensors.items():
         if not name.endswith((f".{config.quantize}", ".zero_points")) and not name.startswith("constant."):
             assert tensor.data_type == (onnx.TensorProto.FLOAT if ".rotary." in name else activations), name
-    state = load_checkpoint(native).model.as_exported(config).state_dict()
+    state = load_checkpoint(native).model.converted(config).state_dict()
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensors["embed.weight"]), state["embed.weight"].numpy())
 
 
