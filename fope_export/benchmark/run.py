@@ -18,11 +18,12 @@ from fope_export.benchmark.process import Worker
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
-from fope_export.documents import read_object
+from fope_export.documents import as_record, read_object
 from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.manifest import judged_files
 from fope_export.model.checkpoint import source_of
+from fope_export.parity.run import Tested
 from fope_export.scratch import scratch
 
 CHECKED = 24
@@ -71,6 +72,8 @@ class Entry:
     allowed: float | None = None
     weight_bytes: int = 0
     """Of weights that one token reads."""
+    validated: bool = False
+    """Whether the bundle's parity report is about this backend and variant; the others are held to `allowed` alone."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +133,26 @@ class BenchResult:
         return (entry.weight_bytes + cache) / cell.median("next") / self.bandwidth["read"]
 
 
-def require_green(bundle: Bundle) -> None:
-    """Raises BundleError unless the bundle was validated as it is, and passed."""
+def require_green(bundle: Bundle) -> tuple[Tested, ...]:
+    """What of the bundle was validated. Raises BundleError unless that is what the files are now, and passed."""
     path, hint = bundle.path / PARITY, f"Run `fope-export validate {bundle.path}` first."
     if not path.is_file():
         raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
     try:
         report = read_object(path)
+        tested = as_record(report.get("tested"), tuple[Tested, ...], "tested")
     except DocumentError as cause:
         raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
-    files, passed = report.get("files"), report.get("passed")
-    if files != judged_files(bundle.manifest):
+    if report.get("files") != judged_files(bundle.manifest) or not _are(tested, bundle):
         raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
-    if passed is not True:
+    if report.get("passed") is not True:
         raise BundleError(f"{path} says that the bundle FAILED; wrong models are not timed", hint=hint)
+    return tested
+
+
+def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
+    """Whether what was tested is what the bundle has."""
+    return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)
 
 
 def benchmark(
@@ -158,7 +167,7 @@ def benchmark(
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
     """
-    require_green(bundle)
+    tested = {(each.backend, each.variant) for each in require_green(bundle)}
     source_of(bundle, checkpoint)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
     threads = config.threads or machine.cores
@@ -197,7 +206,14 @@ def benchmark(
                     bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
     width = DTYPES[export.dtype].itemsize
     cells = tuple(_joined(same) for same in zip(*sittings, strict=True))
-    return BenchResult(config, threads, bandwidth, tuple(entries.values()), cells, model, width)
+    told = tuple(replace(each, validated=_runs(each.name) in tested) for each in entries.values())
+    return BenchResult(config, threads, bandwidth, told, cells, model, width)
+
+
+def _runs(contender: str) -> tuple[str, str]:
+    """The backend, and the variant of the bundle in it; of a twin nothing was validated."""
+    row = CONTENDERS[contender]
+    return ("", "") if row.twin else (row.backend, row.variant)
 
 
 def _chosen(config: BenchConfig) -> Iterator[str]:
@@ -206,8 +222,7 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
         if row.peer:
             wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
         else:
-            backend = name.partition(",")[0]
-            wanted = backend not in BACKENDS or backend == EAGER or not config.backends or backend in config.backends
+            wanted = not (row.backend and config.backends) or row.backend in config.backends
         if wanted and row.device in ("", config.device):
             yield name
 

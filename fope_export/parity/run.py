@@ -65,6 +65,15 @@ class ColumnResult:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """What the cases ran on: a backend, its variant of the bundle, and the hashes of the files that this is made of."""
+
+    backend: str
+    variant: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class ControlResult:
     """One deliberate mistake. `skipped` says why this model cannot show it; else `verdict` must be a failure."""
 
@@ -110,6 +119,7 @@ class ParityResult:
     allowance: float = 1.0
     """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
     columns: tuple[ColumnResult, ...] = ()
+    tested: tuple[Tested, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -174,12 +184,21 @@ def validate(
     damaged = bundle.damaged() | contradictions(bundle, model)
     result = ParityResult(
         chosen, (*folding, *rounded, *(each for _, each in judged)), controls, damaged, broken, None, cost, reach,
-        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns),
+        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
     )  # fmt: skip
     if result.passed:
         return result
     searched = [] if broken else _failing(judged) or [reference]
     return replace(result, place=_place(bundle, model, yardstick, searched, cost))
+
+
+def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
+    """Every variant in which `backend` runs the bundle."""
+    hashes = bundle.manifest.files
+    return tuple(
+        Tested(backend, each.name, {name: hashes[name] for name in each.files(bundle)})
+        for each in BACKENDS[backend].variants_of(bundle)
+    )
 
 
 def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
