@@ -287,8 +287,13 @@ def test_the_twin_is_a_model_of_the_same_sizes(bundle: Bundle, tmp_path: Path) -
 
 def test_a_worker_tells_why_and_how_it_ended() -> None:
     with Worker(1) as worker:
-        with pytest.raises(BackendError, match="AttributeError"):
-            worker.ask("dance")
+        for request in ("dance", "__init__", "answer_all"):
+            with pytest.raises(BackendError, match=f"ValidationError: Invalid value '{request}'"):
+                worker.ask(request)
+        with pytest.raises(BackendError, match="no contender was loaded"):
+            worker.ask("time", prompts=[[1]], new=2)
+        with pytest.raises(BackendError, match="unknown field `more`"):
+            worker.ask("bandwidth", more=1)
         os.killpg(worker._process.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match="ended with -9"):
             worker.ask("bandwidth")
