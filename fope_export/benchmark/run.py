@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from fope_export.backends.choose import BACKENDS, Machine, read_machine
 from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
 from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker
+from fope_export.benchmark.rounds import in_turn, ratio
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
@@ -116,8 +118,7 @@ class BenchResult:
         eager = next(c for c in self.cells if (c.contender, c.length, c.batch) == (EAGER, cell.length, cell.batch))
         if eager.refused or cell.refused:
             return None
-        pairs = zip(getattr(eager, what), getattr(cell, what), strict=True)
-        return float(statistics.median(a / b for a, b in pairs))
+        return ratio(getattr(eager, what), getattr(cell, what))
 
     def tokens_per_second(self, cell: Cell, what: What) -> float:
         """Of the prompt up to the first token, or of decoding; all rows together."""
@@ -291,7 +292,7 @@ def _measure(
 ) -> Iterator[Cell]:
     """One size: everybody once without counting, then in turn within each round, each round begun by another."""
     request = {"prompts": prompt(batch, length, vocabulary), "new": config.decoded + 1}
-    refused, warm, rounds = {}, {}, []
+    refused, warm = {}, {}
     for name, worker in workers.items():
         stage(f"{batch} x {length}: warming up {name}")
         started = time.perf_counter()
@@ -300,19 +301,16 @@ def _measure(
         except FopeError as error:
             refused[name] = str(error)
         warm[name] = time.perf_counter() - started
-    running = [name for name in workers if name not in refused]
-    for number in range(config.rounds):
-        stage(f"{batch} x {length}: round {number + 1} of {config.rounds}")
-        timed = {}
-        for name in _turned(running, number):
-            timed[name] = workers[name].ask("time", **request)
-            time.sleep(PAUSE)
-        rounds.append(timed)
+    timed = in_turn(
+        {name: partial(worker.ask, "time", **request) for name, worker in workers.items() if name not in refused},
+        config.rounds, pause=PAUSE,
+        begin=lambda number: stage(f"{batch} x {length}: round {number + 1} of {config.rounds}"),
+    )  # fmt: skip
     for name in workers:
         if name in refused:
             yield Cell(name, length, batch, refused=refused[name])
             continue
-        first, later, peaks = (tuple(r[name][what] for r in rounds) for what in ("first", "next", "peak"))
+        first, later, peaks = (tuple(each[what] for each in timed[name]) for what in ("first", "next", "peak"))
         peak = max(peaks) if None not in peaks else None
         yield Cell(name, length, batch, first, later, peak, warm[name])
 
@@ -325,8 +323,3 @@ def _joined(cells: Sequence[Cell]) -> Cell:
     first, later = (tuple(x for cell in cells for x in getattr(cell, what)) for what in ("first", "next"))
     peaks = [cell.peak for cell in cells if cell.peak is not None]
     return replace(cells[0], first=first, next=later, peak=max(peaks, default=None))
-
-
-def _turned(names: Sequence[str], by: int) -> Sequence[str]:
-    start = by % len(names)
-    return [*names[start:], *names[:start]]
