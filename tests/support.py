@@ -39,6 +39,11 @@ class Forgetful:
         return logits[:, -1:] if last else logits, None
 
 
+def tokens(batch: int, length: int) -> NDArray[np.int64]:
+    """Random bytes [B, S]."""
+    return np.random.default_rng(0).integers(0, 256, (batch, length))
+
+
 def truth_of(model: Decoder, ids: Array, mask: Array | None = None) -> Array:
     """A decoder's logits [B, S, V] in float64."""
     exact = EagerBackend.in_float64(model)

@@ -17,7 +17,7 @@ from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
-from tests.support import same_function, truth_of
+from tests.support import same_function, tokens, truth_of
 
 HERE = [
     (name, variant.name)
@@ -46,10 +46,6 @@ def backend(request: pytest.FixtureRequest, made: Bundle) -> Backend:
     if variant not in [each.name for each in BACKENDS[name].variants_of(made)]:
         pytest.skip(f"{name} takes no bundle in {made.manifest.export.dtype} without an engine")
     return load_backend(made, name, variant=variant)
-
-
-def tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (batch, length))
 
 
 def test_steps_grow_a_cache_that_stays_valid(backend: Backend, exported: Decoder) -> None:

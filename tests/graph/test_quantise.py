@@ -19,7 +19,7 @@ from fope_export.graph.quantise import OPERATOR, QuantiseWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
-from tests.parity.test_run import attributes
+from tests.spoiling import attributes
 
 LINEAR = ["attention.att_proj", "attention.attn_out", "feed_forward.ff_proj", "feed_forward.ff_out"]
 LAYERS = [f"layers.{i}.{name}" for i in (0, 1) for name in LINEAR] + ["lm_head"]
