@@ -159,8 +159,7 @@ def validate(
     yardstick = yardstick_of(bundle, model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
-    rounded, columns = list[CaseResult](), list[ColumnResult]()
-    found: dict[str, list[tuple[Case, CaseResult]]] = {}
+    rounded, columns, found = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
     cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
