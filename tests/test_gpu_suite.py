@@ -33,14 +33,6 @@ def suite(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def toolchain() -> compiling.Toolchain:
-    try:
-        return compiling.find_toolchain()
-    except BackendError as missing:
-        pytest.skip(f"{missing}. {missing.hint}")
-
-
-@pytest.fixture(scope="module")
 def launch(toolchain: compiling.Toolchain, tmp_path_factory: pytest.TempPathFactory) -> cases.Launch:
     return library.compile_host(toolchain, tmp_path_factory.mktemp("host"))
 
