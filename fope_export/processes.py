@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGKILL
@@ -34,6 +34,21 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """For a program that may be Python, or start one: without what puts the current folder among its modules."""
     path = os.pathsep.join(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry)
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **(more or {})}
+
+
+@contextmanager
+def answering() -> Iterator[Callable[[Any], None]]:
+    """For a program that answers in lines of JSON on stdout: what writes one. What libraries print goes to stderr."""
+    import msgspec
+
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+
+        def answer(what: Any) -> None:
+            answers.write(msgspec.json.encode(what) + b"\n")
+            answers.flush()
+
+        yield answer
 
 
 @contextmanager

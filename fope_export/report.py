@@ -129,6 +129,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "backend": result.backend,
         "model_sha256": manifest.files.get(MODEL),
         "files": judged_files(manifest),
+        "tested": msgspec.to_builtins(result.tested),
         "source": manifest.source,
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),

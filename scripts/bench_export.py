@@ -35,6 +35,7 @@ from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import processor
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.benchmark.greedy import distance
+from fope_export.benchmark.rounds import in_turn, medians, ratio
 from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.generation import prefill
@@ -121,24 +122,20 @@ def sit(folder: Path, turn: int, rounds: int) -> dict[str, dict[str, list[float]
     for case, run in CASES.items():
         for backend in backends.values():
             run(backend)
-        timed = [{name: run(backend) for name, backend in backends.items()} for _ in range(rounds)]
-        seconds[case] = {name: [each[name] for each in timed] for name in makers}
+        seconds[case] = in_turn({name: partial(run, backend) for name, backend in backends.items()}, rounds)
     return seconds
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Milliseconds and ratios of one case: medians over the rounds of all sittings."""
-
-    def ratio(a: str, b: str) -> float:
-        return round(statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True)), 3)
-
-    return {
-        "milliseconds": {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()},
-        "speed_over_eager_fope": ratio("torch FoPE", "ONNX FoPE"),
-        "speed_over_eager_rope": ratio("torch RoPE", "ONNX RoPE"),
-        "time_fope_over_rope": ratio("ONNX FoPE", "ONNX RoPE"),
-        "time_folded_over_fope": ratio("ONNX folded", "ONNX FoPE"),
+    against = {
+        "speed_over_eager_fope": ("torch FoPE", "ONNX FoPE"),
+        "speed_over_eager_rope": ("torch RoPE", "ONNX RoPE"),
+        "time_fope_over_rope": ("ONNX FoPE", "ONNX RoPE"),
+        "time_folded_over_fope": ("ONNX folded", "ONNX FoPE"),
     }
+    ratios = {name: round(ratio(seconds[a], seconds[b]), 3) for name, (a, b) in against.items()}
+    return {"milliseconds": medians(seconds, 3, unit=1e3)} | ratios
 
 
 def main() -> None:

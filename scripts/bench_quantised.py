@@ -13,8 +13,8 @@ import json
 import math
 import os
 import shutil
-import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rich.table import Table
 from fope_export.backends.choose import load_backend, read_machine
 from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import processor
+from fope_export.benchmark.rounds import in_turn, medians, ratio
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
@@ -71,7 +72,7 @@ def quality(folder: Path) -> dict[str, Any]:
         growth = round(100 * (perplexity / plain - 1), 3)
         found[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
         if config.quantize:
-            model = source_of(bundle).model.as_exported(config)
+            model = source_of(bundle).model.converted(config)
             found[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
     loss = loss_by_length(EagerBackend(source_of(bundle).model), text, [trained])[trained]
     return {"scored_bytes": SCORED, "context": trained, "pytorch_perplexity": round(math.exp(loss), 5), "kinds": found}
@@ -99,12 +100,10 @@ def speed(folder: Path, shape: str, rounds: int) -> dict[str, Any]:
     for task in TASKS:
         for backend in backends.values():
             CASES[task](backend)
-        timed = [{kind: CASES[task](backend) for kind, backend in backends.items()} for _ in range(rounds)]
+        timed = in_turn({kind: partial(CASES[task], backend) for kind, backend in backends.items()}, rounds)
         tasks[task] = {
-            "milliseconds": {kind: round(1e3 * statistics.median(r[kind] for r in timed), 2) for kind in backends},
-            "speed_over_fp32": {
-                kind: round(statistics.median(r["fp32"] / r[kind] for r in timed), 2) for kind in backends
-            },
+            "milliseconds": medians(timed, 2, unit=1e3),
+            "speed_over_fp32": {kind: round(ratio(timed["fp32"], each), 2) for kind, each in timed.items()},
         }
     return {"shape": shape, "parameters": parameters, "rounds": rounds, "model_MB": sizes, "tasks": tasks}
 

@@ -10,17 +10,20 @@ the ratios within a round.
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
+from fope_export.benchmark.rounds import in_turn, medians, ratio
 from fope_export.sampling import Draw, Sampling, sample
 
+Way = Callable[[np.ndarray, Sequence[Draw]], list[int]]
 SETTINGS = {
     "greedy": Sampling(),
     "temperature": Sampling(temperature=0.8),
@@ -51,9 +54,9 @@ def _sorted_draw(logits: np.ndarray, draw: Draw) -> int:
     return int(order[:kept][(scaled + noise[order])[:kept].argmax()])
 
 
-def seconds(draw: Callable[[np.ndarray, Sequence[Draw]], list[int]], logits: np.ndarray, draws: list[Draw]) -> float:
+def seconds(way: Way, logits: np.ndarray, draws: Sequence[Draw]) -> float:
     started = time.perf_counter()
-    draw(logits, draws)
+    way(logits, draws)
     return time.perf_counter() - started
 
 
@@ -67,17 +70,23 @@ def main() -> None:
     rng = np.random.default_rng(0)
     logits = (3 * rng.standard_normal((args.rows, args.vocabulary))).astype(np.float32)
     prompt, made = rng.integers(0, args.vocabulary, 500).tolist(), dict.fromkeys(range(200), 2)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
-    for place in range(args.rounds):
-        for name, sampling in SETTINGS.items():
-            draws = [Draw(sampling, place, row, prompt, made) for row in range(args.rows)]
-            taken[name].append((seconds(sample, logits, draws), seconds(sorting, logits, draws)))
+    places = count()
+
+    def timed(way: Way, sampling: Sampling) -> float:
+        place = next(places)
+        return seconds(way, logits, [Draw(sampling, place, row, prompt, made) for row in range(args.rows)])
+
+    tasks = {
+        (name, way): partial(timed, way, sampling) for name, sampling in SETTINGS.items() for way in (sample, sorting)
+    }
+    taken = in_turn(tasks, args.rounds)
+    milliseconds = medians(taken, 3, unit=1e3 / args.rows)
     rows = {
         name: {
-            "ms a row": round(1e3 * statistics.median(own for own, _ in each) / args.rows, 3),
-            "of sorting": round(statistics.median(own / other for own, other in each), 3),
+            "ms a row": milliseconds[name, sample],
+            "of sorting": round(ratio(taken[name, sample], taken[name, sorting]), 3),
         }
-        for name, each in taken.items()
+        for name in SETTINGS
     }
     for name, row in rows.items():
         print(f"{name:28} {row['ms a row']:7.3f} ms a row, {row['of sorting']:.2f} of sorting everything")

@@ -16,6 +16,8 @@ import yaml
 
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
+from fope_export.engine import compile as compiling
+from fope_export.errors import BackendError
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -122,6 +124,15 @@ def reference_bundle(olmo_fope: Path, tmp_path_factory: pytest.TempPathFactory) 
 def spoilable(bundle: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the bundle that a test may change."""
     return Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def toolchain() -> compiling.Toolchain:
+    """What compiles the kernel."""
+    try:
+        return compiling.find_toolchain()
+    except BackendError as missing:
+        pytest.skip(f"{missing}. {missing.hint}")
 
 
 def variant_flags(name: str) -> dict[str, Any]:

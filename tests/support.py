@@ -56,6 +56,11 @@ def answers(backend: Backend, prompts: Sequence[Sequence[int]], sampling: Sampli
     return found
 
 
+def tokens(batch: int, length: int) -> NDArray[np.int64]:
+    """Random bytes [B, S]."""
+    return np.random.default_rng(0).integers(0, 256, (batch, length))
+
+
 def truth_of(model: Decoder, ids: Array, mask: Array | None = None) -> Array:
     """A decoder's logits [B, S, V] in float64."""
     exact = EagerBackend.in_float64(model)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fope_export.backends.choose import load_backend
+from fope_export.backends.choose import BACKENDS, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bench_report import bench_page, bench_record, print_bench, read_old, write_bench
 from fope_export.benchmark import run
@@ -83,6 +83,14 @@ def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
         assert (measured.speed(cell, "next") == 1) == (cell.contender == EAGER)
     entries = [entry for entry in measured.entries if not entry.refused]
     assert all(away_of(entry) <= ALLOWED["fp32"] and entry.weight_bytes for entry in entries)
+    assert {entry.name for entry in measured.entries if entry.validated} == {"onnxruntime", OURS}
+
+
+def test_every_variant_of_a_backend_is_a_contender_of_its_own() -> None:
+    rows = {name: (row.backend, row.variant) for name, row in CONTENDERS.items() if row.backend and not row.twin}
+    wanted = {(name, each.name) for name, row in BACKENDS.items() for each in row.variants if name != EAGER}
+    assert {*rows.values()} == wanted
+    assert [rows["onnxruntime"], rows[OURS]] == [("onnxruntime", "portable"), ("onnxruntime", "optimised")]
 
 
 def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:
@@ -160,6 +168,10 @@ def test_what_is_not_validated_is_not_timed(spoilable: Bundle, capsys: Capture) 
         ({"passed": None}, "FAILED"),
         ({"files": {}}, "other files"),
         ({"files": {"model.onnx": "0"}}, "other files"),
+        ({"tested": []}, "other files"),
+        ({"tested": [{"backend": "onnxruntime", "variant": "portable", "files": {"model.onnx": "0"}}]}, "other files"),
+        ({"tested": [{"backend": "tensorrt", "variant": "engine", "files": {"engines/a.plan": "0"}}]}, "other files"),
+        ({"tested": None}, "is not a report"),
         (None, "is not a report"),
     ],
 )
@@ -186,7 +198,7 @@ def test_a_wrong_contender_is_not_timed(green: Bundle, tmp_path: Path, uncompile
                 attribute.f = 0.0
     onnx.save(model, folder / "model.onnx")
     forged = json.loads((folder / "reports/parity.json").read_text())
-    forged["files"]["model.onnx"] = sha256(folder / "model.onnx")
+    forged["files"]["model.onnx"] = forged["tested"][0]["files"]["model.onnx"] = sha256(folder / "model.onnx")
     (folder / "reports/parity.json").write_text(json.dumps(forged))
     (folder / MANIFEST).unlink()
     complete(folder, green.manifest)
@@ -275,8 +287,13 @@ def test_the_twin_is_a_model_of_the_same_sizes(bundle: Bundle, tmp_path: Path) -
 
 def test_a_worker_tells_why_and_how_it_ended() -> None:
     with Worker(1) as worker:
-        with pytest.raises(BackendError, match="AttributeError"):
-            worker.ask("dance")
+        for request in ("dance", "__init__", "answer_all"):
+            with pytest.raises(BackendError, match=f"ValidationError: Invalid value '{request}'"):
+                worker.ask(request)
+        with pytest.raises(BackendError, match="no contender was loaded"):
+            worker.ask("time", prompts=[[1]], new=2)
+        with pytest.raises(BackendError, match="unknown field `more`"):
+            worker.ask("bandwidth", more=1)
         os.killpg(worker._process.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match="ended with -9"):
             worker.ask("bandwidth")

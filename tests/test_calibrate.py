@@ -1,23 +1,19 @@
 """The calibration of the parity rule: a run on a tiny model, taken up again, and a summary that hides no alarm."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import calibrate_parity
 import numpy as np
 import pytest
 import torch
+from calibrate import models, places, power, records, runs, summary, today
+from calibrate.faults import FAULTS
 
 from fope_export import parity
 from fope_export.parity.run import validate
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import calibrate_parity
-from calibrate import models, places, power, records, runs, summary, today
-from calibrate.faults import FAULTS
 
 TINY = models.Recipe(
     "count 0", layers=1, heads=2, kv_heads=1, head_dim=16, ff=32, vocabulary=256, length=32, spread=0.02, steps=2,

@@ -27,8 +27,8 @@ from fope_export.graph.optimise import optimise
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.localise import different_rotations
 from tests.fields import OTHERS, Changes, Render, Results, changed, forgetting, held
-from tests.fope.test_rotary import make
-from tests.graph.test_translation import model_of_one_call, run
+from tests.fope.rotations import make
+from tests.graph.one_call import model_of_one_call, run
 
 SPECTRUM, *INPUTS = make((4, 2, 2, 16, 5, 4))
 Q, K, POSITIONS = INPUTS[0].half(), INPUTS[1].half(), INPUTS[2]

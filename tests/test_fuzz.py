@@ -6,13 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import fuzz
+import fuzz_kinds
+import fuzz_sources
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import fuzz  # noqa: E402
-import fuzz_kinds  # noqa: E402
-import fuzz_sources  # noqa: E402
 
 CLEAN = "error: x: expected y, found z\nhint:  w\n"
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_suite import __main__ as program
+from gpu_suite import benchmarks, cases, dry, library, proof, sanitizer
 
 from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
 
-from gpu_suite import __main__ as program  # noqa: E402
-from gpu_suite import benchmarks, cases, dry, library, proof, sanitizer  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -31,14 +30,6 @@ def suite(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "scripts" / "gpu_suite.sh"), *arguments]
     environ = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environ}
     return subprocess.run(command, capture_output=True, text=True, env=environ)
-
-
-@pytest.fixture(scope="module")
-def toolchain() -> compiling.Toolchain:
-    try:
-        return compiling.find_toolchain()
-    except BackendError as missing:
-        pytest.skip(f"{missing}. {missing.hint}")
 
 
 @pytest.fixture(scope="module")

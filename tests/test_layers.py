@@ -1,8 +1,11 @@
 """Imports run one way (the contracts are in pyproject.toml), and nothing heavy loads before it is needed."""
 
+import ast
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,58 @@ HEAVY = {
 def test_imports_run_one_way() -> None:
     done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def modules(*roots: tuple[Path, Path]) -> dict[str, Path]:
+    """Module -> file, of those below the second of each pair, named as seen from the first."""
+    files = [(path.relative_to(root), path) for root, folder in roots for path in folder.rglob("*.py")]
+    return {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for name, path in files}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports anywhere, in functions too; what type checkers alone see is left out."""
+    tree = ast.parse(path.read_text())
+    unseen = {
+        id(each)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for each in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in unseen:
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and id(node) not in unseen:
+            assert node.module and not node.level, f"{path}: a relative import"
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def cycle(known: dict[str, Path]) -> list[str]:
+    """Modules that import each other in a ring, or none."""
+    graph = {name: known.keys() & {*imported(path)} - {name} for name, path in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others(tmp_path: Path) -> None:
+    scripts = ROOT / "scripts"
+    known = modules((ROOT, ROOT / "fope_export"), (ROOT, ROOT / "tests"), (scripts, scripts))
+    assert {"fope_export.parity.run", "tests.conftest", "gpu_suite.dry", "bench_export"} <= known.keys()
+    assert cycle(known) == []
+    for name, text in {"a": "def f():\n    from b import g", "b": "import c", "c": "import a"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert {*cycle(modules((tmp_path, tmp_path)))} == {"a", "b", "c"}
+
+
+def test_no_test_is_imported_by_another() -> None:
+    tests = modules((ROOT, ROOT / "tests"))
+    found = {
+        name: [each for each in imported(path) if each.rpartition(".")[2].startswith("test_")]
+        for name, path in tests.items()
+    }
+    assert {name: others for name, others in found.items() if others} == {}
 
 
 @pytest.mark.parametrize("code", ["import fope_export", "from fope_export.cli import main; main(['--help'])"])

@@ -65,6 +65,8 @@ def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) ->
     record = json.loads((spoilable.path / "reports/parity.json").read_text())
     assert record["passed"] is True and record["rule"]["limits"] == LIMITS
     assert record["model_sha256"] == spoilable.manifest.files["model.onnx"]
+    hashes = {name: spoilable.manifest.files[name] for name in ("model.onnx", "model.onnx.data")}
+    assert record["tested"] == [{"backend": "onnxruntime", "variant": "portable", "files": hashes}]
     assert [case["name"] for case in record["cases"]] == [case.name for case in passed.cases]
     assert all(case["error"].keys() == case["pytorch_error"].keys() == LABELS.keys() for case in record["cases"])
     assert all(case["ratios"].keys() == case["limits"].keys() == RATIOS.keys() - {"column"} for case in record["cases"])

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import train
+from rich.console import Console
 
 from fope_export.model.checkpoint import load_checkpoint
 

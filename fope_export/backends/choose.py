@@ -5,7 +5,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from subprocess import TimeoutExpired
 
@@ -16,8 +16,9 @@ from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
 from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
+from fope_export.engine.record import BUILD_IT, plan_name, records
 from fope_export.errors import BackendError
-from fope_export.manifest import OPTIMISED
+from fope_export.manifest import MODEL, OPTIMISED
 from fope_export.processes import output
 
 PACKAGES = (
@@ -120,8 +121,12 @@ class Variant:
 
     name: str
     load: Callable[[Bundle, Settings], Backend]
-    file: str = ""
-    """What the bundle must have for it."""
+    files: Callable[[Bundle], tuple[str, ...]] = lambda bundle: ()
+    """Names of the bundle's files that it runs, where it has them."""
+    refusal: Callable[[Bundle], BackendError | None] = lambda bundle: None
+    """Why a bundle cannot be run so, or nothing."""
+    optimised: bool = False
+    """Whether it runs what `fope-export optimize` wrote."""
     exact: bool = False
     """Whether it can leave out the rounding of what linear layers read."""
 
@@ -147,8 +152,29 @@ class Row:
         return ((self.widens and dtype.widened) or dtype).precision
 
     def variants_of(self, bundle: Bundle) -> tuple[Variant, ...]:
-        """Those that the bundle has what is needed for."""
-        return tuple(each for each in self.variants if not each.file or each.file in bundle.manifest.files)
+        """Those that the bundle can be run in."""
+        return tuple(each for each in self.variants if each.refusal(bundle) is None)
+
+    def variant(self, bundle: Bundle, name: str = "", *, optimised: bool = True) -> Variant:
+        """The one called `name`; else the last that the bundle can be run in, or the first, of those that run no
+        optimised file. Raises BackendError with the reason where there is none.
+        """
+        asked = [each for each in self.variants if name in ("", each.name) and (optimised or not each.optimised)]
+        chosen, refusal = (
+            None,
+            BackendError(
+                f"{self.what} is all that this backend runs",
+                hint="Leave --no-optimized out, or choose another --backend.",
+            ),
+        )
+        for each in asked if optimised else reversed(asked):
+            if reason := each.refusal(bundle):
+                refusal = reason
+            else:
+                chosen = each
+        if chosen is None:
+            raise refusal
+        return chosen
 
 
 def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
@@ -173,16 +199,42 @@ def _trt_limits(bundle: Bundle) -> Limits:
     return limits_of(bundle)
 
 
+def _graph(name: str, bundle: Bundle) -> tuple[str, ...]:
+    """An ONNX file and those with its weights."""
+    return tuple(each for each in bundle.manifest.files if each in (name, f"{name}.data", f"{MODEL}.data"))
+
+
+def _engine(bundle: Bundle) -> tuple[str, ...]:
+    return tuple(plan_name(record.target) for record in records(bundle)[-1:])
+
+
+def _without_optimised(bundle: Bundle) -> BackendError | None:
+    if OPTIMISED in bundle.manifest.files:
+        return None
+    return BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
+
+
+def _without_half(bundle: Bundle) -> BackendError | None:
+    taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
+    if OPTIMISED in bundle.manifest.files and DTYPES[bundle.manifest.export.dtype] in taken:
+        return None
+    return BackendError(
+        f"{bundle.path} has no optimised file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
+        "ONNX Runtime's attention takes on a GPU",
+        hint=f"fope-export export --dtype {either(taken)}, then fope-export optimize.",
+    )
+
+
+def _without_engine(bundle: Bundle) -> BackendError | None:
+    try:
+        return None if records(bundle) else BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
+    except BackendError as error:
+        return error
+
+
 def _load_ort_cuda(bundle: Bundle, settings: Settings) -> Backend:
     from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
-    taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
-    if OPTIMISED not in bundle.manifest.files or DTYPES[bundle.manifest.export.dtype] not in taken:
-        raise BackendError(
-            f"{bundle.path} has no optimised file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
-            "ONNX Runtime's attention takes on a GPU",
-            hint=f"fope-export export --dtype {either(taken)}, then fope-export optimize.",
-        )
     return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
@@ -230,17 +282,31 @@ BACKENDS: dict[str, Row] = {
         "the bundle in ONNX Runtime on the CPU",
         _without_ort,
         (
-            Variant("portable", _load_ort, exact=True),
-            Variant("optimised", _load_ort_optimised, OPTIMISED, exact=True),
+            Variant("portable", _load_ort, partial(_graph, MODEL), exact=True),
+            Variant(
+                "optimised",
+                _load_ort_optimised,
+                partial(_graph, OPTIMISED),
+                _without_optimised,
+                optimised=True,
+                exact=True,
+            ),
         ),
         _ort_limits,
         _without_ort,
         widens=True,
     ),
     "onnxruntime-cuda": Row(
-        "its optimised file in ONNX Runtime on a GPU", _without_ort_cuda, (Variant("optimised", _load_ort_cuda),)
+        "its optimised file in ONNX Runtime on a GPU",
+        _without_ort_cuda,
+        (Variant("optimised", _load_ort_cuda, partial(_graph, OPTIMISED), _without_half, optimised=True),),
     ),
-    "tensorrt": Row("its engine in TensorRT on a GPU", _without_trt, (Variant("engine", _load_trt),), _trt_limits),
+    "tensorrt": Row(
+        "its engine in TensorRT on a GPU",
+        _without_trt,
+        (Variant("engine", _load_trt, _engine, _without_engine),),
+        _trt_limits,
+    ),
     "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", (Variant("checkpoint", _load_eager),)),
 }
 
@@ -282,10 +348,12 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
     return name
 
 
-def load_backend(bundle: Bundle, wanted: str | None = None, settings: Settings = USUALLY) -> Backend:
-    """The chosen backend with `bundle` in it: the last variant that the bundle has, or, not `optimised`, the first.
+def load_backend(
+    bundle: Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
+) -> Backend:
+    """The chosen backend with `bundle` in it, in the `variant` of that name, or as `Row.variant` chooses one.
 
-    Raises BackendError when it cannot run here, or does not load the bundle.
+    Raises BackendError when it cannot run here, has no such variant of the bundle, or does not load it.
     """
-    variants = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)].variants_of(bundle)
-    return variants[-1 if settings.optimised else 0].load(bundle, settings)
+    row = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)]
+    return row.variant(bundle, variant, optimised=settings.optimised).load(bundle, settings)

@@ -1,7 +1,7 @@
 """Who is timed: a table. A backend of `backends.choose` is a row here without a word; a peer is a row of its own."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +10,16 @@ import msgspec
 import numpy as np
 
 from fope_export.backends.base import Backend, Ids, Logits, Slots, feeds_for
-from fope_export.backends.choose import BACKENDS, Machine, Settings, load_backend
+from fope_export.backends.choose import BACKENDS, USUAL, Machine, Settings, load_backend
 from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.dtypes import DTYPES, FP32
-from fope_export.errors import BackendError
 from fope_export.generation import prefill
-from fope_export.manifest import OPTIMISED
 from fope_export.quantizations import INT4, QUANTIZATIONS
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
-ORT, OURS, CUDA = "onnxruntime", "onnxruntime, optimised", "onnxruntime-cuda"
+CUDA = "onnxruntime-cuda"
 GRAPH = ", CUDA graph"
 """Ends the name of a contender that records its decoding in a CUDA graph."""
 ALLOWED = {name: row.apart for name, row in DTYPES.items()} | {name: row.apart for name, row in QUANTIZATIONS.items()}
@@ -123,18 +121,16 @@ def _model(job: Job) -> Any:
     if job.contender == TWIN:
         return load_checkpoint(job.twin).model.to(job.device)
     bundle = Bundle.open(job.bundle, verify=False)
-    model = source_of(bundle, job.checkpoint).model.as_exported(bundle.manifest.export)
+    model = source_of(bundle, job.checkpoint).model.converted(bundle.manifest.export)
     if bundle.manifest.export.quantize:
         place_weights(bundle, model)
     return model.to(job.device)
 
 
-def _backend(name: str, optimised: bool, job: Job, *, cuda_graph: bool = False) -> Loaded:
+def _backend(name: str, variant: str, job: Job, *, cuda_graph: bool = False) -> Loaded:
     bundle = Bundle.open(job.product if job.product.exists() else job.bundle, verify=False)
-    if optimised and OPTIMISED not in bundle.manifest.files:
-        raise BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
-    settings = Settings(optimised=optimised, threads=job.threads, cuda_graph=cuda_graph)
-    return Loaded(Slotted(load_backend(bundle, name, settings)), _of_bundle(bundle))
+    settings = Settings(threads=job.threads, cuda_graph=cuda_graph)
+    return Loaded(Slotted(load_backend(bundle, name, settings, variant=variant)), _of_bundle(bundle))
 
 
 def _of_bundle(bundle: Bundle) -> int:
@@ -200,14 +196,12 @@ def _without(package: str) -> Callable[[Machine], str]:
     return lambda machine: "" if package in machine.packages else reason
 
 
-_without_ort = BACKENDS[ORT].missing
-
-
 @dataclass(frozen=True)
 class Row:
     """A contender: what it is, how a worker makes it, and why a machine cannot. One with a `peer` is timed when that is
     asked for; `prepare` runs the exporter that it has for the `twin`. `rounds` is what its arithmetic rounds to, where
-    that is not the bundle's dtype. One with a `device` is timed where PyTorch has that device.
+    that is not the bundle's dtype. One with a `device` is timed where PyTorch has that device; one with a `backend`
+    runs a `variant` of the bundle there.
     """
 
     what: str
@@ -218,6 +212,27 @@ class Row:
     prepare: Callable[[Job], None] | None = None
     rounds: str = ""
     device: str = ""
+    backend: str = ""
+    variant: str = ""
+
+
+def _of_backends() -> Iterator[tuple[str, Row]]:
+    """A row for each variant of every backend but PyTorch, whose name the plainest has."""
+    for name, row in BACKENDS.items():
+        for variant in row.variants if name != EAGER else ():
+            plain, alone = variant is row.variants[0], len(row.variants) == 1
+            yield (
+                name if plain else f"{name}, {variant.name}",
+                Row(
+                    row.what if alone else f"{row.what}, {variant.name}", partial(_backend, name, variant.name),
+                    row.missing, backend=name, variant=variant.name,
+                ),
+            )  # fmt: skip
+
+
+OF_BACKENDS = dict(_of_backends())
+OURS = [name for name, row in OF_BACKENDS.items() if row.backend == USUAL][-1]
+"""What runs a bundle unless another is asked for, as fast as it can."""
 
 
 CONTENDERS: dict[str, Row] = {
@@ -226,21 +241,15 @@ CONTENDERS: dict[str, Row] = {
         "the same with torch.compile: static cache written in place, a graph for each shape", partial(_compiled, False)
     ),
     COMPILED + GRAPH: Row("the same, recorded", partial(_compiled, True), device="cuda"),
-    ORT: Row("the bundle in ONNX Runtime, its portable file", partial(_backend, ORT, False), _without_ort),
-    OURS: Row("its optimised file", partial(_backend, ORT, True), _without_ort),
-    **{
-        name: Row(row.what, partial(_backend, name, True), row.missing)
-        for name, row in BACKENDS.items()
-        if name not in (EAGER, ORT)
-    },
-    CUDA + GRAPH: Row(
-        "the same, decoding recorded", partial(_backend, CUDA, True, cuda_graph=True), BACKENDS[CUDA].missing,
-        device="cuda",
+    **OF_BACKENDS,
+    CUDA + GRAPH: replace(
+        OF_BACKENDS[CUDA], what="the same, decoding recorded", device="cuda",
+        load=partial(_backend, CUDA, OF_BACKENDS[CUDA].variant, cuda_graph=True),
     ),
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds=FP32.name),
-    f"{OURS}, RoPE twin": Row(
-        "the twin, exported and optimised as the bundle was", partial(_backend, ORT, True), _without_ort, "any",
-        True, _export_ours,
+    f"{OURS}, RoPE twin": replace(
+        OF_BACKENDS[OURS], what="the twin, exported and optimised as the bundle was", peer="any", twin=True,
+        prepare=_export_ours,
     ),
     "genai": Row("the bundle in ONNX Runtime GenAI", _genai_ours, _without("onnxruntime-genai"), "genai"),
     f"genai {FP32.name}": Row(

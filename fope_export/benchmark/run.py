@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -15,14 +16,16 @@ from fope_export.backends.choose import BACKENDS, Machine, read_machine
 from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
 from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker
+from fope_export.benchmark.rounds import in_turn, ratio
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
-from fope_export.documents import read_object
+from fope_export.documents import as_record, read_object
 from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.manifest import judged_files
 from fope_export.model.checkpoint import source_of
+from fope_export.parity.run import Tested
 from fope_export.scratch import scratch
 
 CHECKED = 24
@@ -71,6 +74,8 @@ class Entry:
     allowed: float | None = None
     weight_bytes: int = 0
     """Of weights that one token reads."""
+    validated: bool = False
+    """Whether the bundle's parity report is about this backend and variant; the others are held to `allowed` alone."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,7 @@ class BenchResult:
         eager = next(c for c in self.cells if (c.contender, c.length, c.batch) == (EAGER, cell.length, cell.batch))
         if eager.refused or cell.refused:
             return None
-        pairs = zip(getattr(eager, what), getattr(cell, what), strict=True)
-        return float(statistics.median(a / b for a, b in pairs))
+        return ratio(getattr(eager, what), getattr(cell, what))
 
     def tokens_per_second(self, cell: Cell, what: What) -> float:
         """Of the prompt up to the first token, or of decoding; all rows together."""
@@ -130,20 +134,26 @@ class BenchResult:
         return (entry.weight_bytes + cache) / cell.median("next") / self.bandwidth["read"]
 
 
-def require_green(bundle: Bundle) -> None:
-    """Raises BundleError unless the bundle was validated as it is, and passed."""
+def require_green(bundle: Bundle) -> tuple[Tested, ...]:
+    """What of the bundle was validated. Raises BundleError unless that is what the files are now, and passed."""
     path, hint = bundle.path / PARITY, f"Run `fope-export validate {bundle.path}` first."
     if not path.is_file():
         raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
     try:
         report = read_object(path)
+        tested = as_record(report.get("tested"), tuple[Tested, ...], "tested")
     except DocumentError as cause:
         raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
-    files, passed = report.get("files"), report.get("passed")
-    if files != judged_files(bundle.manifest):
+    if report.get("files") != judged_files(bundle.manifest) or not _are(tested, bundle):
         raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
-    if passed is not True:
+    if report.get("passed") is not True:
         raise BundleError(f"{path} says that the bundle FAILED; wrong models are not timed", hint=hint)
+    return tested
+
+
+def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
+    """Whether what was tested is what the bundle has."""
+    return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)
 
 
 def benchmark(
@@ -158,7 +168,7 @@ def benchmark(
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
     """
-    require_green(bundle)
+    tested = {(each.backend, each.variant) for each in require_green(bundle)}
     source_of(bundle, checkpoint)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
     threads = config.threads or machine.cores
@@ -197,7 +207,14 @@ def benchmark(
                     bandwidth = {name: max(bandwidth[name], measured[name]) for name in bandwidth}
     width = DTYPES[export.dtype].itemsize
     cells = tuple(_joined(same) for same in zip(*sittings, strict=True))
-    return BenchResult(config, threads, bandwidth, tuple(entries.values()), cells, model, width)
+    told = tuple(replace(each, validated=_runs(each.name) in tested) for each in entries.values())
+    return BenchResult(config, threads, bandwidth, told, cells, model, width)
+
+
+def _runs(contender: str) -> tuple[str, str]:
+    """The backend, and the variant of the bundle in it; of a twin nothing was validated."""
+    row = CONTENDERS[contender]
+    return ("", "") if row.twin else (row.backend, row.variant)
 
 
 def _chosen(config: BenchConfig) -> Iterator[str]:
@@ -206,8 +223,7 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
         if row.peer:
             wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
         else:
-            backend = name.partition(",")[0]
-            wanted = backend not in BACKENDS or backend == EAGER or not config.backends or backend in config.backends
+            wanted = not (row.backend and config.backends) or row.backend in config.backends
         if wanted and row.device in ("", config.device):
             yield name
 
@@ -276,7 +292,7 @@ def _measure(
 ) -> Iterator[Cell]:
     """One size: everybody once without counting, then in turn within each round, each round begun by another."""
     request = {"prompts": prompt(batch, length, vocabulary), "new": config.decoded + 1}
-    refused, warm, rounds = {}, {}, []
+    refused, warm = {}, {}
     for name, worker in workers.items():
         stage(f"{batch} x {length}: warming up {name}")
         started = time.perf_counter()
@@ -285,19 +301,16 @@ def _measure(
         except FopeError as error:
             refused[name] = str(error)
         warm[name] = time.perf_counter() - started
-    running = [name for name in workers if name not in refused]
-    for number in range(config.rounds):
-        stage(f"{batch} x {length}: round {number + 1} of {config.rounds}")
-        timed = {}
-        for name in _turned(running, number):
-            timed[name] = workers[name].ask("time", **request)
-            time.sleep(PAUSE)
-        rounds.append(timed)
+    timed = in_turn(
+        {name: partial(worker.ask, "time", **request) for name, worker in workers.items() if name not in refused},
+        config.rounds, pause=PAUSE,
+        begin=lambda number: stage(f"{batch} x {length}: round {number + 1} of {config.rounds}"),
+    )  # fmt: skip
     for name in workers:
         if name in refused:
             yield Cell(name, length, batch, refused=refused[name])
             continue
-        first, later, peaks = (tuple(r[name][what] for r in rounds) for what in ("first", "next", "peak"))
+        first, later, peaks = (tuple(each[what] for each in timed[name]) for what in ("first", "next", "peak"))
         peak = max(peaks) if None not in peaks else None
         yield Cell(name, length, batch, first, later, peak, warm[name])
 
@@ -310,8 +323,3 @@ def _joined(cells: Sequence[Cell]) -> Cell:
     first, later = (tuple(x for cell in cells for x in getattr(cell, what)) for what in ("first", "next"))
     peaks = [cell.peak for cell in cells if cell.peak is not None]
     return replace(cells[0], first=first, next=later, peak=max(peaks, default=None))
-
-
-def _turned(names: Sequence[str], by: int) -> Sequence[str]:
-    start = by % len(names)
-    return [*names[start:], *names[:start]]

@@ -3,7 +3,6 @@
 Reads a request as JSON from stdin and writes lines of JSON to stdout: progress, then what was built, or an error.
 """
 
-import os
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from fope_export.config import BuildConfig
 from fope_export.engine import api
 from fope_export.errors import BackendError, FopeError
 from fope_export.fope import contract
+from fope_export.processes import answering
 from fope_export.scratch import scratch
 
 PLUGIN_LAYER = "PLUGIN_V3"
@@ -239,17 +239,12 @@ def _keep(path: Path, content: bytes) -> None:
 
 def main() -> None:
     """Serve one request."""
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints is not an answer
-
-    def answer(line: Line) -> None:
-        answers.write(msgspec.json.encode(line) + b"\n")
-
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
-    try:
-        answer(Line(built=build(request, lambda progress: answer(Line(progress=progress)))))
-    except FopeError as error:
-        answer(Line(failure=Failure(message=str(error), hint=error.hint)))
+    with answering() as answer:
+        request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+        try:
+            answer(Line(built=build(request, lambda progress: answer(Line(progress=progress)))))
+        except FopeError as error:
+            answer(Line(failure=Failure(message=str(error), hint=error.hint)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,12 @@ def export(
     report("reading the checkpoint")
     source = load_checkpoint(checkpoint)
     config = (config or ExportConfig()).resolved(source.config.training_length)
-    decoder = source.model.as_exported(config)
-    require_space(out, sum(parameter.nbytes for parameter in decoder.parameters()))
+    source = replace(source, model=source.model.converted(config))  # weights that it lacks are freed
+    require_space(out, sum(parameter.nbytes for parameter in source.model.parameters()))
     with creating(out, lock_timeout=lock_timeout) as folder:
-        ranges = _ranges(source, decoder, config, calibration, report)
+        ranges = _ranges(source, config, calibration, report)
         report("tracing and translating")
-        model = to_onnx(decoder, config, ranges)
+        model = to_onnx(source.model, config, ranges)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
         save(model, folder / MODEL, progress)
         for name, content in companions(source.config, config, source.tokenizer_files).items():
@@ -82,7 +83,7 @@ def export(
 
 
 def _ranges(
-    source: Checkpoint, decoder: Decoder, config: ExportConfig, file: Path | None, report: Callable[[str], None]
+    source: Checkpoint, config: ExportConfig, file: Path | None, report: Callable[[str], None]
 ) -> dict[str, Ranges]:
     """What calibration finds, where the config asks for it."""
     if not (config.quantize and config.calibrated):
@@ -93,9 +94,8 @@ def _ranges(
         return {}
     report("calibrating")
     known = source.model.config
-    return calibrate(
-        decoder, config.quantize, calibration_windows(source.path, file, known.vocab_size, known.training_length)
-    )
+    windows = calibration_windows(source.path, file, known.vocab_size, known.training_length)
+    return calibrate(source.model, config.quantize, windows)
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -238,6 +238,7 @@ def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
     The example's sizes are all different, so that none is taken for another.
     """
     batch, sequence, past, config = 2, 3, 5, model.config
+    model = model.sharing()
     model.capacity = capacity
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)

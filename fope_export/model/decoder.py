@@ -3,8 +3,9 @@
 B batch, S sequence (new tokens), P past, T = P + S total, H query heads, K key-value heads, E head_dim, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import torch
@@ -176,28 +177,35 @@ class Decoder(nn.Module):
         empty = self.embed.weight.new_zeros(batch, config.num_kv_heads, self.capacity, config.spectrum.head_dim)
         return [(empty, empty)] * config.num_layers
 
-    def as_exported(self, config: ExportConfig) -> Self:
-        """This decoder, now with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
-        float32.
+    def sharing(self) -> Self:
+        """A copy of everything but the weights, which are the same memory; those that it is given are its own."""
+        memo: dict[int, Any] = {id(buffer): buffer for buffer in self.buffers()}
+        for weight in self.parameters():
+            memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+        return copy.deepcopy(self, memo)
+
+    def converted(self, config: ExportConfig) -> Self:
+        """A decoder with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
+        float32. This one stays as it is, and weights that do not change are shared with it.
 
         Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded,
         and ExportError where the dtype cannot hold a weight.
         """
-        trained = self.config.training_length
+        made, trained = self.sharing(), self.config.training_length
         if config.extend and config.extend_to:
             if config.extend_to <= trained:
                 raise ConfigError(
                     f"extend_to is {config.extend_to}, and training was at {trained} tokens", hint="Ask for more."
                 )
-            for attention in self.attentions():
+            for attention in made.attentions():
                 rotary = attention.rotary
                 rotary.freq = frequencies.extended(
                     rotary.freq, attention.head_dim, config.extend, original_length=trained, length=config.extend_to
                 )
         if config.fold_padding:
-            self.fold_padding()
-        self.check_range(DTYPES[config.dtype])
-        return self.to(DTYPES[config.dtype])
+            made._fold_padding()
+        made.check_range(DTYPES[config.dtype])
+        return made.to(DTYPES[config.dtype])
 
     def check_range(self, dtype: torch.dtype) -> None:
         """Raises ExportError naming the first weight that would be infinite in `dtype`."""
@@ -211,7 +219,7 @@ class Decoder(nn.Module):
                     hint=f"Export in {BF16.name}, which has almost float32's range, or in {FP32.name}.",
                 )
 
-    def fold_padding(self) -> None:
+    def _fold_padding(self) -> None:
         """Fold every layer's padded channels into its projections; logits stay, the cache becomes another one."""
         for attention in self.attentions():
             attention.fold_padding()

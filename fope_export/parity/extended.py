@@ -32,5 +32,5 @@ def reach_of(bundle: Bundle, trained: Decoder, tested: Backend) -> Reach | None:
         return None
     lengths = [length * factor for factor in FACTORS if length * factor <= min(export.extend_to or 0, SCORED)]
     text = as_tokens(python_source(held_out=True))[: SCORED + 1]
-    original = EagerBackend(trained.as_exported(ExportConfig(dtype=export.dtype)))
+    original = EagerBackend(trained.converted(ExportConfig(dtype=export.dtype)))
     return Reach(*(loss_by_length(backend, text, lengths) for backend in (original, tested)))

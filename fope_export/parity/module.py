@@ -25,7 +25,7 @@ from fope_export.manifest import MANIFEST, ModuleRecord, Port
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localise import different_rotations, different_tensors, divergence_of
-from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place
+from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place, tested_by
 from fope_export.parity.yardstick import Look, look, moved, neighbours
 
 Arrays = list[NDArray[Any]]
@@ -149,7 +149,7 @@ def validate_module(
     results = tuple(each for _, outputs in judged for each in outputs)
     result = ParityResult(
         "onnxruntime", results, controls, damaged, broken, None, columns=columns,
-        dtype=str(yardstick.dtype).removeprefix("torch."),
+        dtype=str(yardstick.dtype).removeprefix("torch."), tested=tested_by("onnxruntime", bundle)[:1],
     )  # fmt: skip
     if result.passed:
         return result

@@ -1,6 +1,5 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
 from fope_export.graph.reading import check_graphs
 from fope_export.manifest import MANIFEST
-from fope_export.model.checkpoint import Checkpoint, source_of
+from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, FOLDED, Control
@@ -63,6 +62,15 @@ class ColumnResult:
 
     name: str
     verdict: ColumnVerdict
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the cases ran on: a backend, its variant of the bundle, and the hashes of the files that this is made of."""
+
+    backend: str
+    variant: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class ParityResult:
     allowance: float = 1.0
     """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
     columns: tuple[ColumnResult, ...] = ()
+    tested: tuple[Tested, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -146,16 +155,16 @@ def validate(
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
-    yardstick = yardstick_of(bundle, source.model, chosen)
+    model = source.model.converted(exported)
+    yardstick = yardstick_of(bundle, model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
-    rounded, columns = list[CaseResult](), list[ColumnResult]()
-    found: dict[str, list[tuple[Case, CaseResult]]] = {}
+    rounded, columns, found = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
     cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
         cost = _quantise(yardstick, bundle, used) if exported.quantize else None
-        reach = reach_of(bundle, source_of(bundle, checkpoint).model, used) if exported.extend else None
+        reach = reach_of(bundle, source.model, used) if exported.extend else None
         files, judging = _files(bundle, chosen), yardstick
         if exported.calibrated:
             rounded, judging, files[""] = _round(yardstick, bundle, chosen, files[""], reference)
@@ -168,18 +177,27 @@ def validate(
     except BackendError as error:
         broken = str(error)
     judged = [each for of_file in zip(*found.values(), strict=False) for each in of_file]
-    folding = [_folding(source_of(bundle, checkpoint).model, exported, seed)] if exported.fold_padding else []
+    folding = [_folding(source.model, exported, seed)] if exported.fold_padding else []
     total = len(cases) + len(mistakes)
     controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
-    damaged = bundle.damaged() | contradictions(bundle, source)
+    damaged = bundle.damaged() | contradictions(bundle, model)
     result = ParityResult(
         chosen, (*folding, *rounded, *(each for _, each in judged)), controls, damaged, broken, None, cost, reach,
-        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns),
+        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
     )  # fmt: skip
     if result.passed:
         return result
     searched = [] if broken else _failing(judged) or [reference]
-    return replace(result, place=_place(bundle, source.model, yardstick, searched, cost))
+    return replace(result, place=_place(bundle, model, yardstick, searched, cost))
+
+
+def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
+    """Every variant in which `backend` runs the bundle."""
+    hashes = bundle.manifest.files
+    return tuple(
+        Tested(backend, each.name, {name: hashes[name] for name in each.files(bundle)})
+        for each in BACKENDS[backend].variants_of(bundle)
+    )
 
 
 def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
@@ -189,13 +207,11 @@ def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
 
 
 def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
-    """For a checkpoint's `model`, which becomes as it was exported, in the arithmetic that `backend` computes in.
+    """For a checkpoint's `model`, converted as it was exported, in the arithmetic that `backend` computes in.
 
     A quantised bundle's yardstick has the checkpoint's own weights until `_quantise`.
     """
-    model.as_exported(bundle.manifest.export)
-    dtype = getattr(torch, BACKENDS[backend].arithmetic(bundle))
-    single = model if model.embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+    single = model.sharing().to(getattr(torch, BACKENDS[backend].arithmetic(bundle)))
     return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
 
 
@@ -223,11 +239,12 @@ def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Y
 
 def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
     """Hold PyTorch after folding against PyTorch before it, in float32."""
-    model = trained.as_exported(msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=False))
+    folded, model = (
+        trained.converted(msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=fold))
+        for fold in (True, False)
+    )
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
     look = Yardstick(EagerBackend(model), EagerBackend.in_float64(model)).look(case)
-    folded = copy.deepcopy(model)
-    folded.fold_padding()
     return _compare(case, look, EagerBackend(folded), "folded against unfolded")
 
 
@@ -237,7 +254,7 @@ def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
     The checkpoint's own model keeps its weights: it is what the file's other tensors are compared with.
     """
     cost = cost_of(bundle, yardstick.single.model, tested)
-    yardstick.single.model = copy.deepcopy(yardstick.single.model)
+    yardstick.single.model = yardstick.single.model.sharing()
     arithmetic = str(yardstick.single.model.embed.weight.dtype).removeprefix("torch.")
     for backend in (yardstick.single, yardstick.double):
         place_weights(bundle, backend.model, arithmetic)
@@ -253,7 +270,7 @@ def _round(
     errors: two computations that round are no measure of each other. So float64 does not round, and the noise is the
     error of members with rounded inputs. As that hides small faults, what can does not round in the other cases.
     """
-    model = copy.deepcopy(yardstick.single.model)
+    model = yardstick.single.model.sharing()
     round_inputs(bundle, model)
     rounding = Yardstick(EagerBackend(model), yardstick.double)
     first = BACKENDS[chosen].variants_of(bundle)[0]
@@ -288,12 +305,12 @@ def _refuse(control: Control, case: Case, yardstick: Yardstick, look: Look) -> C
     return ControlResult(control.name, "", verdict)
 
 
-def contradictions(bundle: Bundle, source: Checkpoint) -> dict[str, str]:
-    """What the manifest says about the model and the checkpoint does not, as a reason against the manifest."""
+def contradictions(bundle: Bundle, model: Decoder) -> dict[str, str]:
+    """What the manifest says and the converted `model` does not, as a reason against the manifest."""
     manifest = bundle.manifest
-    spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
+    spectra = [attention.rotary.spectrum.describe() for attention in model.attentions()]
     said = msgspec.to_builtins(manifest.decoder()) | {"spectra": manifest.spectra}
-    known = msgspec.to_builtins(source.model.config) | {"spectra": spectra}
+    known = msgspec.to_builtins(model.config) | {"spectra": spectra}
     wrong = [name for name, value in known.items() if said.get(name) != value]
     return {MANIFEST: f"contradicts the checkpoint in {', '.join(wrong)}"} if wrong else {}
 

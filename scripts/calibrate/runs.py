@@ -96,7 +96,7 @@ class Bench:
     def of(cls, bundle: Bundle, lengths: Sequence[int], seed: int, threads: int) -> "Bench":
         torch.set_num_threads(threads)
         exported, config = bundle.manifest.export, bundle.manifest.decoder()
-        plain = yardstick_of(bundle, source_of(bundle).model, BACKEND)
+        plain = yardstick_of(bundle, source_of(bundle).model.converted(exported), BACKEND)
         if exported.quantize:
             arithmetic = str(plain.single.model.embed.weight.dtype).removeprefix("torch.")
             for backend in (plain.single, plain.double):

@@ -6,6 +6,7 @@ rivals      the same rotation in torch, and a fused RoPE in Triton
 benchmarks  what is timed, beside what, and how many bytes it moves
 stopwatch   how a launch is timed
 sanitizer   compute-sanitizer around a program without torch
+report      what was found, as plain text
 engine      a TensorRT-RTX plan on the card
 
 Needs torch and nvcc; of fope_export only the modules that need the standard library alone.

@@ -24,6 +24,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from gpu_suite import report
+
 RESULT = Path(__file__).parent.parent / "results" / "gpu_suite.json"
 ROUNDS, QUICK_ROUNDS = 40, 15
 TUNED = [*product((1, 4, 8), (64, 128, 256))]
@@ -100,7 +102,7 @@ class Suite:
         wrong = self.time(compiled)
         self.keep(tensorrt_rtx=engine.run_plan(self.args.plan, self.args.plugin))
         self.keep(machine_after=smi(), complete=True)
-        print("\n" + table(self.record))
+        print("\n" + report.table(self.record))
         print(self.args.out)
         if wrong:
             print("\n".join(("", "red: these were wrong, and not timed", *wrong)), file=sys.stderr)
@@ -180,32 +182,6 @@ def smi() -> dict[str, str] | None:
     done = subprocess.run([tool, f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     return dict(zip(QUERY.split(","), lines[0].split(", "), strict=False)) if done.returncode == 0 and lines else None
-
-
-COLUMNS = {"us": None, "GB/s": "gigabytes_per_second", "of copy": "share_of_copy", "/ empty": "over_empty",
-           "/ Triton RoPE": "over_triton", "eager /": "speed_over_eager", "compile /": "speed_over_compile",
-           "again": "again_over_ours"}  # fmt: skip
-
-
-def table(record: dict[str, Any]) -> str:
-    """Timings and aims as plain text."""
-    head = ["what", *COLUMNS]
-    lines = [head]
-    for r in record["timings"]:
-        shape = " ".join(f"{letter}{r[letter]}" for letter in "BSHKEDF")
-        name = f"{r['phase']}{' warm' * r['warm']} {r['kind']} {shape}"
-        cells = [r.get("microseconds", {}).get("ours") if key is None else r.get(key) for key in COLUMNS.values()]
-        lines.append([name, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    goals = [
-        f"{a['aim']}: worst {a['worst']}, median {a['median']}, reached in {a['reached_in']} of {a['rows']}"
-        for a in record["aims"]
-    ]
-    verdicts = [f"sanitizer, {name}: {found['verdict']}" for name, found in record["sanitizer"].items()]
-    return "\n".join(
-        (*map("  ".join, padded), "", *goals, *verdicts, f"TensorRT-RTX: {record['tensorrt_rtx']['status']}")
-    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fope_export.benchmark.rounds import ratio
 from gpu_suite import rivals
 from gpu_suite.cases import Call, Case, Finding, Launch, Shape, check, judge, make
-from gpu_suite.stopwatch import Calls, Stopwatch, Times, fastest, ratio
+from gpu_suite.stopwatch import Calls, Stopwatch, Times, fastest
 
 SPREAD = 8  # times the L2 cache that the buffers of a cold row occupy
 FEWEST_CALLS, MOST_CALLS = 4, 2048  # in one graph
@@ -227,7 +228,7 @@ def summary(row: Row, times: Times) -> dict[str, Any]:
         "microseconds": {name: round(value, 4) for name, value in medians.items()},
         "deciles": {name: [round(cut, 4) for cut in statistics.quantiles(v, n=10)[::8]] for name, v in times.items()},
         "gigabytes_per_second": round(row.bytes / medians["ours"] / 1e3, 1),
-        **{name: round(ratio(times, a, b), 4) for name, (a, b) in against.items() if a and b},
+        **{name: round(ratio(times[a], times[b]), 4) for name, (a, b) in against.items() if a and b},
     }
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from gpu_suite import __main__ as program
-from gpu_suite import benchmarks, cases, engine, library, proof, rivals
+from gpu_suite import benchmarks, cases, engine, library, proof, report, rivals
 from gpu_suite.cases import Case, Finding, judge, make
 from gpu_suite.stopwatch import HostStopwatch
 
@@ -47,7 +46,7 @@ def rehearse(folder: Path, *, quick: bool) -> int:
     }  # fmt: skip
     with tempfile.TemporaryFile("w") as file:
         json.dump(told, file, allow_nan=False)
-    print(program.table(told))
+    print(report.table(told))
     print("\n".join(faults) if faults else "the dry run is green; its times mean nothing")
     return 1 if faults else 0
 

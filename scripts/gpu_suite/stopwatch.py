@@ -9,10 +9,13 @@ begins with another one, and nothing waits for the host: a drifting clock favour
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
 import torch
+
+from fope_export.benchmark.rounds import in_turn, turns
 
 Calls = Sequence[Callable[[], object]]
 Times = dict[str, list[float]]
@@ -25,11 +28,6 @@ class Stopwatch(Protocol):
     """Times contenders against each other."""
 
     def time(self, contenders: Mapping[str, Calls], rounds: int) -> Times: ...
-
-
-def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """The order of each round."""
-    return [[*names[i % len(names) :], *names[: i % len(names)]] for i in range(rounds)]
 
 
 class GraphStopwatch:
@@ -76,19 +74,13 @@ class HostStopwatch:
     """On the CPU, for the dry run: its numbers mean nothing."""
 
     def time(self, contenders: Mapping[str, Calls], rounds: int) -> Times:
-        times: Times = {name: [] for name in contenders}
-        for order in turns([*contenders], rounds):
-            for name in order:
-                started = time.perf_counter()
-                for call in contenders[name]:
-                    call()
-                times[name].append(1e6 * (time.perf_counter() - started) / len(contenders[name]))
-        return times
+        return in_turn({name: partial(self._called, calls) for name, calls in contenders.items()}, rounds)
 
-
-def ratio(times: Times, a: str, b: str) -> float:
-    """a over b, the median over the rounds."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+    def _called(self, calls: Calls) -> float:
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        return 1e6 * (time.perf_counter() - started) / len(calls)
 
 
 def fastest(times: Times, prefix: str) -> str | None:

@@ -1,6 +1,7 @@
 """Every backend keeps the protocol's promises."""
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -8,27 +9,48 @@ import pytest
 
 from fope_export.backends.base import Backend, feeds_for
 from fope_export.backends.choose import BACKENDS, load_backend, read_machine
+from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, BundleError, require
 from fope_export.graph.export import export
+from fope_export.graph.optimise import optimise
+from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
-from tests.support import same_function, truth_of
+from tests.support import same_function, tokens, truth_of
 
-HERE = [name for name, row in BACKENDS.items() if not row.missing(read_machine()) and name != "tensorrt"]
-
-
-@pytest.fixture(params=HERE)
-def backend(request: pytest.FixtureRequest, bundle: Bundle) -> Backend:
-    return load_backend(bundle, request.param)
-
-
-def tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (batch, length))
+HERE = [
+    (name, variant.name)
+    for name, row in BACKENDS.items()
+    if not row.missing(read_machine())
+    for variant in row.variants
+]
+"""Every way in which this machine runs bundles, as far as one is there: a GPU's attention takes half types alone."""
 
 
-def test_steps_grow_a_cache_that_stays_valid(backend: Backend, decoder: Decoder) -> None:
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def made(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With its optimised file."""
+    return optimise(export(native, tmp_path_factory.mktemp("made") / "out", ExportConfig(dtype=request.param)))
+
+
+@pytest.fixture
+def exported(made: Bundle) -> Decoder:
+    """The decoder that it holds."""
+    return source_of(made).model.converted(made.manifest.export)
+
+
+@pytest.fixture(params=HERE, ids=", ".join)
+def backend(request: pytest.FixtureRequest, made: Bundle) -> Backend:
+    name, variant = request.param
+    if variant not in [each.name for each in BACKENDS[name].variants_of(made)]:
+        pytest.skip(f"{name} takes no bundle in {made.manifest.export.dtype} without an engine")
+    return load_backend(made, name, variant=variant)
+
+
+def test_steps_grow_a_cache_that_stays_valid(backend: Backend, exported: Decoder) -> None:
     ids = tokens(2, 8)
-    truth = truth_of(decoder, ids)
+    truth = truth_of(exported, ids)
     whole, _ = backend.step(feeds_for(ids), backend.empty_cache(2))
     assert whole.shape == (2, 8, backend.vocab_size)
     _, past = backend.step(feeds_for(ids[:, :6]), backend.empty_cache(2))
@@ -45,12 +67,17 @@ def test_logits_belong_to_the_caller(backend: Backend) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_backends_agree(bundle: Bundle, decoder: Decoder) -> None:
-    ids = tokens(3, 70)
-    results = [
-        load_backend(bundle, name).step(feeds_for(ids), load_backend(bundle, name).empty_cache(3))[0] for name in HERE
-    ]
-    same_function(results[0], results[1], truth_of(decoder, ids))
+def test_backends_agree(made: Bundle, exported: Decoder) -> None:
+    """Each with each other, and with PyTorch on the weights that were exported."""
+    ids, running = tokens(3, 70), dict[str, Backend](torch=EagerBackend(exported))
+    for name, variant in HERE:
+        if name != "torch" and variant in [each.name for each in BACKENDS[name].variants_of(made)]:
+            running[f"{name}, {variant}"] = load_backend(made, name, variant=variant)
+    truth = truth_of(exported, ids)
+    results = [each.step(feeds_for(ids), each.empty_cache(3))[0] for each in running.values()]
+    assert len(results) >= 3
+    for one, other in combinations(results, 2):
+        same_function(one, other, truth)
 
 
 def test_feeds_count_positions_from_the_first_token() -> None:

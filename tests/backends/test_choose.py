@@ -1,12 +1,15 @@
 """The choice of a backend, on machines that are not there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fope_export.backends.choose import PORTABLE, Machine, abilities, choose, read_machine
+from fope_export.backends.choose import BACKENDS, PORTABLE, Machine, abilities, choose, read_machine
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
+from fope_export.manifest import OPTIMISED
 
 
 def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
@@ -103,6 +106,49 @@ def test_tensorrt_refuses_with_the_reason(found: Machine, reason: str) -> None:
 def test_tensorrt_needs_a_gpu_to_build_and_rtx_does_not() -> None:
     reasons = abilities(machine("tensorrt", "tensorrt-rtx"))
     assert "GPU" in reasons["build for tensorrt"] and not reasons["build for tensorrt-rtx"]
+
+
+def held(dtype: str, *files: str) -> Any:
+    """As much of a bundle as the choice looks at."""
+    manifest = SimpleNamespace(files=dict.fromkeys(files, "0"), export=ExportConfig(dtype=dtype))
+    return SimpleNamespace(path="out", manifest=manifest)
+
+
+PLAIN, FAST = ("model.onnx", "model.onnx.data"), ("model.onnx", "model.onnx.data", OPTIMISED)
+
+
+@pytest.mark.parametrize(
+    ("backend", "bundle", "optimised", "chosen"),
+    [
+        ("onnxruntime", held("fp32", *PLAIN), True, "portable"),
+        ("onnxruntime", held("fp32", *FAST), True, "optimised"),
+        ("onnxruntime", held("fp32", *FAST), False, "portable"),
+        ("onnxruntime-cuda", held("fp16", *FAST), True, "optimised"),
+        ("onnxruntime-cuda", held("fp16", *FAST), False, "optimised file in ONNX Runtime on a GPU is all that this"),
+        ("onnxruntime-cuda", held("fp32", *FAST), True, "no optimised file in float16, which"),
+        ("onnxruntime-cuda", held("fp16", *PLAIN), True, "no optimised file in float16, which"),
+        ("tensorrt", held("fp16", *FAST), True, "out has no engine"),
+        ("tensorrt", held("fp16", *FAST), False, "out has no engine"),
+        ("torch", held("fp16", *FAST), False, "checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_variant_is_chosen_or_the_reason_is_given(backend: str, bundle: Any, optimised: bool, chosen: str) -> None:
+    row = BACKENDS[backend]
+    if chosen in [each.name for each in row.variants]:
+        assert row.variant(bundle, optimised=optimised).name == chosen
+        return
+    with pytest.raises(BackendError, match=chosen) as caught:
+        row.variant(bundle, optimised=optimised)
+    assert caught.value.hint
+
+
+def test_a_variant_is_had_by_its_name_and_knows_its_files() -> None:
+    row, bundle = BACKENDS["onnxruntime"], held("fp32", *FAST, "config.json", "model.cpu.onnx.data")
+    assert row.variant(bundle, "portable").files(bundle) == PLAIN
+    assert row.variant(bundle, "optimised").files(bundle) == (*FAST[1:], "model.cpu.onnx.data")
+    with pytest.raises(BackendError, match="has no optimised file"):
+        row.variant(held("fp32", *PLAIN), "optimised")
 
 
 def test_this_machine_is_read() -> None:

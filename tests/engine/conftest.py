@@ -8,18 +8,9 @@ from pathlib import Path
 import pytest
 
 from fope_export.engine import compile as compiling
-from fope_export.errors import BackendError
 
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 Build = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def toolchain() -> compiling.Toolchain:
-    try:
-        return compiling.find_toolchain()
-    except BackendError as missing:
-        pytest.skip(f"{missing}. {missing.hint}")
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from fope_export.engine.build import build
 from fope_export.engine.record import plan_name
 from fope_export.errors import BackendError, ConfigError
 from fope_export.graph.export import export
-from tests.backends.test_backends import tokens
 from tests.conftest import small_decoder, write_native
+from tests.support import tokens
 
 
 @pytest.mark.parametrize(("dtype", "cache", "fold"), [("fp16", "dynamic", False), ("bf16", "static", True)])

@@ -5,181 +5,33 @@ One ulp is the spacing of the output's type at the size of what is added: |left|
 """
 
 import ctypes
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
+from gpu_suite.cases import Shape
 
 from fope_export.engine import compile as compiling
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
+from tests.engine.kernel import (
+    KINDS,
+    PLAN,
+    REFUSALS,
+    SHAPES,
+    ULPS,
+    Fenced,
+    arguments,
+    code_of,
+    make,
+    mutated,
+    plans,
+    run,
+    spectrum,
+    worst,
+)
 from tests.fields import Changes, Results, changed, forgetting, held
-from tests.support import magnitude
-
-ULPS = 4
-GUARD = 64  # elements on both sides of an output; a multiple of 16 bytes, so that outputs stay aligned
-SENTINEL = 7.0
-POINTER, SHAPE, DTYPE, SIZE, PLAN = range(-1, -6, -1)
-
-
-class Kind(NamedTuple):
-    """A type of the model: ONNX's number, mantissa bits, smallest exponent of normal numbers."""
-
-    onnx: int
-    numpy: Any
-    mantissa: int
-    smallest: int
-
-    def spacing(self, at: np.ndarray) -> np.ndarray:
-        exponent = np.frexp(at)[1] - 1
-        spacing: np.ndarray = np.ldexp(1.0, np.maximum(exponent, self.smallest) - self.mantissa)
-        return spacing
-
-
-KINDS = {
-    "fp32": Kind(1, np.dtype(np.float32), 23, -126),
-    "fp16": Kind(10, np.dtype(np.float16), 10, -14),
-    "bf16": Kind(16, np.dtype(ml_dtypes.bfloat16), 7, -126),
-}
-
-
-class Arguments(ctypes.Structure):
-    """FopeRotaryArguments of arguments.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (port.name for port in (*contract.INPUTS, *contract.OUTPUTS))),
-        ("tokens", ctypes.c_int64),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "rotary_dim",
-                "frequencies",
-                "pairs",
-                "groups",
-                "interleaved",
-                "dtype",
-            )
-        ),
-        *((name, ctypes.c_float) for name in ("sin_pad", "cos_pad", "sign")),
-    )
-
-
-class Shape(NamedTuple):
-    """In the contract's letters."""
-
-    B: int
-    S: int
-    H: int
-    K: int
-    E: int
-    D: int
-    F: int
-    G: int
-
-
-SHAPES = {
-    "one-pair": Shape(1, 1, 1, 1, 2, 1, 1, 1),
-    "gqa": Shape(2, 7, 6, 3, 48, 5, 4, 3),
-    "two-key-heads-a-group": Shape(1, 6, 12, 6, 32, 7, 8, 3),
-    "shared": Shape(1, 13, 6, 2, 80, 9, 19, 1),
-    "mha": Shape(3, 5, 5, 5, 64, 17, 16, 5),
-    "odd-half": Shape(1, 11, 4, 2, 30, 11, 7, 2),
-    "no-vector-of-8": Shape(1, 9, 4, 2, 72, 3, 36, 2),
-    "19-padded": Shape(2, 3, 6, 2, 128, 45, 45, 2),
-    "many-groups": Shape(1, 4, 37, 37, 16, 3, 3, 37),
-    "long": Shape(1, 2500, 2, 1, 16, 3, 4, 1),
-    "wide-basis": Shape(1, 9, 1, 1, 1600, 900, 700, 1),
-}
-
-
-@dataclass(frozen=True)
-class Call:
-    """Inputs of one rotation, in the type they are computed in."""
-
-    spectrum: Spectrum
-    kind: Kind
-    q: np.ndarray
-    k: np.ndarray
-    position_ids: np.ndarray
-
-
-def spectrum(shape: Shape, **fields: Any) -> Spectrum:
-    rng = np.random.default_rng(3)
-    freq = np.sort(rng.uniform(1e-3, 1, shape.D).astype(np.float32))[::-1].copy()
-    sin_coef, cos_coef = (
-        (np.eye(shape.D, shape.F) + 0.3 * rng.standard_normal((shape.G, shape.D, shape.F))).astype(np.float32)
-        for _ in range(2)
-    )
-    return Spectrum.fope(freq, sin_coef, cos_coef, shape.E, **fields)
-
-
-def make(shape: Shape, kind: Kind, numbers: Spectrum) -> Call:
-    rng = np.random.default_rng(4)
-    position_ids = rng.integers(0, 1_000_001, (shape.B, shape.S))
-    position_ids.flat[0], position_ids.flat[-1] = 0, 1_000_000
-    sizes = (shape.B, shape.S, shape.H, shape.E), (shape.B, shape.S, shape.K, shape.E)
-    q, k = (rng.standard_normal(size).astype(kind.numpy) for size in sizes)
-    return Call(numbers, kind, q, k, position_ids)
-
-
-class Fenced:
-    """An output that starts as NaN, `shift` elements after an aligned address, between sentinels."""
-
-    def __init__(self, like: np.ndarray, shift: int = 0) -> None:
-        self._memory = np.full(like.size + 2 * GUARD + shift, SENTINEL, like.dtype)
-        self._start = GUARD + shift
-        self.value = self._memory[self._start : self._start + like.size].reshape(like.shape)
-        self.value[...] = np.nan
-
-    def check(self) -> None:
-        end = self._start + self.value.size
-        assert (self._memory[: self._start] == SENTINEL).all() and (self._memory[end:] == SENTINEL).all()
-        assert np.isfinite(self.value.astype(np.float32)).all()
-
-
-def arguments(call: Call, outputs: tuple[Fenced, Fenced]) -> Arguments:
-    numbers, c = call.spectrum, call.spectrum.config
-    tensors = (call.q, call.k, call.position_ids, numbers.freq, numbers.sin_coef, numbers.cos_coef)
-    addresses = [t.ctypes.data for t in (*tensors, *(output.value for output in outputs))]
-    return Arguments(
-        *addresses, call.position_ids.size, call.q.shape[2], call.k.shape[2], c.head_dim, c.rotary_dim, c.frequencies,
-        c.pairs, c.groups, c.pairing == "interleaved", call.kind.onnx, c.sin_pad, c.cos_pad, c.sign,
-    )  # fmt: skip
-
-
-def run(library: ctypes.CDLL, call: Call, *plan: int, shift: int = 0) -> list[np.ndarray]:
-    outputs = Fenced(call.q, shift), Fenced(call.k, shift)
-    assert library.fope_rotary_host(ctypes.byref(arguments(call, outputs)), *plan) == 0
-    for output in outputs:
-        output.check()
-    return [output.value for output in outputs]
-
-
-def worst(call: Call, outputs: list[np.ndarray]) -> float:
-    """The largest error in ulps."""
-    errors = []
-    for x, got in zip((call.q, call.k), outputs, strict=True):
-        wanted = reference.rotate(call.spectrum, x, call.position_ids)
-        ulp = call.kind.spacing(magnitude(call.spectrum, x, call.position_ids))
-        errors.append((abs(got.astype(np.float64) - wanted) / ulp).max())
-    return float(max(errors))
-
-
-def plans(call: Call) -> Iterator[tuple[int, int, int]]:
-    """Tokens a block, pairs an access, threads a block: every one that the GPU could take."""
-    widest = 16 // call.kind.numpy.itemsize
-    c = call.spectrum.config
-    vectors = (1, widest) if c.head_dim // 2 % widest == c.rotary_dim // 2 % widest == 0 else (1,)
-    yield from product((1, 4, 8), vectors, (32, 128, 256))
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -268,31 +120,6 @@ def test_an_unaligned_tensor_is_read_by_the_element(host: ctypes.CDLL, kind: str
     assert host.fope_rotary_host(ctypes.byref(arguments(call, outputs)), 0, widest, 0) == PLAN
 
 
-REFUSALS: dict[str, tuple[dict[str, Any], int]] = {
-    "no q": ({"q": None}, POINTER),
-    "no output": ({"k_rotated": None}, POINTER),
-    "no positions": ({"position_ids": None}, POINTER),
-    "no frequencies": ({"freq": None}, POINTER),
-    "no coefficients": ({"cos_coef": None}, POINTER),
-    "double": ({"dtype": 11}, DTYPE),
-    "odd head_dim": ({"head_dim": 47}, SHAPE),
-    "no head_dim": ({"head_dim": 0}, SHAPE),
-    "too many pairs": ({"pairs": 25}, SHAPE),
-    "odd rotary_dim": ({"rotary_dim": 47}, SHAPE),
-    "no rotary_dim": ({"rotary_dim": 0}, SHAPE),
-    "rotary_dim beyond the head": ({"rotary_dim": 50}, SHAPE),
-    "more pairs than rotary_dim": ({"rotary_dim": 6}, SHAPE),
-    "heads not in groups": ({"heads": 5}, SHAPE),
-    "key heads not in groups": ({"kv_heads": 4}, SHAPE),
-    "no groups": ({"groups": 0}, SHAPE),
-    "negative tokens": ({"tokens": -1}, SHAPE),
-    "more basis than shared memory": ({"frequencies": 7000}, SIZE),
-    "more pairs than shared memory": ({"head_dim": 2**23, "rotary_dim": 2**23, "pairs": 2**22, "frequencies": 1}, SIZE),
-    "more channels than a block counts": ({"heads": 3 * 2**22}, SIZE),
-    "more tokens than a grid": ({"tokens": 2**40}, SIZE),
-}
-
-
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_wrong_arguments_are_refused(host: ctypes.CDLL, refusal: str) -> None:
     changes, code = REFUSALS[refusal]
@@ -304,29 +131,8 @@ def test_plans_that_do_not_exist_are_refused(host: ctypes.CDLL, plan: tuple[int,
     assert code_of(host.fope_rotary_host, {}, *plan) == PLAN
 
 
-def code_of(function: Any, changes: dict[str, Any], *plan: Any) -> int:
-    """What `function` returns for a good call with `changes`; the outputs stay untouched."""
-    call = make(SHAPES["gqa"], KINDS["fp16"], spectrum(SHAPES["gqa"]))
-    outputs = Fenced(call.q), Fenced(call.k)
-    spoilt = arguments(call, outputs)
-    for name, value in changes.items():
-        setattr(spoilt, name, value)
-    code: int = function(ctypes.byref(spoilt), *plan)
-    assert all(np.isnan(output.value.astype(np.float32)).all() for output in outputs)
-    return code
-
-
 def test_no_tokens_are_no_work(host: ctypes.CDLL) -> None:
     assert code_of(host.fope_rotary_host, {"tokens": 0, "q": None}, 0, 0, 0) == 0
-
-
-def mutated(folder: Path, old: str, new: str) -> Path:
-    """The sources with one thing changed in the kernel."""
-    sources = Path(shutil.copytree(compiling.SOURCES, folder / "sources"))
-    text = (sources / "rotary.cuh").read_text()
-    assert text.count(old) == 1
-    (sources / "rotary.cuh").write_text(text.replace(old, new))
-    return sources
 
 
 MUTATIONS = {

@@ -13,7 +13,7 @@ import pytest
 from fope_export.engine import compile as compiling
 from fope_export.fope import contract
 from tests.engine.conftest import Build
-from tests.engine.test_kernel import REFUSALS, code_of
+from tests.engine.kernel import REFUSALS, code_of
 
 EXPORTS = {"getCreators", "setLoggerFinder", "fope_rotary_launch"}
 KINDS = {float: "float", int: "int"}

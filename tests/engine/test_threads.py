@@ -10,7 +10,7 @@ import pytest
 from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
 from tests.engine.conftest import Build
-from tests.engine.test_kernel import KINDS, SHAPES, mutated
+from tests.engine.kernel import KINDS, SHAPES, mutated
 
 
 class Launch(NamedTuple):

@@ -8,7 +8,7 @@ from fope_export.errors import ConfigError
 from fope_export.fope import reference
 from fope_export.fope.folding import folding_of
 from fope_export.fope.spectrum import Spectrum
-from tests.fope.test_rotary import make
+from tests.fope.rotations import make
 from tests.support import close
 
 

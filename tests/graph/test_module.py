@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from io import StringIO
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from export_vision import Adapter, FlowTransformer, TheirFope, example, sizes
 from rich.console import Console
 from torch import Tensor, nn
 from torch.export import Dim
@@ -32,10 +32,8 @@ from fope_export.manifest import Extent
 from fope_export.parity.module import standard_cases, validate_module
 from fope_export.parity.run import validate
 from fope_export.report import place, print_parity, write_parity
+from tests.graph.pairs import Pair, pair_inputs, tokens
 from tests.support import same_function
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from export_vision import Adapter, FlowTransformer, TheirFope, example, sizes
 
 
 @pytest.fixture(scope="module")
@@ -230,34 +228,6 @@ def test_another_module_is_not_what_was_exported(exported: Bundle, flow: FlowTra
         validate_module(exported, other)
     with pytest.raises(ParityError, match=r"input 0: time is torch.float64"):
         validate_module(exported, flow, [{"image": torch.randn(1, 3, 8, 8), "time": torch.rand(1).double()}])
-
-
-class Pair(nn.Module):
-    """A learnable, normalised rotation on two axes, used twice; several outputs by name; a mask and token ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.rotary = FopeRotary.create(
-            head_dim=16, groups=2, training_length=64, learnable=True, normalize=True, init="eye"
-        )
-
-    def forward(self, ids: Tensor, mask: Tensor, *, where: Tensor) -> dict[str, Tensor]:
-        x = self.embed(ids).unflatten(-1, (4, 16))
-        q, k = self.rotary(x, x[:, :, :2], where)
-        q, k = self.rotary(q, k, where.flip(1))
-        q, k = q.transpose(1, 2), k.repeat_interleave(2, 2).transpose(1, 2)
-        scores = (q @ k.mT).masked_fill(~mask[:, None, None], -1e4)
-        return {"attention": scores.softmax(-1), "mean": q.mean((1, 2))}
-
-
-def pair_inputs(batch: int = 2, length: int = 5) -> dict[str, Tensor]:
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    return {"where": torch.arange(length).expand(batch, -1), "ids": torch.randint(50, (batch, length)), "mask": mask}
-
-
-def tokens() -> dict[str, dict[int, Any]]:
-    return {name: {0: Dim("batch"), 1: Dim("length", max=15)} for name in ("ids", "mask", "where")}
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")], ids=str)

@@ -14,7 +14,7 @@ from fope_export.errors import ExportError, FopeError, ParityError
 from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.module import export_module
 from fope_export.parity.module import validate_module
-from tests.graph.test_module import Pair, pair_inputs, tokens
+from tests.graph.pairs import Pair, pair_inputs, tokens
 
 
 class Wrong(nn.Module):

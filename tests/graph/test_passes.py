@@ -47,7 +47,7 @@ RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
 @cache
 def translated(dtype: str) -> ir.Model:
-    return to_onnx(small_decoder().as_exported(config := ExportConfig(dtype=dtype).resolved(64)), config)
+    return to_onnx(small_decoder().converted(config := ExportConfig(dtype=dtype).resolved(64)), config)
 
 
 def decoder(dtype: str = "fp32") -> ir.Model:

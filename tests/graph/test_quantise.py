@@ -19,7 +19,7 @@ from fope_export.graph.quantise import OPERATOR, QuantiseWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
-from tests.parity.test_run import attributes
+from tests.spoiling import attributes
 
 LINEAR = ["attention.att_proj", "attention.attn_out", "feed_forward.ff_proj", "feed_forward.ff_out"]
 LAYERS = [f"layers.{i}.{name}" for i in (0, 1) for name in LINEAR] + ["lm_head"]
@@ -52,7 +52,7 @@ def test_linear_layers_are_quantised_and_nothing_else(quantised: Bundle, native:
     for name, tensor in tensors.items():
         if not name.endswith((f".{config.quantize}", ".zero_points")) and not name.startswith("constant."):
             assert tensor.data_type == (onnx.TensorProto.FLOAT if ".rotary." in name else activations), name
-    state = load_checkpoint(native).model.as_exported(config).state_dict()
+    state = load_checkpoint(native).model.converted(config).state_dict()
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensors["embed.weight"]), state["embed.weight"].numpy())
 
 

@@ -17,7 +17,7 @@ from fope_export.errors import CheckpointError, ConfigError, FopeError
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.fp8 import Fp8
 from tests.conftest import small_decoder, variant_flags, variant_tensors, write_native
-from tests.model.test_hugging_face import FP8, QKV, Tensors, config_of, multimodal, tensors_of, write
+from tests.model.hugging_face import FP8, QKV, Tensors, config_of, multimodal, tensors_of, write
 
 UE8M0 = FP8 | {
     "fmt": "e4m3",

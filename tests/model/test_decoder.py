@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from fope_export.config import ExportConfig
+from fope_export.graph.export import trace
 from fope_export.model.decoder import Decoder, causal_mask, static_mask, write
 from tests.conftest import small_decoder
 from tests.support import same_function, truth_of
+
+WEIGHTS = {"embed", "lm_head", "att_proj", "attn_out", "ff_proj", "ff_out", "attn_norm", "ff_norm", "norm"}
+"""All but the rotation's numbers, which no conversion but another frequency changes."""
 
 
 def logits(model: Decoder, ids: torch.Tensor, mask: torch.Tensor, steps: tuple[int, ...]) -> torch.Tensor:
@@ -92,7 +96,7 @@ def test_writing_is_a_registered_operator() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_the_rotations_numbers_stay_float32(dtype: str) -> None:
-    model = small_decoder().as_exported(ExportConfig(dtype=dtype))
+    model = small_decoder().converted(ExportConfig(dtype=dtype))
     wide = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
     assert wide == {name for name in model.state_dict() if ".rotary." in name}
 
@@ -109,7 +113,42 @@ def test_folded_padding_changes_no_logit(fields: dict[str, Any], dtype: str) -> 
     ids = torch.randint(0, 256, (2, 20))
     mask = torch.ones_like(ids)
     truth = truth_of(model, ids.numpy())
-    plain = logits(copy.deepcopy(model).as_exported(ExportConfig(dtype=dtype)), ids, mask, (20,)).float()
-    model.as_exported(ExportConfig(dtype=dtype, fold_padding=True))
-    assert model.config.spectrum == model.attentions()[1].rotary.config and model.config.spectrum.rotary_dim == 6
-    same_function(logits(model, ids, mask, (13, 7)).float(), plain, truth)
+    plain = logits(model.converted(ExportConfig(dtype=dtype)), ids, mask, (20,)).float()
+    folded = model.converted(ExportConfig(dtype=dtype, fold_padding=True))
+    assert folded.config.spectrum == folded.attentions()[1].rotary.config and folded.config.spectrum.rotary_dim == 6
+    same_function(logits(folded, ids, mask, (13, 7)).float(), plain, truth)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head of its own", "tied"])
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        (ExportConfig(), set[str]()),
+        (ExportConfig(extend="yarn", extend_to=256), {"freq"}),
+        (ExportConfig(fold_padding=True), {"att_proj"}),
+        (ExportConfig(dtype="fp16", extend="pi", extend_to=256, fold_padding=True), {"freq", *WEIGHTS}),
+    ],
+    ids=["nothing", "frequencies", "projections", "everything"],
+)
+def test_conversion_leaves_its_source_and_copies_what_it_changes(
+    config: ExportConfig, changed: set[str], tied: bool
+) -> None:
+    model = small_decoder(tie_embeddings=tied)
+    before, known, rotaries = copy.deepcopy(model.state_dict()), model.config, [a.rotary for a in model.attentions()]
+    made = model.converted(config)
+    made.capacity = 99
+    assert model.config == known and model.capacity == 0 and [a.rotary for a in model.attentions()] == rotaries
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+        shared = tensor.data_ptr() == made.state_dict()[name].data_ptr()
+        assert shared != any(part in changed for part in name.split(".")), name
+    for attention in made.attentions():
+        attention.att_proj.weight = torch.nn.Parameter(attention.att_proj.weight + 1, requires_grad=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (made.lm_head.weight is made.embed.weight) == tied
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = small_decoder()
+    trace(model, capacity=32)
+    assert model.capacity == 0 and model.empty_cache(1)[0][0].shape[2] == 0

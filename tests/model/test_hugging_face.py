@@ -17,32 +17,13 @@ from fope_export.graph.export import export
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.fp8 import Fp8
 from fope_export.parity.run import validate
-from tests.conftest import DATA, draw, small_decoder
-from tests.graph.test_export import Session
-from tests.model.test_olmo import IDS, last_logits, same_as_theirs
+from tests.conftest import DATA, small_decoder
+from tests.graph.stranger import Session
+from tests.model.hugging_face import FP8, QKV, VARIANTS, Tensors, config_of, multimodal, tensors_of, write
+from tests.model.theirs import IDS, last_logits, same_as_theirs
 from tests.support import same_function, truth_of
 
-VARIANTS = json.loads((DATA / "hf_variants.json").read_text())
 EXPECTED = np.load(DATA / "hf_variants.npz")
-Tensors = dict[str, torch.Tensor]
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-
-
-def tensors_of(name: str) -> Tensors:
-    case = VARIANTS["cases"][name]
-    return draw(case["seed"], case["shapes"])
-
-
-def config_of(name: str) -> dict[str, Any]:
-    case = VARIANTS["cases"][name]
-    return {"model_type": case["model_type"], "dtype": "float32", **VARIANTS["base"], **case["fields"]}
-
-
-def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def same(folder: Path, name: str) -> None:
@@ -76,13 +57,6 @@ def test_experts_and_shared_coefficients_validate_in_half_precision(tmp_path: Pa
     name = "intern_moe_grouped"
     folder = write(tmp_path / "in", config_of(name), tensors_of(name))
     assert validate(export(folder, tmp_path / "out", ExportConfig(dtype="fp16")), lengths=(64,)).passed
-
-
-def multimodal(name: str) -> tuple[dict[str, Any], Tensors]:
-    """The variant as the language model of a larger one."""
-    config = {"model_type": "interns1_pro", "tie_word_embeddings": False, "text_config": config_of(name)}
-    inner = {key.replace("model.", "model.language_model.", 1): tensor for key, tensor in tensors_of(name).items()}
-    return config, inner | {"model.visual.blocks.0.attn.qkv.weight": torch.zeros(3, 3)}
 
 
 def test_the_language_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
@@ -215,7 +189,6 @@ def stored(change: Callable[[Tensors], Any]) -> Spoil:
     return spoil
 
 
-QKV = "model.layers.0.self_attn.q_proj.weight"
 CASES: dict[str, tuple[Spoil, str]] = {
     "unknown field": (field("sliding_windows", 4), "unknown field `sliding_windows`"),
     "unknown field of FoPE": (field("rope_scaling.fope_gain", 1.0), "rope_parameters: .*unknown field `fope_gain`"),

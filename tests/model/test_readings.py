@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from fope_export.errors import ConfigError, FopeError
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.layouts.hugging_face import HfFlags, weight_map_of
-from tests.model.test_hugging_face import config_of, tensors_of, write
+from tests.model.hugging_face import config_of, tensors_of, write
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

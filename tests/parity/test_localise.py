@@ -79,7 +79,7 @@ def test_a_planted_fault_is_named_or_none_is(name: str, bundle: Bundle) -> None:
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_no_module_of_a_right_bundle_is_named(length: int, seed: int, bundle: Bundle) -> None:
     model = source_of(bundle).model
-    yardstick = yardstick_of(bundle, model, "onnxruntime")
+    yardstick = yardstick_of(bundle, model.converted(bundle.manifest.export), "onnxruntime")
     assert first_divergence(bundle, yardstick, prefill(model.config, length, seed).feeds) is None
 
 

@@ -32,7 +32,7 @@ from fope_export.parity.run import validate
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.report import parity_page, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
-from tests.parity.test_run import attributes, weights
+from tests.spoiling import attributes, weights
 
 
 @pytest.fixture(scope="module")

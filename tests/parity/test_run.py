@@ -36,6 +36,7 @@ from fope_export.parity.run import ParityResult, validate
 from fope_export.parity.yardstick import Yardstick
 from fope_export.report import parity_page, parity_record, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native
+from tests.spoiling import attributes, weights
 
 
 @pytest.fixture(scope="module")
@@ -102,28 +103,6 @@ def test_a_control_that_passes_breaks_the_check(bundle: Bundle, monkeypatch: pyt
     monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda spectrum: ""),))
     found = validate(bundle, lengths=(64,))
     assert not found.controls[0].passed and not found.passed
-
-
-def attributes(name: str, value: float, layer: int) -> Callable[[Bundle], None]:
-    def spoil(bundle: Bundle) -> None:
-        model = onnx.load(bundle.model, load_external_data=False)
-        for node in model.graph.node:
-            if node.name == f"layers.{layer}.attention.rotary/FopeRotary":
-                next(a for a in node.attribute if a.name == name).f = value
-        onnx.save(model, bundle.model)
-
-    return spoil
-
-
-def weights(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], None]:
-    def spoil(bundle: Bundle) -> None:
-        model = onnx.load(bundle.model)
-        tensor = next(t for t in model.graph.initializer if t.name == name)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(tensor)), name))
-        (bundle.path / "model.onnx.data").unlink()
-        onnx.save(model, bundle.model, save_as_external_data=True, location="model.onnx.data")
-
-    return spoil
 
 
 def body(bundle: Bundle) -> None:

@@ -17,7 +17,7 @@ from fope_export.engine.build import build
 from fope_export.errors import BackendError, ConfigError
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
-from tests.parity.test_run import weights
+from tests.spoiling import weights
 from tests.toys import TOY, WIDE
 from tests.toys.backend import NAME, ROW
 

@@ -1,0 +1,37 @@
+"""A module that is no model: a layer around the rotation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from fope_export.fope.rotary import FopeRotary
+
+
+class Pair(nn.Module):
+    """A learnable, normalised rotation on two axes, used twice; several outputs by name; a mask and token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.rotary = FopeRotary.create(
+            head_dim=16, groups=2, training_length=64, learnable=True, normalize=True, init="eye"
+        )
+
+    def forward(self, ids: Tensor, mask: Tensor, *, where: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids).unflatten(-1, (4, 16))
+        q, k = self.rotary(x, x[:, :, :2], where)
+        q, k = self.rotary(q, k, where.flip(1))
+        q, k = q.transpose(1, 2), k.repeat_interleave(2, 2).transpose(1, 2)
+        scores = (q @ k.mT).masked_fill(~mask[:, None, None], -1e4)
+        return {"attention": scores.softmax(-1), "mean": q.mean((1, 2))}
+
+
+def pair_inputs(batch: int = 2, length: int = 5) -> dict[str, Tensor]:
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    return {"where": torch.arange(length).expand(batch, -1), "ids": torch.randint(50, (batch, length)), "mask": mask}
+
+
+def tokens() -> dict[str, dict[int, Any]]:
+    return {name: {0: Dim("batch"), 1: Dim("length", max=15)} for name in ("ids", "mask", "where")}
