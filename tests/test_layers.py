@@ -59,7 +59,7 @@ def test_a_bundle_runs_without_the_exporter(optimised: bool, dtype: str, native:
     ("command", "extra"),
     [
         ("export CKPT OUT", "export"), ("inspect CKPT", "export"), ("optimize BUNDLE", "export"),
-        ("bench BUNDLE", "cpu"),
+        ("validate BUNDLE", "validate"), ("demo --out OUT", "cpu"), ("bench BUNDLE", "cpu"),
     ],
 )  # fmt: skip
 def test_a_command_names_the_extra_that_it_lacks(
