@@ -20,7 +20,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
 
 MADE = re.compile(
-    r"model(\.cpu)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
+    r"model(\.cpu|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
 )
 """Files that only this program makes, and that it makes again."""
 COPIED = re.compile(

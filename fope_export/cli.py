@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, run, validate
+from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, perform, run, validate
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
@@ -331,7 +331,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         _sweep()
         with _warnings_shown():
-            code = int(args.function(args))
+            code = perform(args)
         sys.stdout.flush()
     except (FopeError, OSError) as error:
         return _refuse(error, traced=args.traceback)

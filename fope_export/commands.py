@@ -6,15 +6,29 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fope_export.errors import ConfigError
+from fope_export.errors import ConfigError, missing
 
 if TYPE_CHECKING:
     from fope_export.bundle import Bundle
 
 PASSED, FAILED = 0, 1
+EXTRAS = {"export": "export", "optimize": "export", "inspect": "export", "run": "run", "validate": "validate"}
+"""What brings the packages that a command needs; `cpu`, which is everything, for the others."""
+
+
+def perform(args: argparse.Namespace) -> int:
+    """Do what was asked. Raises BackendError where a package is not installed, with the extra that brings it."""
+    try:
+        return int(args.function(args))
+    except ModuleNotFoundError as cause:
+        package = (cause.name or "").partition(".")[0]
+        if not package or find_spec(package):  # it is there, and broken
+            raise
+        raise missing(package, EXTRAS.get(args.function.__name__, "cpu")) from cause
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -100,7 +114,7 @@ def build(args: argparse.Namespace) -> int:
     from fope_export.config import BuildConfig, convert
     from fope_export.engine.build import build as build_engine
     from fope_export.engine.record import plan_name
-    from fope_export.graph.reading import check_graphs
+    from fope_export.onnx_files import check_graphs
     from fope_export.terminal import RESULTS, progress
 
     options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}
@@ -152,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.bundle import Bundle
     from fope_export.config import convert
     from fope_export.generation import complete, generate
-    from fope_export.graph.reading import check_graphs
+    from fope_export.onnx_files import check_graphs
     from fope_export.sampling import Sampling
     from fope_export.terminal import report_speed, waiting
     from fope_export.tokens import Text

@@ -58,6 +58,11 @@ class ParityError(FopeError):
     """A comparison that could not be made. (One that was made and failed is a result, not an error.)"""
 
 
+def missing(module: str, extra: str) -> BackendError:
+    """That a `module` is not installed, and which extra brings it."""
+    return BackendError(f"{module} is not installed", hint=f"pip install 'fope-export[{extra}]'")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional `module`, or say which extra brings it.
 
@@ -68,6 +73,6 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as cause:
         if cause.name != module.partition(".")[0]:
             raise BackendError(f"{module} is installed but broken: {cause}", hint=f"Reinstall {module}.") from cause
-        raise BackendError(f"{module} is not installed", hint=f"pip install 'fope-export[{extra}]'") from cause
+        raise missing(module, extra) from cause
     except (ImportError, OSError) as cause:
         raise BackendError(f"{module} is installed but does not load: {cause}", hint=f"Reinstall {module}.") from cause

@@ -2,24 +2,25 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import onnx
 from rich.filesize import decimal
 
 from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig, SpectrumConfig
 from fope_export.engine.record import records
 from fope_export.errors import FopeError, cut
-from fope_export.graph.reading import promised_bytes, read_onnx
 from fope_export.links import loadable
 from fope_export.manifest import MANIFEST, Manifest
+from fope_export.onnx_files import promised_bytes
+
+if TYPE_CHECKING:
+    import onnx
 
 Description = dict[str, dict[str, Any]]
 """Section -> what it says."""
 GIVE = "Give a checkpoint, a bundle or a .onnx file."
-DTYPES = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
 
 
 def inspect(path: str | Path) -> Description:
@@ -90,6 +91,10 @@ def _what(manifest: Manifest) -> Description:
 
 
 def _onnx(path: Path) -> Description:
+    import onnx
+
+    from fope_export.graph.reading import read_onnx
+
     model = read_onnx(path)
     try:
         data = {entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"}
@@ -131,10 +136,13 @@ def _port(dtype: str, shape: list[int | str]) -> str:
     return f"{dtype} [{', '.join(map(str, shape))}]"
 
 
-def _value(value: onnx.ValueInfoProto) -> str:
+def _value(value: "onnx.ValueInfoProto") -> str:
+    from onnx import TensorProto
+
     tensor = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-    return _port(DTYPES.get(tensor.elem_type, str(tensor.elem_type)), shape)
+    names = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    return _port(names.get(tensor.elem_type, str(tensor.elem_type)), shape)
 
 
 def _size(path: Path) -> str:

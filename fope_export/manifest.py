@@ -225,6 +225,14 @@ def _stays(name: str) -> bool:
     return not anchor and ".." not in parts and "\0" not in name and name != MANIFEST
 
 
+def plain_file(export: ExportConfig) -> str:
+    """The portable file of a bundle that was exported so, for a runtime that lacks its dtype (`Dtype.widened`): where
+    there is such a dtype, a second graph on the same weights, and else MODEL itself.
+    """
+    wide = DTYPES[export.dtype].widened
+    return f"model.{wide.precision}.onnx" if wide else MODEL
+
+
 def judged_files(manifest: Manifest) -> dict[str, str]:
     """The hashes of the files that a parity report is about: all but reports and engines, which come later."""
     return {name: digest for name, digest in manifest.files.items() if not name.startswith((REPORTS, ENGINES))}

@@ -1,7 +1,6 @@
 """Imports run one way (the contracts are in pyproject.toml), and nothing heavy loads before it is needed."""
 
 import ast
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,21 +11,14 @@ import pytest
 
 import fope_export
 from fope_export.bundle import Bundle
+from fope_export.config import ExportConfig
+from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {
-    "torch",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "numpy",
-    "matplotlib",
-    "rich",
-    "polygraphy",
-    "tokenizers",
-    "msgspec",
-}
+EXPORTER = {"torch", "onnx", "onnx_ir", "onnxscript", "sympy", "safetensors", "matplotlib", "polygraphy"}
+EXTRA = EXPORTER | {"numpy", "onnxruntime", "tokenizers", "jinja2"}
+HEAVY = EXTRA | {"google", "rich", "msgspec", "yaml"}
 
 
 def test_imports_run_one_way() -> None:
@@ -93,23 +85,50 @@ def test_nothing_heavy_loads_early(code: str) -> None:
     assert not HEAVY & set(done.stderr.split())
 
 
-def test_the_doctor_needs_no_torch() -> None:
-    script = "import sys\nfrom fope_export.cli import main\nmain(['doctor'])\nprint(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not {"torch", "onnx", "onnxruntime", "matplotlib"} & set(done.stderr.split())
+def without(packages: set[str], *command: str) -> subprocess.CompletedProcess[str]:
+    """The program where some packages are not installed."""
+    script = (
+        f"import sys\nsys.modules.update(dict.fromkeys({sorted(packages)!r}))\nfrom fope_export.cli import main\n"
+        f"sys.exit(main({list(command)!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+def test_the_doctor_and_inspect_need_no_extra(bundle: Bundle) -> None:
+    for command in (["doctor"], ["inspect", str(bundle.path)]):
+        done = without(EXTRA, *command)
+        assert done.returncode == 0 and done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("optimised", [True, False])
-def test_a_bundle_runs_without_torch(optimised: bool, bundle: Bundle, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(bundle.path, tmp_path / "out"))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_bundle_runs_without_the_exporter(optimised: bool, dtype: str, native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", ExportConfig(dtype=dtype))
     if optimised:
-        optimise(Bundle.open(out))
-    script = (
-        "import sys\nsys.modules['torch'] = None\nfrom fope_export.cli import main\n"
-        f"sys.exit(main(['run', {str(out)!r}, '--prompt-ids', '1,2,3', '--max-new-tokens', '3']))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        optimise(made)
+    done = without(EXPORTER, "run", str(made.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "3")
     assert done.returncode == 0 and done.stdout.count(",") == 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        ("export CKPT OUT", "export"), ("inspect CKPT", "export"), ("optimize BUNDLE", "export"),
+        ("validate BUNDLE", "validate"), ("demo --out OUT", "cpu"), ("bench BUNDLE", "cpu"),
+    ],
+)  # fmt: skip
+def test_a_command_names_the_extra_that_it_lacks(
+    command: str, extra: str, native: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    places = {"CKPT": str(native), "OUT": str(tmp_path / "new"), "BUNDLE": str(bundle.path)}
+    done = without(EXPORTER, *(places.get(word, word) for word in command.split()))
+    assert done.returncode == 2 and f"fope-export[{extra}]'" in done.stderr, done.stderr
+    assert " not installed" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_broken_package_is_no_missing_one() -> None:
+    done = without({"rich.table"}, "doctor")
+    assert done.returncode == 70 and "rich.table" in done.stderr
 
 
 def test_the_public_door_opens_on_every_name() -> None:

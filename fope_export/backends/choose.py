@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from subprocess import TimeoutExpired
+from typing import TYPE_CHECKING
 
-from fope_export.backends.base import Backend, Limits
-from fope_export.backends.ort import too_old
+from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
@@ -18,14 +18,18 @@ from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.engine.record import BUILD_IT, plan_name, records
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, OPTIMISED
+from fope_export.manifest import MODEL, OPTIMISED, plain_file
 from fope_export.processes import output
+
+if TYPE_CHECKING:  # the doctor has no NumPy
+    from fope_export.backends.base import Backend, Limits
 
 PACKAGES = (
     "torch",
     "onnx",
     "onnx-ir",
     "onnxscript",
+    "matplotlib",
     "polygraphy",
     "onnxruntime",
     "onnxruntime-gpu",
@@ -108,8 +112,6 @@ class Settings:
     """For one operator; 0 leaves it to the backend."""
     cuda_graph: bool = False
     """ONNX Runtime on a GPU captures decoding in a CUDA graph."""
-    exact: bool = False
-    """Without the rounding of what linear layers read, where the variant can leave it out (`Variant.exact`)."""
 
 
 USUALLY = Settings()
@@ -120,15 +122,15 @@ class Variant:
     """One of the ways in which a backend runs a bundle."""
 
     name: str
-    load: Callable[[Bundle, Settings], Backend]
+    load: "Callable[[Bundle, Settings], Backend]"
     files: Callable[[Bundle], tuple[str, ...]] = lambda bundle: ()
-    """Names of the bundle's files that it runs, where it has them."""
+    """Names of the bundle's files that it runs; the first is what it loads."""
     refusal: Callable[[Bundle], BackendError | None] = lambda bundle: None
     """Why a bundle cannot be run so, or nothing."""
     optimised: bool = False
     """Whether it runs what `fope-export optimize` wrote."""
     exact: bool = False
-    """Whether it can leave out the rounding of what linear layers read."""
+    """Whether it loads a copy of its file that leaves out the rounding of what linear layers read."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Row:
     what: str
     missing: Callable[[Machine], str]
     variants: tuple[Variant, ...]
-    limits: Callable[[Bundle], Limits] = lambda bundle: Limits()
+    limits: "Callable[[Bundle], Limits]" = lambda bundle: _limits()
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
     widens: bool = False
     """Whether it computes a copy where the dtype has one (`Dtype.widened`)."""
@@ -177,31 +179,37 @@ class Row:
         return chosen
 
 
-def _load_ort(bundle: Bundle, settings: Settings) -> Backend:
+def _limits(length: int | None = None) -> "Limits":
+    from fope_export.backends.base import Limits
+
+    return Limits(length=length)
+
+
+def _load_ort(bundle: Bundle, settings: Settings) -> "Backend":
     from fope_export.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, threads=settings.threads, exact=settings.exact)
+    return OrtBackend(bundle, threads=settings.threads)
 
 
-def _load_ort_optimised(bundle: Bundle, settings: Settings) -> Backend:
+def _load_ort_optimised(bundle: Bundle, settings: Settings) -> "Backend":
     from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
-    return OptimisedOrtBackend(bundle, threads=settings.threads, exact=settings.exact)
+    return OptimisedOrtBackend(bundle, threads=settings.threads)
 
 
-def _ort_limits(bundle: Bundle) -> Limits:
-    return Limits(length=bundle.manifest.export.capacity)
-
-
-def _trt_limits(bundle: Bundle) -> Limits:
+def _trt_limits(bundle: Bundle) -> "Limits":
     from fope_export.backends.trt import limits_of
 
     return limits_of(bundle)
 
 
 def _graph(name: str, bundle: Bundle) -> tuple[str, ...]:
-    """An ONNX file and those with its weights."""
-    return tuple(each for each in bundle.manifest.files if each in (name, f"{name}.data", f"{MODEL}.data"))
+    """An ONNX file, and the one with its weights where there is one."""
+    return name, *(each for each in bundle.manifest.files if each == f"{MODEL}.data")
+
+
+def _portable(bundle: Bundle) -> tuple[str, ...]:
+    return _graph(plain_file(bundle.manifest.export), bundle)
 
 
 def _engine(bundle: Bundle) -> tuple[str, ...]:
@@ -232,19 +240,19 @@ def _without_engine(bundle: Bundle) -> BackendError | None:
         return error
 
 
-def _load_ort_cuda(bundle: Bundle, settings: Settings) -> Backend:
+def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
     from fope_export.backends.ort_optimised import OptimisedOrtBackend
 
     return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
-def _load_trt(bundle: Bundle, settings: Settings) -> Backend:  # noqa: ARG001
+def _load_trt(bundle: Bundle, settings: Settings) -> "Backend":  # noqa: ARG001
     from fope_export.backends.trt import TrtBackend
 
     return TrtBackend(bundle)
 
 
-def _load_eager(bundle: Bundle, settings: Settings) -> Backend:
+def _load_eager(bundle: Bundle, settings: Settings) -> "Backend":
     import torch
 
     from fope_export.backends.eager import EagerBackend
@@ -259,7 +267,7 @@ def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
     for name in ("onnxruntime-gpu", "onnxruntime"):
         if found := machine.packages.get(name):
             return too_old(name, found, export)
-    return "onnxruntime is not installed: pip install 'fope-export[cpu]'"
+    return "onnxruntime is not installed: pip install 'fope-export[run]'"
 
 
 def _without_ort_cuda(machine: Machine) -> str:
@@ -275,6 +283,10 @@ def _without_trt(machine: Machine) -> str:
     return "" if machine.gpus else "no NVIDIA GPU found"
 
 
+def _without_torch(machine: Machine) -> str:
+    return _without(machine, "export", "torch")
+
+
 USUAL = "onnxruntime"
 """What runs a bundle unless another is asked for."""
 BACKENDS: dict[str, Row] = {
@@ -282,7 +294,7 @@ BACKENDS: dict[str, Row] = {
         "the bundle in ONNX Runtime on the CPU",
         _without_ort,
         (
-            Variant("portable", _load_ort, partial(_graph, MODEL), exact=True),
+            Variant("portable", _load_ort, _portable, exact=True),
             Variant(
                 "optimised",
                 _load_ort_optimised,
@@ -292,7 +304,7 @@ BACKENDS: dict[str, Row] = {
                 exact=True,
             ),
         ),
-        _ort_limits,
+        lambda bundle: _limits(bundle.manifest.export.capacity),
         _without_ort,
         widens=True,
     ),
@@ -307,22 +319,26 @@ BACKENDS: dict[str, Row] = {
         (Variant("engine", _load_trt, _engine, _without_engine),),
         _trt_limits,
     ),
-    "torch": Row("its checkpoint in PyTorch, eager", lambda machine: "", (Variant("checkpoint", _load_eager),)),
+    "torch": Row("its checkpoint in PyTorch, eager", _without_torch, (Variant("checkpoint", _load_eager),)),
 }
 
 
 def abilities(machine: Machine) -> dict[str, str]:
     """What a machine could do -> why it cannot, or nothing where it can."""
-    missing = {"torch", "onnx", "onnxscript"} - set(machine.packages)
     runs = {name: row.missing(machine) for name, row in BACKENDS.items()}
     return {
-        "export a checkpoint": f"{', '.join(sorted(missing))} not installed" if missing else "",
+        "export a checkpoint": _without(machine, "export", "onnx", "onnxscript", "torch"),
         **{f"run {BACKENDS[name].what}": reason for name, reason in runs.items()},
         "run a static cache in ONNX Runtime": _without_ort(machine, ExportConfig(cache="static")),
-        "validate a bundle": runs[USUAL],
+        "validate a bundle": runs[USUAL] or _without(machine, "validate", "matplotlib", "onnx", "polygraphy", "torch"),
         **{f"build for {name}": _without_builder(name, machine) for name in LIBRARIES},
         "compile the TensorRT plugin": machine.without_compiler,
     }
+
+
+def _without(machine: Machine, extra: str, *names: str) -> str:
+    missing = [name for name in names if name not in machine.packages]
+    return f"{', '.join(missing)} not installed: pip install 'fope-export[{extra}]'" if missing else ""
 
 
 def _without_builder(library: str, machine: Machine) -> str:
@@ -343,14 +359,15 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
         others = [other for other, row in BACKENDS.items() if not row.missing(machine) and other != name]
         raise BackendError(
             f"the backend {name} cannot run here: {reason}",
-            hint=f"`fope-export doctor` says what is missing. `run` can also take --backend {' or '.join(others)}.",
+            hint="`fope-export doctor` says what is missing."
+            + (f" `run` can also take --backend {' or '.join(others)}." if others else ""),
         )
     return name
 
 
 def load_backend(
     bundle: Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
-) -> Backend:
+) -> "Backend":
     """The chosen backend with `bundle` in it, in the `variant` of that name, or as `Row.variant` chooses one.
 
     Raises BackendError when it cannot run here, has no such variant of the bundle, or does not load it.

@@ -1,26 +1,18 @@
 """ONNX Runtime on the CPU, through the names of the bundle's graph and nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
+from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
-from fope_export.config import ExportConfig
-from fope_export.dtypes import DTYPES, either
-from fope_export.engine.api import version_of
+from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, require
-from fope_export.manifest import MODEL
-from fope_export.quantizations import QUANTIZATIONS
-from fope_export.scratch import scratch
-
-if TYPE_CHECKING:
-    from fope_export.graph.base import Pass
+from fope_export.manifest import plain_file
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -28,34 +20,27 @@ PROVIDERS = {
 }
 TYPES = {f"tensor({row.element})": getattr(np, row.precision) for row in DTYPES.values() if not row.widened}
 """NumPy's, by ONNX Runtime's names: of the floating point numbers that it computes in."""
-NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
-    ((1, 25), "a static cache", lambda export: export.cache == "static"),
-    ((1, 24), "opset 24", lambda export: export.opset == 24),
-    ((1, 23), "opset 23", lambda export: True),
-)
-"""The first ONNX Runtime that has the operators of a bundle, and by what it is known; newest first."""
 
 
 class OrtBackend:
-    """A bundle's model.onnx in ONNX Runtime. Caches are OrtValues, handed from step to step without a copy; a static
+    """A bundle's portable file in ONNX Runtime. Caches are OrtValues, handed from step to step without a copy; a static
     one is written in place.
 
-    Where ONNX Runtime's CPU has no kernels for a dtype, the bundle runs as a copy with the same weights in a wider one
-    (`Dtype.widened`), which shows that the graph is right, and not what the dtype rounds.
+    Where ONNX Runtime's CPU has no kernels for a dtype, that is the bundle's copy in a wider one (`plain_file`), on the
+    same weights, which shows that the graph is right, and not what the dtype rounds.
     """
 
     chunk = CHUNK
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, exact: bool = False) -> None:
-        """`threads` compute one operator; 0 are as many as there are cores. `exact` takes the rounding of inputs out of
-        a calibrated bundle.
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        """`threads` compute one operator; 0 are as many as there are cores.
 
         Raises BackendError when ONNX Runtime is not there, or does not load the file.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
-        self._ort = require("onnxruntime", "cpu")
+        self._ort = require("onnxruntime", "run")
         self.name, self._path, self._manifest = "onnxruntime", bundle.model, bundle.manifest
-        self._session = session_of(bundle, threads=threads, exact=exact)
+        self._session = session_of(bundle, threads=threads)
         self._present = [output.name for output in self._session.get_outputs()][1:]
         self._types = {port.name: TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES}
 
@@ -105,7 +90,7 @@ class OrtBackend:
 
 
 class OrtGraph:
-    """Any bundle's model.onnx in ONNX Runtime, as the graph is: named arrays in, its outputs in their order out."""
+    """Any bundle's portable file in ONNX Runtime, as the graph is: named arrays in, its outputs in their order out."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BackendError when ONNX Runtime is not there, or does not load the file."""
@@ -121,49 +106,43 @@ class OrtGraph:
 
 def session_of(
     bundle: Bundle,
-    name: str = MODEL,
+    name: str = "",
     *,
     threads: int = 0,
     device: str = "cpu",
     spoken: bool = True,
-    exact: bool = False,
     cuda_graph: bool = False,
 ) -> Any:
-    """A session of the bundle's file `name` on the cpu or on cuda; without `spoken` it keeps warnings to itself, with
-    `cuda_graph` it captures the runs that name a graph. `exact` leaves the inputs of products as they are where the
-    file has them rounded.
+    """A session of the bundle's file `name`, or the portable one, on the cpu or on cuda; without `spoken` it keeps
+    warnings to itself, with `cuda_graph` it captures the runs that name a graph.
 
     Raises BackendError when ONNX Runtime is not there, is too old, does not load the file, or finds no such device.
     """
-    ort = require("onnxruntime", "cpu")
+    ort = require("onnxruntime", "run")
     if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export):
         raise BackendError(reason, hint="Or export as `fope-export export` does by default: older ones run that.")
+    path = runnable(bundle, name)
     try:
-        with runnable(bundle, name, exact=exact) as path:
-            return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
+        return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)
     except BackendError:
         raise
     except Exception as cause:  # ONNX Runtime's errors share no base class of their own
-        raise failure("load", bundle.path / name, cause) from cause
+        raise failure("load", bundle.path / path.name, cause) from cause
 
 
-def too_old(name: str, version: str, export: ExportConfig) -> str:
-    """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
-    needs = [(oldest, what) for oldest, what, concerned in NEEDS if concerned(export)]
-    for oldest, what in sorted([*needs, *_of_quantization(export)], key=itemgetter(0), reverse=True):
-        if version_of(version) < oldest:
-            wanted = ".".join(map(str, oldest))
-            return f"{name} is {version}, and {what} needs {wanted}: pip install '{name}>={wanted}'"
-    return ""
+def runnable(bundle: Bundle, name: str = "") -> Path:
+    """The bundle's file `name`, or the portable one, as ONNX Runtime's CPU loads it.
 
-
-def _of_quantization(export: ExportConfig) -> Iterator[tuple[tuple[int, int], str]]:
-    """What the way of rounding adds to NEEDS."""
-    since = export.quantization.since if export.quantization else ()
-    for version, dtype in since:
-        if dtype is None or dtype.name == export.dtype:
-            alike = either(row for row in QUANTIZATIONS.values() if row.since == since)
-            yield version, f"{alike} in {dtype.name}" if dtype else alike
+    Raises BackendError where there is none.
+    """
+    plain = plain_file(bundle.manifest.export)
+    if plain not in bundle.manifest.files:
+        raise BackendError(
+            f"{bundle.path} was exported by an earlier version, which wrote no {plain} for runtimes without "
+            f"{bundle.manifest.export.dtype}",
+            hint="Export the checkpoint again.",
+        )
+    return bundle.loadable(name or plain)
 
 
 def open_session(
@@ -179,7 +158,7 @@ def open_session(
 
     Raises BackendError without the device, and what ONNX Runtime raises.
     """
-    ort = require("onnxruntime", "cpu")
+    ort = require("onnxruntime", "run")
     _has(PROVIDERS[device][0], ort.get_available_providers())
     options = ort.SessionOptions()
     options.enable_mem_pattern = False  # it plans memory for every new shape, and every step has new shapes
@@ -205,37 +184,8 @@ def _has(provider: str, found: Sequence[str]) -> None:
 
 def failure(what: str, path: Path, cause: Exception) -> BackendError:
     """What ONNX Runtime said when it could not load or run a file."""
-    version, reason = require("onnxruntime", "cpu").__version__, " ".join(str(cause).split())
+    version, reason = require("onnxruntime", "run").__version__, " ".join(str(cause).split())
     return BackendError(
         f"ONNX Runtime {version} does not {what} {path}: {reason}",
         hint="Export the checkpoint again; where it was exported just now, a newer ONNX Runtime may run it.",
     )
-
-
-@contextmanager
-def runnable(bundle: Bundle, name: str = MODEL, *, exact: bool = False) -> Iterator[Path]:
-    """The bundle's file `name`, a copy in a dtype that there are kernels for, or one whose products do not round their
-    inputs, while a session loads it.
-    """
-    if not (edits := _edits(bundle.manifest.export, exact=exact)):
-        yield bundle.loadable(name)
-        return
-    from fope_export.graph.passes import rewritten
-
-    with scratch() as folder:
-        yield rewritten(bundle.loadable(name), folder / MODEL, edits)
-
-
-def _edits(export: ExportConfig, *, exact: bool) -> "list[Pass]":
-    """What makes that copy of a bundle that was exported so."""
-    dtype, row = DTYPES[export.dtype], export.quantization if exact else None
-    edits: list[Pass] = []
-    if dtype.widened:
-        from fope_export.graph.passes import Widen
-
-        edits.append(Widen(dtype, dtype.widened))
-    if row:
-        from fope_export.graph.ways import way_of
-
-        edits += way_of(row).exact()
-    return edits

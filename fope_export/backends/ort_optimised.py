@@ -51,7 +51,7 @@ class Bound:
         else:  # the file declares one token's, so that no other number may be bound
             self._binding.bind_output(LOGITS)
         if graph is not None:
-            self._options = require("onnxruntime", "cpu").RunOptions()
+            self._options = require("onnxruntime", "run").RunOptions()
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
 
     def run(self, ids: Ids, positions: Ids, past: Ids) -> Logits:
@@ -205,11 +205,10 @@ class OptimisedOrtBackend:
         *,
         threads: int = 0,
         device: str = "cpu",
-        exact: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        """`device` is cpu or cuda, and caches stay on it. `exact` does not round activations, if the file does, and
-        shows that nothing else is different. `cuda_graph` captures a graph of decoding in each cache and repeats it.
+        """`device` is cpu or cuda, and caches stay on it. `cuda_graph` captures a graph of decoding in each cache and
+        repeats it.
 
         Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
         """
@@ -217,8 +216,7 @@ class OptimisedOrtBackend:
         self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMISED
         # It would warn that an input has a default value.
         self._session = session_of(
-            bundle, OPTIMISED, threads=threads, device=device, spoken=False, exact=exact,
-            cuda_graph=cuda_graph,
+            bundle, OPTIMISED, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
         )  # fmt: skip
         self.graphs = Graphs(self._session) if cuda_graph else None
         self.device = _device(

@@ -84,7 +84,7 @@ class Optimum(Greedy):
 
     def __init__(self, folder: Path, threads: int) -> None:
         self._torch = require("torch", "peers")
-        options = require("onnxruntime", "cpu").SessionOptions()
+        options = require("onnxruntime", "run").SessionOptions()
         options.intra_op_num_threads = threads
         optimum = require("optimum.onnxruntime", "peers")
         self._model = optimum.ORTModelForCausalLM.from_pretrained(folder, session_options=options)

@@ -29,7 +29,7 @@ from fope_export.graph.companions import companions
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source
+from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file
 from fope_export.model.checkpoint import Checkpoint, load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.quantizations import calibrated
@@ -78,6 +78,7 @@ def export(
             shutil.copyfile(path, folder / path.name)
         report("checking and hashing")
         check(folder / MODEL)
+        add_plain_file(folder / MODEL, config)
         manifest = complete(folder, _manifest(source, config, model))
     return Bundle(out, manifest)
 
@@ -135,6 +136,12 @@ def check(path: Path) -> None:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
         raise ExportError(f"the exported model is not valid ONNX: {cause}", hint="Please report it.") from cause
+
+
+def add_plain_file(model: Path, config: ExportConfig) -> None:
+    """Write what `plain_file` names beside a portable file, where that is not the same. Raises as `check` does."""
+    if edits := passes.widening(config):
+        check(passes.rewritten(model, model.with_name(plain_file(config)), edits))
 
 
 def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:

@@ -26,7 +26,7 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
 from fope_export.fope.rotary import FopeRotary, normalized
-from fope_export.graph.export import check, lower, manifest_of, quiet, save
+from fope_export.graph.export import add_plain_file, check, lower, manifest_of, quiet, save
 from fope_export.graph.sizes import Axes, axes_of, dimensions, extents, symbols_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, ModuleRecord, Source
@@ -86,6 +86,7 @@ def export_module(
     with creating(out, lock_timeout=lock_timeout) as folder:
         save(model, folder / MODEL)
         check(folder / MODEL)
+        add_plain_file(folder / MODEL, config)
         spectra = [rotary.spectrum.describe() for rotary in rotations.values()]
         manifest = complete(folder, manifest_of(model, config, source, record, spectra))
     return Bundle(out, manifest)

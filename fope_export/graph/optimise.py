@@ -14,6 +14,7 @@ from fope_export.errors import ConfigError, ExportError, cut
 from fope_export.graph.companions import for_genai
 from fope_export.graph.export import check
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.passes import widening
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import way_of
@@ -55,6 +56,7 @@ def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
     passes: list[InPlacePass] = [*FUSIONS, TopologicalSortPass(), RemoveUnusedNodesPass()]
     if int8_activations and export.quantization:
         passes += way_of(export.quantization).fast()
+    passes += widening(export)
     portable = bundle.model
     try:
         model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model

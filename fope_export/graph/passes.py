@@ -4,20 +4,21 @@ import ast
 import os.path
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassError, PassResult, PostconditionError, PreconditionError, Sequential
 
-from fope_export.dtypes import Dtype
+from fope_export.config import ExportConfig
+from fope_export.dtypes import DTYPES, Dtype
 from fope_export.errors import BundleError, cut
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.reading import AGAIN, load_onnx
+from fope_export.graph.reading import load_onnx
 from fope_export.graph.translation import function
+from fope_export.onnx_files import AGAIN
 
 NUMBERS = [i for i, port in enumerate(contract.INPUTS) if port.dtype == "float32"]
 """The ports of a FopeRotary call that take the spectrum's numbers."""
@@ -109,7 +110,9 @@ def _rotations(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 class Widen(Pass):
-    """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute."""
+    """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute. Weights stay
+    as they are stored, and what reads them reads a Cast of them, which runtimes compute once, when they load it.
+    """
 
     def __init__(self, narrow: Dtype, wide: Dtype) -> None:
         super().__init__()
@@ -123,14 +126,20 @@ class Widen(Pass):
         for value in _values(model.graph):
             if value.dtype == self._from:
                 value.dtype = self._to
-            if (tensor := value.const_value) is not None and tensor.dtype == self._from:
-                value.const_value = ir.LazyTensor(
-                    partial(_converted, tensor, self._to), self._to, ir.Shape(tensor.shape.numpy()), name=tensor.name
-                )
         for node, name in _dtypes(model.graph):
             if node.attributes[name].as_int() == self._from:
                 node.attributes[name] = ir.AttrInt64(name, self._to)
+        builder, first = GraphBuilder(model), model.graph.node(0)
+        for weight in list(_weights(model.graph, self._from)):
+            self._cast(weight, builder.within(f"{weight.name}", before=first))
         return PassResult(model, modified=True)
+
+    def _cast(self, weight: ir.Value, builder: GraphBuilder) -> None:
+        readers = tuple(weight.uses())
+        wide = builder.op("Cast", weight, to=int(self._to))
+        wide.shape, wide.type = weight.shape, ir.TensorType(self._to)
+        for node, port in readers:
+            node.replace_input_with(port, wide)
 
     def ensures(self, model: ir.Model) -> None:
         if left := next(_found(model.graph, self._from), None):
@@ -138,18 +147,22 @@ class Widen(Pass):
 
 
 def _found(graph: ir.Graph, dtype: ir.DataType) -> Iterator[str | None]:
-    """Names of what is in a dtype: values, numbers, and nodes that make them so."""
-    for value in _values(graph):
-        if dtype in (value.dtype, value.const_value.dtype if value.const_value is not None else None):
-            yield value.name
+    """Names of what is computed in a dtype: values, weights that are read as they are, and nodes that make them so."""
+    yield from (value.name for value in _values(graph) if value.dtype == dtype)
+    for weight in _weights(graph, dtype):
+        yield from (weight.name for node, _ in weight.uses() if node.op_type != "Cast")
     for node, name in _dtypes(graph):
         if node.attributes[name].as_int() == dtype:
             yield node.name
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from (*graph.inputs, *graph.initializers.values())
+    yield from graph.inputs
     yield from (value for node in graph for value in node.outputs)
+
+
+def _weights(graph: ir.Graph, dtype: ir.DataType) -> Iterator[ir.Value]:
+    return (value for value in graph.initializers.values() if value.const_value and value.const_value.dtype == dtype)
 
 
 def _dtypes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
@@ -163,12 +176,8 @@ def element_of(dtype: Dtype) -> ir.DataType:
     return ir.DataType[dtype.element.upper()]
 
 
-def _converted(tensor: ir.TensorProtocol, to: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(tensor.numpy().astype(to.numpy()), name=tensor.name)
-
-
 def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:
-    """Write `model` to `copy` after some passes, with all its numbers.
+    """Write `model` to `copy` after some passes: with all its numbers, or beside it, where they share them.
 
     Raises BundleError where the model is not what they need.
     """
@@ -176,8 +185,14 @@ def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:
         edited = Sequential(*edits)(load_onnx(model)).model
     except PassError as cause:
         raise BundleError(f"{model} is not as its manifest says: {cut(cause.__cause__)}", hint=AGAIN) from cause
-    ir.save(edited, copy, external_data=f"{copy.name}.data")
+    ir.save(edited, copy, external_data=None if copy.parent == model.parent else f"{copy.name}.data")
     return copy
+
+
+def widening(export: ExportConfig) -> list[Pass]:
+    """What makes a file that was exported so run where its dtype is not known; nothing where every runtime knows it."""
+    dtype = DTYPES[export.dtype]
+    return [Widen(dtype, dtype.widened)] if dtype.widened else []
 
 
 class ShareSpectra(Pass):

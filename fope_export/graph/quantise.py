@@ -43,7 +43,7 @@ class QuantiseWeights(Pass):
         super().__init__()
         self._kind, self._bits = kind, ir.DataType[QUANTIZATIONS[kind].element].bitwidth
         with _no_root_logger():
-            tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "cpu")
+            tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "run")
         config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self._bits)
         self._quantiser = tools.DefaultWeightOnlyQuantizer(config)
 
@@ -57,7 +57,7 @@ class QuantiseWeights(Pass):
             if (weight := linear_weight(node)) is not None:
                 self._replace(node, weight, builder)
         model.opset_imports[MICROSOFT] = 1
-        library = require("onnxruntime", "cpu")
+        library = require("onnxruntime", "run")
         model.metadata_props["fope.quantiser"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
         return PassResult(model, modified=True)
 

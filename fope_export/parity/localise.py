@@ -23,6 +23,7 @@ from fope_export.fope.replace import rotaries
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
+from fope_export.parity.copies import portable
 from fope_export.parity.judge import MEMBERS, Floats, Noise, over
 from fope_export.parity.yardstick import Yardstick
 
@@ -169,13 +170,10 @@ def _eager_outputs(model: nn.Module, run: Callable[[], object], values: dict[str
 
 def _bundle_outputs(bundle: Bundle, names: list[str], inputs: Mapping[str, NDArray[Any]]) -> Outputs:
     """The same values from the bundle's graph, through Polygraphy's runner."""
-    exact = bundle.manifest.export.calibrated
-    with (
-        runnable(bundle, exact=exact) as model,
-        G_LOGGER.verbosity(G_LOGGER.CRITICAL),
-        OnnxrtRunner(open_session(_with_outputs(model, names), data=model.parent)) as runner,
-    ):
-        return dict(runner.infer(dict(inputs), check_inputs=False))
+    with portable(bundle) as copied, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        model = runnable(copied)
+        with OnnxrtRunner(open_session(_with_outputs(model, names), data=model.parent)) as runner:
+            return dict(runner.infer(dict(inputs), check_inputs=False))
 
 
 def _with_outputs(model: Path, names: list[str]) -> bytes:

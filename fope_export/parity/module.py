@@ -20,9 +20,10 @@ from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BundleError, ParityError
 from fope_export.fope.replace import rotaries
 from fope_export.graph.module import Inputs, arguments, class_name, constant, state_hash
-from fope_export.graph.reading import check_graphs
-from fope_export.manifest import MANIFEST, ModuleRecord, Port
+from fope_export.manifest import MANIFEST, MODEL, ModuleRecord, Port, plain_file
+from fope_export.onnx_files import check_graphs
 from fope_export.parity.controls import CONTROLS, Control
+from fope_export.parity.copies import portable
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localise import different_rotations, different_tensors, divergence_of
 from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place, tested_by
@@ -133,6 +134,7 @@ def validate_module(
     total, broken = len(cases) + len(CONTROLS), ""
     judged: list[tuple[ModuleCase, list[CaseResult]]] = []
     columns: tuple[ColumnResult, ...] = ()
+    itself: list[CaseResult] = []
     choose("onnxruntime", read_machine(), bundle.manifest.export)
     try:
         graph = OrtGraph(bundle)
@@ -140,13 +142,14 @@ def validate_module(
             report(case.name, done, total)
             judged.append((case, _compare(case, yardstick, graph.run(_feeds(bundle, case)))))
         columns = tuple(_columns(judged, yardstick))
+        itself = _itself(bundle, yardstick, cases[0])
     except BackendError as error:
         broken = str(error)
     largest = max(cases, key=lambda case: case.length)
     report("controls", len(cases), total)
     controls = _controls(largest, yardstick)
     damaged = bundle.damaged() | _contradictions(bundle, record, single)
-    results = tuple(each for _, outputs in judged for each in outputs)
+    results = (*itself, *(each for _, outputs in judged for each in outputs))
     result = ParityResult(
         "onnxruntime", results, controls, damaged, broken, None, columns=columns,
         dtype=str(yardstick.dtype).removeprefix("torch."), tested=tested_by("onnxruntime", bundle)[:1],
@@ -243,6 +246,15 @@ def _compare(case: ModuleCase, yardstick: ModuleYardstick, got: Arrays) -> list[
         CaseResult(name, case.length, None, 1, len(rows(array)), look.judge(rows(array)), look.own)
         for name, array, look in zip(names, got, yardstick.looks(case), strict=True)
     ]
+
+
+def _itself(bundle: Bundle, yardstick: ModuleYardstick, case: ModuleCase) -> list[CaseResult]:
+    """A comparison of the portable file where ONNX Runtime runs a copy of it that was made at export."""
+    if plain_file(bundle.manifest.export) == MODEL:
+        return []
+    with portable(bundle) as copied:
+        graph = OrtGraph(copied)
+    return _compare(replace(case, name=f"{case.name}, {MODEL} itself"), yardstick, graph.run(_feeds(bundle, case)))
 
 
 def _columns(

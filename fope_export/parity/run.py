@@ -15,12 +15,13 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
-from fope_export.graph.reading import check_graphs
-from fope_export.manifest import MANIFEST
+from fope_export.manifest import MANIFEST, MODEL, plain_file
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
+from fope_export.onnx_files import check_graphs
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, FOLDED, Control
+from fope_export.parity.copies import exact, portable
 from fope_export.parity.extended import Reach, reach_of
 from fope_export.parity.judge import ColumnVerdict, Measure, Noise, Verdict, judge_columns
 from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
@@ -174,6 +175,7 @@ def validate(
             for which, tested in files.items():
                 found.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
         columns = [_columns(which, judged, judging) for which, judged in found.items()]
+        rounded += _itself(bundle, chosen, judging, reference)
     except BackendError as error:
         broken = str(error)
     judged = [each for of_file in zip(*found.values(), strict=False) for each in of_file]
@@ -215,11 +217,24 @@ def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
     return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
 
 
-def _files(bundle: Bundle, chosen: str) -> dict[str, Backend]:
+def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[str, Backend]:
     """What the cases are run on, by what it adds to their names: the first variant as it is, others unrounded."""
     first, *others = BACKENDS[chosen].variants_of(bundle)
-    found = {"": first.load(bundle, USUALLY)}
-    return found | {f", {each.name}": each.load(bundle, Settings(exact=True)) for each in others}
+    found = {"": first.load(bundle, settings)}
+    for each in others:
+        with exact(bundle, each.files(bundle)[0]) as copied:
+            found[f", {each.name}"] = each.load(copied, settings)
+    return found
+
+
+def _itself(bundle: Bundle, chosen: str, yardstick: Yardstick, case: Case) -> list[CaseResult]:
+    """A comparison of the portable file where the backend runs a copy of it that was made at export."""
+    row = BACKENDS[chosen]
+    if not row.widens or plain_file(bundle.manifest.export) == MODEL:
+        return []
+    with portable(bundle) as copied:
+        tested = row.variants[0].load(copied, USUALLY)
+    return [_compare(case, yardstick.look(case), tested, f"{case.name}, {MODEL} itself")]
 
 
 def _compare(case: Case, look: Look, tested: Backend, name: str) -> CaseResult:
@@ -277,7 +292,8 @@ def _round(
     if not first.exact:
         return [], rounding, tested
     compared = _compare(case, rounding.look(case), tested, f"{case.name}, inputs rounded")
-    return [replace(compared, rounded=True)], yardstick, first.load(bundle, Settings(exact=True))
+    with exact(bundle, plain_file(bundle.manifest.export)) as copied:
+        return [replace(compared, rounded=True)], yardstick, first.load(copied, USUALLY)
 
 
 def _refusals(

@@ -22,7 +22,7 @@ from fope_export.parity.cases import Case, prefill, standard_cases
 from fope_export.parity.controls import CONTROLS
 from fope_export.parity.judge import ColumnVerdict, Verdict, judge_columns
 from fope_export.parity.quantised import place_weights
-from fope_export.parity.run import SHORTEST_CONTROL, CaseResult, _refusals, _round, yardstick_of
+from fope_export.parity.run import SHORTEST_CONTROL, CaseResult, _files, _refusals, _round, yardstick_of
 from fope_export.parity.yardstick import Yardstick
 
 BACKEND = "onnxruntime"
@@ -103,10 +103,7 @@ class Bench:
                 place_weights(bundle, backend.model, arithmetic)
         cases = standard_cases(config, seed, lengths, BACKENDS[BACKEND].limits(bundle))
         reference = prefill(config, max(config.training_length, SHORTEST_CONTROL), seed)
-        portable, optimised = (
-            variant.load(bundle, Settings(threads=threads, exact=variant.name != FILES[0]))
-            for variant in BACKENDS[BACKEND].variants_of(bundle)
-        )
+        portable, optimised = _files(bundle, BACKEND, Settings(threads=threads)).values()
         rounded: list[CaseResult] = []
         yardstick = plain
         if exported.calibrated:

@@ -1,9 +1,11 @@
 """Every backend keeps the protocol's promises."""
 
 import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, BundleError, require
 from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
+from fope_export.manifest import plain_file
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
 from tests.support import same_function, tokens, truth_of
@@ -91,6 +94,16 @@ def test_a_graph_that_does_not_load_is_named(spoilable: Bundle) -> None:
     with pytest.raises(BackendError, match=r"model\.onnx") as caught:
         load_backend(spoilable, "onnxruntime")
     assert caught.value.hint
+
+
+def test_a_bundle_without_its_plain_file_is_told_apart(native: Path, tmp_path: Path) -> None:
+    """As an earlier version exported them."""
+    made = export(native, tmp_path / "out", ExportConfig(dtype="bf16"))
+    plain = plain_file(made.manifest.export)
+    old = {name: digest for name, digest in made.manifest.files.items() if name != plain}
+    bundle = replace(made, manifest=msgspec.structs.replace(made.manifest, files=old))
+    with pytest.raises(BackendError, match=r"an earlier version, which wrote no model\.float32\.onnx for .* bf16"):
+        load_backend(bundle)
 
 
 def test_the_torch_backend_needs_the_checkpoint(native: Path, bundle: Bundle, tmp_path: Path) -> None:

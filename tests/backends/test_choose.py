@@ -16,7 +16,7 @@ def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
     return Machine("Linux x86_64", "3.11", 2, gpus, dict.fromkeys(packages, "10.13"))
 
 
-FULL = machine("torch", "onnx", "onnxscript", "onnxruntime")
+FULL = machine("torch", "onnx", "onnxscript", "matplotlib", "polygraphy", "onnxruntime")
 EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", gpus=("NVIDIA H100",))
 BARE = machine("torch", "onnx", "onnxscript")
 
@@ -27,9 +27,11 @@ def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
     assert choose(None, machine("torch", "onnxruntime-gpu")) == "onnxruntime"
 
 
-@pytest.mark.parametrize("found", [BARE, replace(EVERYTHING, packages={"tensorrt": "10.13"})], ids=["bare", "GPU"])
+@pytest.mark.parametrize(
+    "found", [BARE, replace(EVERYTHING, packages={"torch": "2", "tensorrt": "10.13"})], ids=["bare", "GPU"]
+)
 def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
-    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[cpu\]'") as caught:
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[run\]'") as caught:
         choose(None, found)
     assert "`run` can also take --backend " in caught.value.hint and "torch" in caught.value.hint
 
@@ -67,8 +69,10 @@ def test_abilities_tell_old_versions_apart(version: str, portable: bool, static:
 
 
 def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
-    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[cpu\]'"):
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[run\]'"):
         choose("onnxruntime", BARE)
+    with pytest.raises(BackendError, match=r"torch cannot run here: torch not installed: .*fope-export\[export\]"):
+        choose("torch", machine("onnxruntime"))
     with pytest.raises(BackendError, match="no backend 'tensorflow'") as caught:
         choose("tensorflow", FULL)
     assert "onnxruntime, onnxruntime-cuda, tensorrt, torch" in caught.value.hint
@@ -77,8 +81,12 @@ def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
 def test_abilities_name_what_is_missing() -> None:
     assert not any(abilities(EVERYTHING).values())
     missing = abilities(machine("torch"))
-    assert missing["export a checkpoint"] == "onnx, onnxscript not installed"
+    assert missing["export a checkpoint"] == "onnx, onnxscript not installed: pip install 'fope-export[export]'"
     assert "onnxruntime" in missing["validate a bundle"]
+    for needed in ("torch", "polygraphy"):
+        packages = {name: version for name, version in FULL.packages.items() if name != needed}
+        told = abilities(replace(FULL, packages=packages))["validate a bundle"]
+        assert told == f"{needed} not installed: pip install 'fope-export[validate]'"
     reasons = abilities(replace(FULL, without_compiler="no CUDA compiler"))
     assert reasons["compile the TensorRT plugin"] == "no CUDA compiler"
     assert "fope-export[gpu]" in reasons["build for tensorrt"]

@@ -23,6 +23,7 @@ from fope_export.graph.export import export
 from fope_export.graph.optimise import optimise
 from fope_export.manifest import OPTIMISED
 from fope_export.model.checkpoint import source_of
+from fope_export.parity.copies import exact
 from fope_export.parity.run import validate
 from fope_export.sampling import Sampling
 from tests.conftest import small_decoder, write_native
@@ -265,9 +266,8 @@ def test_rounded_activations_cost_what_the_report_says(native: Path, tmp_path: P
         levels = {a.i for n in model.graph.node for a in n.attribute if a.name == "accuracy_level"}
         assert levels == ({4} if rounded else {1})
         ids = np.arange(1, 60)[None]
-        logits = [
-            backend.step(feeds_for(ids), backend.empty_cache(1))[0]
-            for backend in (OptimisedOrtBackend(made), OptimisedOrtBackend(made, exact=True))
-        ]
+        with exact(made, OPTIMISED) as copied:
+            backends = OptimisedOrtBackend(made), OptimisedOrtBackend(copied)
+        logits = [backend.step(feeds_for(ids), backend.empty_cache(1))[0] for backend in backends]
         assert (np.abs(logits[0] - logits[1]).max() > 1e-4) == rounded
         assert validate(made, lengths=(7,)).passed

@@ -10,7 +10,8 @@ import pytest
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.errors import BundleError
-from fope_export.graph.reading import check_graphs, load_onnx, read_onnx
+from fope_export.graph.reading import load_onnx, read_onnx
+from fope_export.onnx_files import check_graphs
 
 Spoil = Callable[[Path], object]
 

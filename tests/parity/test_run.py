@@ -120,7 +120,10 @@ def test_half_precision_hides_no_wrong_padding(dtype: str, cache: CacheName, nat
     found = validate(made, lengths=(64,))
     assert not found.passed and found.place and found.place.divergence
     assert found.place.divergence.module == "layers.1.attention.rotary"
+    assert sorted(found.damaged) == ["model.onnx"]
     wide = dtype == "bf16"  # ONNX Runtime computes it in float32, and so does what it is held against
+    failed = [case.name for case in found.cases if not case.verdict.passed]
+    assert ("prefill 64" in failed) != wide and ("prefill 64, model.onnx itself" in failed) == wide
     assert found.dtype == ("float32" if wide else "float16")
     assert found.controls[-1].skipped == ("" if wide else "the model itself is in half precision")
 
