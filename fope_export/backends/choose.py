@@ -204,8 +204,8 @@ def _trt_limits(bundle: Bundle) -> "Limits":
 
 
 def _graph(name: str, bundle: Bundle) -> tuple[str, ...]:
-    """An ONNX file, and the one with its weights where there is one."""
-    return name, *(each for each in bundle.manifest.files if each == f"{MODEL}.data")
+    """An ONNX file, and those with its weights."""
+    return name, *(each for each in bundle.manifest.files if each in {f"{name}.data", f"{MODEL}.data"})
 
 
 def _portable(bundle: Bundle) -> tuple[str, ...]:

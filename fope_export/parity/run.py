@@ -187,10 +187,8 @@ def validate(
         chosen, (*folding, *rounded, *(each for _, each in judged)), controls, damaged, broken, None, cost, reach,
         BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
     )  # fmt: skip
-    if result.passed:
-        return result
     searched = [] if broken else _failing(judged) or [reference]
-    return replace(result, place=_place(bundle, model, yardstick, searched, cost))
+    return result if result.passed else replace(result, place=_place(bundle, model, yardstick, searched, cost))
 
 
 def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
