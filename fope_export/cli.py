@@ -121,7 +121,7 @@ def _optimize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument(
         "--int8-activations", action=argparse.BooleanOptionalAction, default=True,
-        help="round activations too where weights are quantised: several times faster",
+        help="round activations too where weights are quantized: several times faster",
     )  # fmt: skip
     _lock(sub)
 

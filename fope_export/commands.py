@@ -90,20 +90,20 @@ def export(args: argparse.Namespace) -> int:
 
 
 def optimize(args: argparse.Namespace) -> int:
-    """Bundle to optimised bundle."""
+    """Bundle to optimized bundle."""
     from fope_export.bundle import Bundle
-    from fope_export.graph.optimise import optimise
-    from fope_export.manifest import OPTIMISED
+    from fope_export.graph.optimize import optimize
+    from fope_export.manifest import OPTIMIZED
     from fope_export.terminal import RESULTS, waiting
 
     with waiting("optimizing"):
-        bundle = optimise(
+        bundle = optimize(
             Bundle.open(args.bundle), int8_activations=args.int8_activations, lock_timeout=args.lock_timeout
         )
     if args.json:
-        _print_json({"bundle": str(bundle.path), "file": OPTIMISED})
+        _print_json({"bundle": str(bundle.path), "file": OPTIMIZED})
     else:
-        RESULTS.print(f"{bundle.path / OPTIMISED}: the weights stay in model.onnx.data", markup=False)
+        RESULTS.print(f"{bundle.path / OPTIMIZED}: the weights stay in model.onnx.data", markup=False)
         RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
     return PASSED
 
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     with waiting("loading"):
         bundle = Bundle.open(args.bundle)
         check_graphs(bundle)
-        settings = Settings(optimised=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
+        settings = Settings(optimized=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
         backend = load_backend(bundle, args.backend, settings)
     ends = bundle.manifest.decoder().ends
     if args.prompt_ids:

@@ -14,7 +14,7 @@ from fope_export.errors import BundleError, ConfigError, DocumentError, cut
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
-OPTIMISED = "model.cpu.onnx"
+OPTIMIZED = "model.cpu.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
 KEPT = "logits_to_keep"
 """Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it

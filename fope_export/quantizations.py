@@ -67,7 +67,7 @@ class Quantization:
         return self.dtypes is None or dtype in [row.name for row in self.dtypes]
 
 
-_blocks = partial(Quantization, home="fope_export.graph.quantise", dtypes=(FP32, FP16), blocked=False)
+_blocks = partial(Quantization, home="fope_export.graph.quantize", dtypes=(FP32, FP16), blocked=False)
 _qdq = partial(
     Quantization, home="fope_export.graph.qdq", since=(Since((1, 32), FP16), Since((1, 24), None)), engines=True
 )

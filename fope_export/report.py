@@ -145,7 +145,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             for each in result.columns
         ],
         "controls": controls,
-        "quantisation": _cost_record(result),
+        "quantization": _cost_record(result),
         "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
         "broken": encodable(result.broken) or None,
@@ -247,7 +247,7 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     checks += [(f"every column: {c.name}", _why(c.verdict, labels)) for c in result.columns]
     checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
     if result.cost:
-        checks += [(f"quantisation: {result.cost.kind}", "; ".join(result.cost.failed))]
+        checks += [(f"quantization: {result.cost.kind}", "; ".join(result.cost.failed))]
     checks += [("backend", result.broken)]
     checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
     failures = sum(bool(reason) for _, reason in checks)
@@ -283,14 +283,14 @@ def _cost_record(result: ParityResult) -> dict[str, Any] | None:
 
 
 def cost_line(result: ParityResult) -> str:
-    """What quantisation costs, in words; empty where there is none."""
+    """What quantization costs, in words; empty where there is none."""
     if (cost := result.cost) is None:
         return ""
     kl = f"mean KL divergence {short(cost.kl)} nats"
     if cost.growth is None:
         return f"{cost.what}: {kl} on {cost.tokens:,} random tokens"
     return (
-        f"{cost.what}: perplexity {cost.perplexity:.4f} becomes {cost.quantised:.4f} ({cost.growth:+.2%}, "
+        f"{cost.what}: perplexity {cost.perplexity:.4f} becomes {cost.quantized:.4f} ({cost.growth:+.2%}, "
         f"allowed {cost.limit:+.1%}), {kl}, on {cost.tokens:,} bytes of held-out Python"
     )
 
@@ -321,8 +321,8 @@ def _without_place(result: ParityResult) -> str:
     if not failed and all(each.verdict.passed for each in result.columns):
         return ""
     agree = "On whole sequences every module of model.onnx is as close to float64 as rounding explains"
-    if failed and all(case.name.endswith(", optimised") for case in failed):
-        return f"{agree}: the fault lies in the optimised file."
+    if failed and all(case.name.endswith(", optimized") for case in failed):
+        return f"{agree}: the fault lies in the optimized file."
     if failed and all(case.steps > 1 for case in failed):
         return f"{agree}: the fault lies in how the graph uses its cache."
     return f"{agree}: no layer can be named."

@@ -24,7 +24,7 @@ class Sampling(Checked, frozen=True, kw_only=True):
     """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal prompts equal
     texts.
 
-    In this order: `logit_bias` is added, repetition, frequency and presence are penalised, the temperature divides, and
+    In this order: `logit_bias` is added, repetition, frequency and presence are penalized, the temperature divides, and
     `top_k`, `top_p` and `min_p` leave tokens out.
     """
 

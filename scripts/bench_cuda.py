@@ -25,7 +25,7 @@ from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.parity.cases import Case, save_inputs
 from fope_export.parity.run import ParityResult, validate
 from fope_export.report import parity_record, write_parity
@@ -37,7 +37,7 @@ HALF = ExportConfig(dtype="fp16")
 
 
 def exported(checkpoint: Path, out: Path) -> Bundle:
-    return optimise(export(checkpoint, out, HALF))
+    return optimize(export(checkpoint, out, HALF))
 
 
 def validated(bundle: Bundle, **options: Any) -> ParityResult:

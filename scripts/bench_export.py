@@ -5,7 +5,7 @@ and against itself with its padding folded).
     scripts/bench_export.py                  the paper's 60M shape; writes scripts/results/bench_export.json
     scripts/bench_export.py --shape 180M --out FILE
 
-Weights are random. ONNX Runtime has the optimised file, and all compute the logits of the last position only; prompts
+Weights are random. ONNX Runtime has the optimized file, and all compute the logits of the last position only; prompts
 of 2048 tokens are fed at once, and in chunks as `fope-export run` does. All backends run in turn within each
 round, and ratios are medians over all rounds. A process keeps the memory it was given, and some is faster than other,
 so the rounds are spread over several sittings: fresh processes, in which the backends are made in turning order.
@@ -39,7 +39,7 @@ from fope_export.benchmark.rounds import in_turn, medians, ratio
 from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.generation import prefill
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
 
 DECODED = 24
@@ -158,7 +158,7 @@ def main() -> None:
         timed_export(folder / "fope", folder / "folded-bundle", "--fold-padding")
         exports = [timed_export(folder / "fope", folder / "fope-bundle") for _ in range(args.exports)]
         for kind in ("fope", "rope", "folded"):
-            optimise(Bundle.open(folder / f"{kind}-bundle"))
+            optimize(Bundle.open(folder / f"{kind}-bundle"))
         pooled: dict[str, dict[str, list[float]]] = {}
         for turn in range(args.sittings):
             status.update(f"sitting {turn + 1} of {args.sittings}")

@@ -4,7 +4,7 @@
     scripts/bench_long.py                    131,072 tokens; writes scripts/results/bench_long.json (5 minutes)
     scripts/bench_long.py --length 16384 --chunk 512
 
-The file is the optimised one, which writes its cache in place: the portable one's grows in every step by slightly
+The file is the optimized one, which writes its cache in place: the portable one's grows in every step by slightly
 larger blocks than the last step freed, and takes 1.7 times the bound at 16,384 tokens. What is counted is the peak
 above what the process held before the prompt. The bound is what must be there: the cache, and for attention over one
 chunk a score for each head, new token and slot, as much for its softmax, and the mask. Where both fit, a prompt fed
@@ -23,15 +23,15 @@ import msgspec
 import numpy as np
 
 from fope_export.backends.choose import read_machine
-from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimisedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import shipped
 from fope_export.generation import prefill
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
-from fope_export.manifest import OPTIMISED
+from fope_export.graph.optimize import optimize
+from fope_export.manifest import OPTIMIZED
 
 RESULTS = Path(__file__).parent / "results"
 BOTH_FIT = 8192
@@ -86,7 +86,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.length, args.chunk)))
         return
     with tempfile.TemporaryDirectory() as name:
-        optimise(export(shipped("fope"), Path(name) / "out"))
+        optimize(export(shipped("fope"), Path(name) / "out"))
         sizes = ["--length", str(args.length), "--chunk", str(args.chunk)]
         command = [sys.executable, __file__, "--measure", f"{name}/out", *sizes]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def main() -> None:
     if not found["finite"] or found["largest_difference_from_whole"] > SAME:
         raise SystemExit("chunks give other logits than the whole")
     machine = msgspec.to_builtins(read_machine())
-    record = {"machine": machine, "file": OPTIMISED, "tokens": args.length, "chunk": args.chunk} | found
+    record = {"machine": machine, "file": OPTIMIZED, "tokens": args.length, "chunk": args.chunk} | found
     args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

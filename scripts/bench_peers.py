@@ -20,7 +20,7 @@ from fope_export.benchmark.run import BenchConfig, benchmark
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
 from fope_export.terminal import RESULTS, Stages, stages
@@ -32,7 +32,7 @@ KINDS = {"none": ExportConfig(), "int4": ExportConfig(quantize="int4")}
 def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
     """One bundle: exported, validated, timed."""
     stage("exporting")
-    bundle = optimise(export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind]))
+    bundle = optimize(export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind]))
     stage("validating")
     parity = validate(bundle, lengths=(1, 64))
     bundle = write_parity(bundle, parity)

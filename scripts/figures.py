@@ -37,15 +37,15 @@ TABLE = {
     "none": {
         "torch.compile": "torch.compile",
         "portable file": "onnxruntime",
-        "**optimised file**": OURS,
-        "**optimised file in GenAI**": "genai",
-        "RoPE twin, optimised file": f"{OURS}, RoPE twin",
+        "**optimized file**": OURS,
+        "**optimized file in GenAI**": "genai",
+        "RoPE twin, optimized file": f"{OURS}, RoPE twin",
         "RoPE twin, GenAI": "genai fp32",
         "RoPE twin, Optimum": "optimum fp32",
     },
     "int4": {
-        "**optimised file, int4**": OURS,
-        "**optimised file in GenAI, int4**": "genai",
+        "**optimized file, int4**": OURS,
+        "**optimized file in GenAI, int4**": "genai",
         "RoPE twin, GenAI int4": "genai int4",
     },
 }

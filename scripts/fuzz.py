@@ -33,7 +33,7 @@ REAL = 20
 CACHES = ("home/.cache/", "tmp/.ses")
 """Where libraries keep what they know of the machine, whatever the input: fonts, ONNX Runtime's id of the device."""
 IMPORTED = (
-    "fope_export.cli", "fope_export.commands", "fope_export.graph.export", "fope_export.graph.optimise",
+    "fope_export.cli", "fope_export.commands", "fope_export.graph.export", "fope_export.graph.optimize",
     "fope_export.inspection", "fope_export.parity.run", "fope_export.report", "fope_export.generation",
     "fope_export.engine.build", "fope_export.terminal", "fope_export.tokens", "onnxruntime",
 )  # fmt: skip

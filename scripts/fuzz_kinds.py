@@ -178,7 +178,7 @@ STRANGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sparse": lambda t: t.reshape(t.shape[0], -1).to_sparse(),
     "compressed": lambda t: t.reshape(t.shape[0], -1).to_sparse_csr(),
     "nested": lambda t: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
     "complex": lambda t: t.to(torch.complex64),
     "booleans": lambda t: t > 0,
     "integers": lambda t: t.int(),

@@ -39,7 +39,7 @@ from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, complete, sha256
 from fope_export.cli import main
 from fope_export.errors import BackendError, BundleError, ConfigError
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import load_checkpoint, source_of
 from fope_export.parity.run import validate
@@ -57,7 +57,7 @@ def away_of(entry: Entry) -> float:
 
 @pytest.fixture(scope="module")
 def green(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    copy = optimise(Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("green") / "bundle")))
+    copy = optimize(Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("green") / "bundle")))
     return write_parity(copy, validate(copy, lengths=(1, 64)))
 
 
@@ -90,7 +90,7 @@ def test_every_variant_of_a_backend_is_a_contender_of_its_own() -> None:
     rows = {name: (row.backend, row.variant) for name, row in CONTENDERS.items() if row.backend and not row.twin}
     wanted = {(name, each.name) for name, row in BACKENDS.items() for each in row.variants if name != EAGER}
     assert {*rows.values()} == wanted
-    assert [rows["onnxruntime"], rows[OURS]] == [("onnxruntime", "portable"), ("onnxruntime", "optimised")]
+    assert [rows["onnxruntime"], rows[OURS]] == [("onnxruntime", "portable"), ("onnxruntime", "optimized")]
 
 
 def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:

@@ -21,14 +21,14 @@ import pytest
 from fope_export import bundle as module
 from fope_export import place
 from fope_export.backends.choose import load_backend
-from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimisedOrtBackend
 from fope_export.bundle import Bundle, creating, sha256
 from fope_export.errors import BundleError
 from fope_export.graph import export as exporter
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.inspection import inspect
-from fope_export.manifest import MANIFEST, OPTIMISED
+from fope_export.manifest import MANIFEST, OPTIMIZED
 
 
 def test_the_manifest_lists_every_file(bundle: Bundle) -> None:
@@ -269,8 +269,8 @@ def test_links_are_followed_and_never_written_through(spoilable: Bundle, tmp_pat
     before = {path.name: path.read_bytes() for path in blobs.iterdir()}
     assert load_backend(spoilable).vocab_size == 256
     assert "nodes" in inspect(spoilable.path / "model.onnx")
-    made = optimise(Bundle.open(spoilable.path))
-    assert not (made.path / OPTIMISED).is_symlink() and not (made.path / MANIFEST).is_symlink()
+    made = optimize(Bundle.open(spoilable.path))
+    assert not (made.path / OPTIMIZED).is_symlink() and not (made.path / MANIFEST).is_symlink()
     assert OptimisedOrtBackend(Bundle.open(made.path)).vocab_size == 256
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
     (made.path / "reports").symlink_to(blobs)

@@ -29,7 +29,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         monkeypatch.setattr(module, "pool", lambda role: (TINY,))
     monkeypatch.setattr(runs, "PASSES", ((("float32", 0),),))
     monkeypatch.setattr(runs, "SEEDS", (range(1),))
-    for module, chosen in ((power, ("count 0", "float32", "optimised")), (places, "count 0")):
+    for module, chosen in ((power, ("count 0", "float32", "optimized")), (places, "count 0")):
         monkeypatch.setattr(module, "MODELS", (chosen,))
         monkeypatch.setattr(module, "SEEDS", 1)
     wanted = ("a row of lm_head", "positions +1 in one decoding step")
@@ -66,8 +66,8 @@ def test_it_goes_on_where_it_stopped(
     assert [line["file"] for line in judged] == [*runs.FILES] * 2
     assert all(not line["failed"] and 0 < line["ratios"]["rms"] < 2.5 for line in judged)
     plain = validate(tmp_path / "work/count 0, float32", seed=0)
-    for which, columns, recorded in zip(("", ", optimised"), plain.columns, judged, strict=False):
-        same = [case.verdict for case in plain.cases if case.name.endswith("optimised") == bool(which)]
+    for which, columns, recorded in zip(("", ", optimized"), plain.columns, judged, strict=False):
+        same = [case.verdict for case in plain.cases if case.name.endswith("optimized") == bool(which)]
         wanted = {name: max(verdict.ratios[name] for verdict in same) for name in same[0].ratios}
         assert recorded["ratios"] == pytest.approx(wanted | {"column": columns.verdict.ratio}, rel=6e-3)
     tried = [line for line in found if "power" in line]

@@ -23,9 +23,9 @@ from fope_export.fope import contract, reference
 from fope_export.fope.folding import folding_of
 from fope_export.fope.rotary import FopeRotary, rotary, rotated
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.parity.localise import different_rotations
+from fope_export.parity.localize import different_rotations
 from tests.fields import OTHERS, Changes, Render, Results, changed, forgetting, held
 from tests.fope.rotations import make
 from tests.graph.one_call import model_of_one_call, run
@@ -114,20 +114,20 @@ def half(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("setting", contract.SETTINGS)
-def test_the_optimised_graph_follows_every_field(setting: str, half: Bundle, tmp_path: Path) -> None:
-    def logits(changes: Changes, *, optimised: bool) -> Results:
+def test_the_optimized_graph_follows_every_field(setting: str, half: Bundle, tmp_path: Path) -> None:
+    def logits(changes: Changes, *, optimized: bool) -> Results:
         folder = tmp_path / f"{len([*tmp_path.iterdir()])}"
         bundle = Bundle.open(shutil.copytree(half.path, folder))
         say(bundle, changes)
-        backend = load_backend(optimise(bundle) if optimised else bundle, settings=Settings(optimised=optimised))
+        backend = load_backend(optimize(bundle) if optimized else bundle, settings=Settings(optimized=optimized))
         feeds = feeds_for(np.arange(1, 41)[None])
         return [backend.step(feeds, backend.empty_cache(1))[0]]
 
     def render(changes: Changes) -> Results:
-        return logits(changes, optimised=True)
+        return logits(changes, optimized=True)
 
     def truth(changes: Changes) -> Results:
-        return logits(changes, optimised=False)
+        return logits(changes, optimized=False)
 
     held(setting, render, truth)
     with pytest.raises(AssertionError, match=setting):
@@ -152,7 +152,7 @@ def say(bundle: Bundle, changes: Changes) -> None:
 
 
 @pytest.mark.parametrize("setting", contract.SETTINGS)
-def test_localisation_compares_every_field(
+def test_localization_compares_every_field(
     setting: str, half: Bundle, native: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_checkpoint(native).model

@@ -13,7 +13,7 @@ import fope_export
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 
 ROOT = Path(__file__).parent.parent
 EXPORTER = {"torch", "onnx", "onnx_ir", "onnxscript", "sympy", "safetensors", "matplotlib", "polygraphy"}
@@ -100,12 +100,12 @@ def test_the_doctor_and_inspect_need_no_extra(bundle: Bundle) -> None:
         assert done.returncode == 0 and done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_bundle_runs_without_the_exporter(optimised: bool, dtype: str, native: Path, tmp_path: Path) -> None:
+def test_a_bundle_runs_without_the_exporter(optimized: bool, dtype: str, native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype))
-    if optimised:
-        optimise(made)
+    if optimized:
+        optimize(made)
     done = without(EXPORTER, "run", str(made.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "3")
     assert done.returncode == 0 and done.stdout.count(",") == 2, done.stderr
 

@@ -15,7 +15,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.sampling import Sampling
 from fope_export.tokens import Text
 from tests.support import answers
@@ -32,8 +32,8 @@ KINDS = {
     "fp16": ExportConfig(dtype="fp16"),
     "int4": ExportConfig(quantize="int4"),
     "folded": ExportConfig(fold_padding=True),
-    "optimised": ExportConfig(),
-    "optimised int4": ExportConfig(quantize="int4"),
+    "optimized": ExportConfig(),
+    "optimized int4": ExportConfig(quantize="int4"),
 }
 STATIC = {"static": ExportConfig(cache="static", capacity=200)}
 Rows = list[list[int]]
@@ -45,7 +45,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """The shipped model, exported in every way."""
     folder = tmp_path_factory.mktemp("peers")
     made = {kind: export(shipped("fope"), folder / kind, config) for kind, config in (KINDS | STATIC).items()}
-    return made | {kind: optimise(made[kind]) for kind in KINDS if kind.startswith("optimised")}
+    return made | {kind: optimize(made[kind]) for kind in KINDS if kind.startswith("optimized")}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_genai_gives_our_tokens(kind: str, bundles: dict[str, Bundle]) -> None:
     check(bundles[kind], in_genai)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "optimised int4"])  # it takes the portable file
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "optimized int4"])  # it takes the portable file
 def test_optimum_gives_our_tokens(kind: str, bundles: dict[str, Bundle]) -> None:
     check(bundles[kind], in_optimum)
 

@@ -1,4 +1,4 @@
-"""The tables of quantisations and dtypes: no other file knows a row, and a new row goes through every stage."""
+"""The tables of quantizations and dtypes: no other file knows a row, and a new row goes through every stage."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def test_a_home_has_what_every_way_has(name: str) -> None:
     assert all(callable(getattr(home, part)) for part in ("write", "read", "exact", "fast"))
 
 
-@pytest.mark.parametrize("kind", ["quantisation", "dtype", "backend"])
+@pytest.mark.parametrize("kind", ["quantization", "dtype", "backend"])
 def test_a_new_row_goes_through_every_stage(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.toys", kind, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -12,7 +12,7 @@ import pytest
 from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 
 FOLDER = os.environ.get("FOPE_EXPORT_RUNTIME")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="needs scripts/venv runtime")
@@ -35,14 +35,14 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([RUNTIME / "bin/python", *arguments], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("optimised", [False, True], ids=["portable", "optimised"])
+@pytest.mark.parametrize("optimized", [False, True], ids=["portable", "optimized"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_bundle_writes_what_it_writes_here(
-    dtype: str, optimised: bool, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: str, optimized: bool, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype))
-    if optimised:
-        optimise(made)
+    if optimized:
+        optimize(made)
     command = ["run", str(made.path), "--prompt", "def main(", "--max-new-tokens", "8", "--json"]
     assert main(command) == 0
     done = python(tmp_path, "-c", PROGRAM, *command)

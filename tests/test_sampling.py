@@ -135,7 +135,7 @@ def test_penalties_and_biases_change_the_logits(options: dict[str, Any], wanted:
     assert sample(logits[None], [draw]) == [int(np.argmax(wanted))]
 
 
-def test_a_prompt_and_its_answer_are_what_generation_penalises() -> None:
+def test_a_prompt_and_its_answer_are_what_generation_penalizes() -> None:
     """A model that always gives the first tokens the largest logits: what came before is left out."""
     backend = Forgetful(lambda feeds: np.broadcast_to(np.arange(9.0, 0, -1), (*feeds.input_ids.shape, 9)), 9)
 

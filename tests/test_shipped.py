@@ -47,7 +47,7 @@ def test_the_exported_model_has_learned_python(shipped_bundle: Bundle) -> None:
     assert loss_by_length(load_backend(shipped_bundle), text, [trained])[trained] < 1.2
 
 
-def test_it_writes_recognisable_python(shipped_bundle: Bundle) -> None:
+def test_it_writes_recognizable_python(shipped_bundle: Bundle) -> None:
     options = Sampling(max_new_tokens=300, temperature=0.5, seed=0)
     pieces = complete(load_backend(shipped_bundle), Text(shipped_bundle.path), ["class Reader:\n    def "], options)
     written = "class Reader:\n    def " + "".join(piece for _, piece in pieces)

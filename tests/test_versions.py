@@ -12,7 +12,7 @@ from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
 from fope_export.generation import generate
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.parity.run import validate
 from fope_export.sampling import Sampling
 
@@ -46,8 +46,8 @@ def test_every_kind_of_bundle_runs_or_is_refused_by_name(kind: str, native: Path
         assert str(caught.value) == reason
 
 
-def test_the_portable_and_the_optimised_file_write_what_pytorch_writes(spoilable: Bundle) -> None:
+def test_the_portable_and_the_optimized_file_write_what_pytorch_writes(spoilable: Bundle) -> None:
     wanted, portable = written(spoilable, "torch"), written(spoilable)
-    made = optimise(spoilable)
+    made = optimize(spoilable)
     assert portable == written(made) == wanted
     assert validate(made, lengths=(7,)).passed

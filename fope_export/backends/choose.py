@@ -18,7 +18,7 @@ from fope_export.engine import compile
 from fope_export.engine.api import LIBRARIES
 from fope_export.engine.record import BUILD_IT, plan_name, records
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, OPTIMISED, plain_file
+from fope_export.manifest import MODEL, OPTIMIZED, plain_file
 from fope_export.processes import output
 
 if TYPE_CHECKING:  # the doctor has no NumPy
@@ -106,7 +106,7 @@ def _gpus() -> tuple[str, ...]:
 class Settings:
     """How a backend is to run."""
 
-    optimised: bool = True
+    optimized: bool = True
     """With what `fope-export optimize` wrote, where the bundle has it."""
     threads: int = 0
     """For one operator; 0 leaves it to the backend."""
@@ -127,7 +127,7 @@ class Variant:
     """Names of the bundle's files that it runs; the first is what it loads."""
     refusal: Callable[[Bundle], BackendError | None] = lambda bundle: None
     """Why a bundle cannot be run so, or nothing."""
-    optimised: bool = False
+    optimized: bool = False
     """Whether it runs what `fope-export optimize` wrote."""
     exact: bool = False
     """Whether it loads a copy of its file that leaves out the rounding of what linear layers read."""
@@ -157,11 +157,11 @@ class Row:
         """Those that the bundle can be run in."""
         return tuple(each for each in self.variants if each.refusal(bundle) is None)
 
-    def variant(self, bundle: Bundle, name: str = "", *, optimised: bool = True) -> Variant:
+    def variant(self, bundle: Bundle, name: str = "", *, optimized: bool = True) -> Variant:
         """The one called `name`; else the last that the bundle can be run in, or the first, of those that run no
-        optimised file. Raises BackendError with the reason where there is none.
+        optimized file. Raises BackendError with the reason where there is none.
         """
-        asked = [each for each in self.variants if name in ("", each.name) and (optimised or not each.optimised)]
+        asked = [each for each in self.variants if name in ("", each.name) and (optimized or not each.optimized)]
         chosen, refusal = (
             None,
             BackendError(
@@ -169,7 +169,7 @@ class Row:
                 hint="Leave --no-optimized out, or choose another --backend.",
             ),
         )
-        for each in asked if optimised else reversed(asked):
+        for each in asked if optimized else reversed(asked):
             if reason := each.refusal(bundle):
                 refusal = reason
             else:
@@ -191,8 +191,8 @@ def _load_ort(bundle: Bundle, settings: Settings) -> "Backend":
     return OrtBackend(bundle, threads=settings.threads)
 
 
-def _load_ort_optimised(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimised import OptimisedOrtBackend
+def _load_ort_optimized(bundle: Bundle, settings: Settings) -> "Backend":
+    from fope_export.backends.ort_optimized import OptimisedOrtBackend
 
     return OptimisedOrtBackend(bundle, threads=settings.threads)
 
@@ -216,18 +216,18 @@ def _engine(bundle: Bundle) -> tuple[str, ...]:
     return tuple(plan_name(record.target) for record in records(bundle)[-1:])
 
 
-def _without_optimised(bundle: Bundle) -> BackendError | None:
-    if OPTIMISED in bundle.manifest.files:
+def _without_optimized(bundle: Bundle) -> BackendError | None:
+    if OPTIMIZED in bundle.manifest.files:
         return None
-    return BackendError(f"{bundle.path} has no optimised file", hint="Make it with `fope-export optimize`.")
+    return BackendError(f"{bundle.path} has no optimized file", hint="Make it with `fope-export optimize`.")
 
 
 def _without_half(bundle: Bundle) -> BackendError | None:
     taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
-    if OPTIMISED in bundle.manifest.files and DTYPES[bundle.manifest.export.dtype] in taken:
+    if OPTIMIZED in bundle.manifest.files and DTYPES[bundle.manifest.export.dtype] in taken:
         return None
     return BackendError(
-        f"{bundle.path} has no optimised file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
+        f"{bundle.path} has no optimized file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
         "ONNX Runtime's attention takes on a GPU",
         hint=f"fope-export export --dtype {either(taken)}, then fope-export optimize.",
     )
@@ -241,7 +241,7 @@ def _without_engine(bundle: Bundle) -> BackendError | None:
 
 
 def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimised import OptimisedOrtBackend
+    from fope_export.backends.ort_optimized import OptimisedOrtBackend
 
     return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
@@ -296,11 +296,11 @@ BACKENDS: dict[str, Row] = {
         (
             Variant("portable", _load_ort, _portable, exact=True),
             Variant(
-                "optimised",
-                _load_ort_optimised,
-                partial(_graph, OPTIMISED),
-                _without_optimised,
-                optimised=True,
+                "optimized",
+                _load_ort_optimized,
+                partial(_graph, OPTIMIZED),
+                _without_optimized,
+                optimized=True,
                 exact=True,
             ),
         ),
@@ -309,9 +309,9 @@ BACKENDS: dict[str, Row] = {
         widens=True,
     ),
     "onnxruntime-cuda": Row(
-        "its optimised file in ONNX Runtime on a GPU",
+        "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
-        (Variant("optimised", _load_ort_cuda, partial(_graph, OPTIMISED), _without_half, optimised=True),),
+        (Variant("optimized", _load_ort_cuda, partial(_graph, OPTIMIZED), _without_half, optimized=True),),
     ),
     "tensorrt": Row(
         "its engine in TensorRT on a GPU",
@@ -373,4 +373,4 @@ def load_backend(
     Raises BackendError when it cannot run here, has no such variant of the bundle, or does not load it.
     """
     row = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)]
-    return row.variant(bundle, variant, optimised=settings.optimised).load(bundle, settings)
+    return row.variant(bundle, variant, optimized=settings.optimized).load(bundle, settings)

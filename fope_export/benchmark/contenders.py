@@ -116,7 +116,7 @@ def _compiled(cuda_graph: bool, job: Job) -> Loaded:
 def _model(job: Job) -> Any:
     """The checkpoint's decoder as the bundle has it, dtype, spectrum and rounded weights included; or the twin's."""
     from fope_export.model.checkpoint import load_checkpoint, source_of
-    from fope_export.parity.quantised import place_weights
+    from fope_export.parity.quantized import place_weights
 
     if job.contender == TWIN:
         return load_checkpoint(job.twin).model.to(job.device)
@@ -173,10 +173,10 @@ def _read_by_a_token(config: ModelConfig, weights: int, width: int) -> int:
 
 def _export_ours(job: Job) -> None:
     from fope_export.graph.export import export
-    from fope_export.graph.optimise import optimise
+    from fope_export.graph.optimize import optimize
 
     like = Bundle.open(job.bundle, verify=False).manifest.export
-    optimise(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize)))
+    optimize(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize)))
 
 
 def _build_genai(precision: str, job: Job) -> None:
@@ -248,7 +248,7 @@ CONTENDERS: dict[str, Row] = {
     ),
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds=FP32.name),
     f"{OURS}, RoPE twin": replace(
-        OF_BACKENDS[OURS], what="the twin, exported and optimised as the bundle was", peer="any", twin=True,
+        OF_BACKENDS[OURS], what="the twin, exported and optimized as the bundle was", peer="any", twin=True,
         prepare=_export_ours,
     ),
     "genai": Row("the bundle in ONNX Runtime GenAI", _genai_ours, _without("onnxruntime-genai"), "genai"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fope_export.config import SpectrumConfig
 from fope_export.errors import ConfigError
 from fope_export.fope import contract, frequencies
-from fope_export.fope.initialise import initial_coefficients
+from fope_export.fope.initialize import initial_coefficients
 from fope_export.fope.spectrum import Spectrum
 
 
@@ -168,7 +168,7 @@ class FopeRotary(nn.Module):
 
     @property
     def spectrum(self) -> Spectrum:
-        """The canonical spectrum it stands for now, normalisation applied; a copy of the numbers."""
+        """The canonical spectrum it stands for now, normalization applied; a copy of the numbers."""
         return Spectrum(self.config, *(t.detach().cpu().numpy().copy() for t in (self.freq, *self._coefficients())))
 
     def _coefficients(self) -> tuple[Tensor, Tensor]:

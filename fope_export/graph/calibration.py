@@ -39,7 +39,7 @@ class Ranges(NamedTuple):
 
 
 def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str, Ranges]:
-    """The ranges of every linear layer that Model Optimizer would quantise, by name; `windows` are token ids [N, S].
+    """The ranges of every linear layer that Model Optimizer would quantize, by name; `windows` are token ids [N, S].
 
     They are measured in float32 on a copy of `model`, one window at a time.
 
@@ -65,7 +65,7 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
 
 
 def _ranges(layer: Any) -> Ranges | None:
-    """What a layer's quantisers saw; None where they are switched off, or where there are none."""
+    """What a layer's quantizers saw; None where they are switched off, or where there are none."""
     inputs, weight = (getattr(getattr(layer, f"{port}_quantizer", None), "amax", None) for port in ("input", "weight"))
     if inputs is None or weight is None:
         return None

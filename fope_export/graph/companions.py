@@ -10,7 +10,7 @@ import msgspec
 from fope_export.config import ExportConfig, ModelConfig, as_written, usual_length
 from fope_export.documents import LISTING, as_record, read_object
 from fope_export.errors import CheckpointError
-from fope_export.manifest import MODEL, OPTIMISED
+from fope_export.manifest import MODEL, OPTIMIZED
 from fope_export.tokens import GENERATION
 
 
@@ -38,9 +38,9 @@ def companions(config: ModelConfig, export: ExportConfig, tokenizer_files: Seque
     return made if described else made | {"tokenizer_config.json": _encoded(tokenizer(config, files["tokenizer.json"]))}
 
 
-def for_genai(config: ModelConfig, export: ExportConfig, *, optimised: bool = False) -> dict[str, bytes]:
-    """What makes ONNX Runtime GenAI load the bundle's model, or the `optimised` one."""
-    return {"genai_config.json": _encoded(genai(config, export.capacity or CONTEXT_LENGTH, optimised=optimised))}
+def for_genai(config: ModelConfig, export: ExportConfig, *, optimized: bool = False) -> dict[str, bytes]:
+    """What makes ONNX Runtime GenAI load the bundle's model, or the `optimized` one."""
+    return {"genai_config.json": _encoded(genai(config, export.capacity or CONTEXT_LENGTH, optimized=optimized))}
 
 
 def _encoded(content: dict[str, Any]) -> bytes:
@@ -67,8 +67,8 @@ def hugging_face(config: ModelConfig, length: int) -> dict[str, Any]:
     }
 
 
-def genai(config: ModelConfig, length: int, *, optimised: bool) -> dict[str, Any]:
-    """For ONNX Runtime GenAI: a plain decoder. Only the optimised file can have past and present in the same memory,
+def genai(config: ModelConfig, length: int, *, optimized: bool) -> dict[str, Any]:
+    """For ONNX Runtime GenAI: a plain decoder. Only the optimized file can have past and present in the same memory,
     which GenAI allocates whole, for as many tokens as a search may have.
     """
     return {
@@ -78,7 +78,7 @@ def genai(config: ModelConfig, length: int, *, optimised: bool) -> dict[str, Any
             "context_length": length,
             **_tokens(config),
             "decoder": {
-                "filename": OPTIMISED if optimised else MODEL,
+                "filename": OPTIMIZED if optimized else MODEL,
                 "hidden_size": config.hidden_size,
                 "head_size": config.spectrum.head_dim,
                 "num_attention_heads": config.num_heads,
@@ -100,8 +100,8 @@ def genai(config: ModelConfig, length: int, *, optimised: bool) -> dict[str, Any
             },
         },
         "search": {
-            "max_length": usual_length(config.training_length) if optimised else length,
-            "past_present_share_buffer": optimised,
+            "max_length": usual_length(config.training_length) if optimized else length,
+            "past_present_share_buffer": optimized,
         },
     }
 

@@ -56,7 +56,7 @@ def export(
     `lock_timeout` seconds. `report` is told each stage, and `progress` the bytes of weights that are written, and of
     all. `calibration` is a file with text or token ids for what is calibrated, in place of Python's standard library.
 
-    Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantiser is not installed;
+    Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantizer is not installed;
     then `out` is as it was.
     """
     out = Path(out)
@@ -181,7 +181,7 @@ def to_onnx(model: Decoder, config: ExportConfig, ranges: Mapping[str, Ranges] |
     """The decoder as an ONNX model with the contract's names, symbolic in batch, sequence and past.
 
     Weights stay where `model` has them; they are read when the result is saved, or here if only they are to be
-    quantised. `ranges` are those of `calibrate`.
+    quantized. `ranges` are those of `calibrate`.
     """
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]

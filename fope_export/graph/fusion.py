@@ -13,7 +13,7 @@ from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder, maker, reader, source
-from fope_export.graph.quantise import OPERATOR
+from fope_export.graph.quantize import OPERATOR
 from fope_export.graph.steps import SCOPE, Steps, decoder_inputs, steps
 from fope_export.manifest import KEPT
 

@@ -169,7 +169,7 @@ def _resolved(config: ExportConfig, module: nn.Module) -> ExportConfig:
 
 
 def constant(module: nn.Module) -> nn.Module:
-    """The module with coefficients that are numbers where they were normalised in every call; weights are shared."""
+    """The module with coefficients that are numbers where they were normalized in every call; weights are shared."""
     if not any(rotary.normalize for rotary in rotaries(module).values()):
         return module
     shared = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})

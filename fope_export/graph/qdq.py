@@ -20,10 +20,10 @@ from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, Rounding, array_of, linear_weight
+from fope_export.graph.ways import Quantized, Rounding, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
 
-QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
 class Grid(NamedTuple):
@@ -74,15 +74,15 @@ class InsertQdq(Pass):
                 self._round_weight(builder.within(f"{module}/weight", before=node), node, weight, self._ranges[module])
                 self._round_input(builder.within(module, before=node), node, self._ranges[module])
         optimizer = require("modelopt", "modelopt")
-        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
+        model.metadata_props["fope.quantizer"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
         return PassResult(model, modified=True)
 
     def _round_input(self, builder: GraphBuilder, node: ir.Node, ranges: Ranges) -> None:
         x = node.inputs[0]
         assert x is not None and x.dtype is not None
         step = self._scale(builder, f"{builder.scope}.input_scale", np.float32(ranges.inputs))
-        small = _like(x, self._grid.dtype, builder.op(QUANTISE, x, step, output_dtype=int(self._grid.dtype)))
-        back = _like(x, x.dtype, builder.op(DEQUANTISE, small, step, output_dtype=int(x.dtype)))
+        small = _like(x, self._grid.dtype, builder.op(QUANTIZE, x, step, output_dtype=int(self._grid.dtype)))
+        back = _like(x, x.dtype, builder.op(DEQUANTIZE, small, step, output_dtype=int(x.dtype)))
         node.replace_input_with(0, back)
 
     def _round_weight(self, builder: GraphBuilder, node: ir.Node, weight: ir.Value, ranges: Ranges) -> None:
@@ -94,7 +94,7 @@ class InsertQdq(Pass):
         shape, numbers = ir.Shape(tensor.shape.numpy()), self._row.numbers
         small = builder.initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
         axis: dict[str, Any] = {"axis": 1} if ranges.weight.ndim else {}
-        back = builder.op(DEQUANTISE, small, steps, **axis, output_dtype=int(tensor.dtype))
+        back = builder.op(DEQUANTIZE, small, steps, **axis, output_dtype=int(tensor.dtype))
         node.replace_input_with(1, _like(small, tensor.dtype, back))
         if not weight.uses():
             builder.graph.initializers.pop(weight.name)
@@ -178,7 +178,7 @@ def fast() -> list[Pass]:
     return []
 
 
-def read(path: Path) -> Iterator[Quantised]:
+def read(path: Path) -> Iterator[Quantized]:
     """Every such layer of an ONNX file, one at a time."""
     for module, (small, back) in _layers(load_onnx(path)):
         numbers, steps = (array_of(value) for value in back.inputs)
@@ -188,4 +188,4 @@ def read(path: Path) -> Iterator[Quantised]:
         # Weights leave out -128, which inputs may become.
         least = -grid.largest - integers
         rounding = Rounding(float(array_of(small.inputs[1])), least, grid.largest, integers=integers)
-        yield Quantised(module, (whole * scales).T, (grid.half_a_step(whole) * scales).T, rounding)
+        yield Quantized(module, (whole * scales).T, (grid.half_a_step(whole) * scales).T, rounding)

@@ -23,7 +23,7 @@ class Rounding(NamedTuple):
     integers: bool
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """A linear layer as a file holds it."""
 
     module: str
@@ -37,11 +37,11 @@ class Way(Protocol):
 
     def write(self, kind: str, ranges: Mapping[str, Ranges]) -> Pass:
         """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
-        the layer's name, none for weights alone. Raises BackendError where the quantiser is not installed.
+        the layer's name, none for weights alone. Raises BackendError where the quantizer is not installed.
         """
         ...
 
-    def read(self, path: Path) -> Iterator[Quantised]:
+    def read(self, path: Path) -> Iterator[Quantized]:
         """Every layer of an ONNX file that the pass has rounded, one at a time."""
         ...
 
@@ -50,7 +50,7 @@ class Way(Protocol):
         ...
 
     def fast(self) -> list[Pass]:
-        """Passes that make the optimised file faster by rounding inputs too; none where there is no such thing."""
+        """Passes that make the optimized file faster by rounding inputs too; none where there is no such thing."""
         ...
 
 

@@ -102,7 +102,7 @@ def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, 
     if not tensor.is_floating_point() or any(x is not None and x.layout != torch.strided for x in (tensor, scale)):
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype}, {tensor.layout}; expected dense floating point",
-            hint="Quantised (but for blockwise FP8) and sparse checkpoints are not read.",
+            hint="Quantized (but for blockwise FP8) and sparse checkpoints are not read.",
         )
     if (tensor.itemsize == 1) != (scale is not None):
         raise CheckpointError(

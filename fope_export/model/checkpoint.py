@@ -15,7 +15,7 @@ from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.model.assembly import assemble, named
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts import layouts, recognise
+from fope_export.model.layouts import layouts, recognize
 from fope_export.model.layouts.base import Layout
 from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError or ConfigError with the file, what was expected, what was found and what to do.
     """
     folder = Path(path)
-    name, layout = recognise(folder)
+    name, layout = recognize(folder)
     weight_map = layout.read(folder)
     config = _with_ends(weight_map.config, folder)
     weights = _weights_file(folder, name, layout)

@@ -21,7 +21,7 @@ from fope_export.documents import LISTING, check_file, read_object
 from fope_export.errors import CheckpointError, ConfigError, cut
 
 AGAIN = "The file looks truncated or damaged: copy it again."
-DENSE = "Save dense tensors from the CPU; quantised (but for blockwise FP8) and sparse checkpoints are not read."
+DENSE = "Save dense tensors from the CPU; quantized (but for blockwise FP8) and sparse checkpoints are not read."
 NAME = 1000
 """Characters of a tensor's name at most."""
 PAGE = 1 << 16
@@ -98,7 +98,7 @@ def _unpickled(path: Path, size: int) -> Any:
 
 def _check_dense(tensor: Tensor, where: str) -> None:
     """Raises CheckpointError for a tensor without a number of its own behind every element."""
-    what = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else str(tensor.layout)
+    what = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
     if what != "torch.strided":
         raise CheckpointError(f"{where} is {tensor.dtype}, {what}; expected dense floating point", hint=DENSE)
     if tensor.device.type != "cpu":

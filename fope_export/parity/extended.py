@@ -10,7 +10,7 @@ from fope_export.corpus import as_tokens, python_source
 from fope_export.evaluation import loss_by_length
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import FACTORS
-from fope_export.parity.quantised import SCORED, takes_bytes
+from fope_export.parity.quantized import SCORED, takes_bytes
 
 
 @dataclass(frozen=True)

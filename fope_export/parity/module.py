@@ -25,7 +25,7 @@ from fope_export.onnx_files import check_graphs
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.copies import portable
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
-from fope_export.parity.localise import different_rotations, different_tensors, divergence_of
+from fope_export.parity.localize import different_rotations, different_tensors, divergence_of
 from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place, tested_by
 from fope_export.parity.yardstick import Look, look, moved, neighbours
 

@@ -24,13 +24,13 @@ from fope_export.parity.controls import CONTROLS, FOLDED, Control
 from fope_export.parity.copies import exact, portable
 from fope_export.parity.extended import Reach, reach_of
 from fope_export.parity.judge import ColumnVerdict, Measure, Noise, Verdict, judge_columns
-from fope_export.parity.localise import Divergence, different_rotations, different_tensors, first_divergence
-from fope_export.parity.quantised import Cost, allowance_of, cost_of, place_weights, round_inputs
+from fope_export.parity.localize import Divergence, different_rotations, different_tensors, first_divergence
+from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
 from fope_export.parity.yardstick import Look, Yardstick
 
-LOCALISED = 256
+LOCALIZED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
-LOCALISED_CASES = 3
+LOCALIZED_CASES = 3
 """Failing cases that it looks at, until one shows a difference."""
 UNSEEN = 4
 """Times a dtype's eps: what a mistake changes in float64 that arithmetic of the dtype cannot show. A logit is rounded
@@ -112,7 +112,7 @@ class ParityResult:
     place: Place | None
     """Looked for after a failure only."""
     cost: Cost | None = None
-    """What quantisation costs. The cases are then compared with PyTorch on the weights that the file holds."""
+    """What quantization costs. The cases are then compared with PyTorch on the weights that the file holds."""
     reach: Reach | None = None
     """What extending did to the loss by length; stated, and not judged."""
     dtype: str = FP32.precision
@@ -164,7 +164,7 @@ def validate(
     cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
-        cost = _quantise(yardstick, bundle, used) if exported.quantize else None
+        cost = _quantize(yardstick, bundle, used) if exported.quantize else None
         reach = reach_of(bundle, source.model, used) if exported.extend else None
         files, judging = _files(bundle, chosen), yardstick
         if exported.calibrated:
@@ -203,13 +203,13 @@ def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
 def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
     """The first cases in which any file fails."""
     failing = {case.name: case for case, each in judged if not each.verdict.passed}
-    return [*failing.values()][:LOCALISED_CASES]
+    return [*failing.values()][:LOCALIZED_CASES]
 
 
 def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
     """For a checkpoint's `model`, converted as it was exported, in the arithmetic that `backend` computes in.
 
-    A quantised bundle's yardstick has the checkpoint's own weights until `_quantise`.
+    A quantized bundle's yardstick has the checkpoint's own weights until `_quantize`.
     """
     single = model.sharing().to(getattr(torch, BACKENDS[backend].arithmetic(bundle)))
     return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
@@ -261,8 +261,8 @@ def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
     return _compare(case, look, EagerBackend(folded), "folded against unfolded")
 
 
-def _quantise(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
-    """What quantisation costs, taken against the yardstick; which has the weights that the file holds from then on.
+def _quantize(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
+    """What quantization costs, taken against the yardstick; which has the weights that the file holds from then on.
 
     The checkpoint's own model keeps its weights: it is what the file's other tensors are compared with.
     """
@@ -338,4 +338,4 @@ def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence
 
 def _excerpt(case: Case) -> Feeds:
     """The last tokens of a case, padding included, as whole sequences."""
-    return Feeds(*(np.ascontiguousarray(array[:, -LOCALISED:]) for array in case.feeds))
+    return Feeds(*(np.ascontiguousarray(array[:, -LOCALIZED:]) for array in case.feeds))

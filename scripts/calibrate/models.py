@@ -17,7 +17,7 @@ from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import NAMES, shipped
 from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts.native import save
 
@@ -181,12 +181,12 @@ def bundle_of(recipe: Recipe | str, kind: str, work: Path) -> Bundle:
     """The model's bundle with both files; made where it is not there."""
     name = recipe if isinstance(recipe, str) else recipe.name
     checkpoint, out = checkpoint_of(recipe, work), work / f"{name}, {kind}"
-    if not (out / "optimised").exists():
+    if not (out / "optimized").exists():
         config = KINDS[kind]
         ids = work / f"{name}.npy"
         vocabulary = BYTES if isinstance(recipe, str) else recipe.vocabulary
         np.save(ids, np.random.default_rng(0).integers(0, vocabulary, CALIBRATED))
         bundle = export(checkpoint, out, config, calibration=ids if config.quantize and config.calibrated else None)
-        optimise(bundle)
-        (out / "optimised").touch()
+        optimize(bundle)
+        (out / "optimized").touch()
     return Bundle.open(out, verify=False)

@@ -15,7 +15,7 @@ from fope_export.backends.eager import EagerBackend
 from fope_export.fope.rotary import FopeRotary
 from fope_export.model.decoder import Decoder
 from fope_export.parity.cases import prefill
-from fope_export.parity.localise import first_divergence
+from fope_export.parity.localize import first_divergence
 from fope_export.parity.run import SHORTEST_CONTROL
 from fope_export.parity.yardstick import Yardstick
 

@@ -20,9 +20,9 @@ from fope_export.parity.yardstick import Look
 SEEDS = 20
 MODELS = (
     ("count 2", "float32", "portable"),
-    ("count 8", "float32", "optimised"),
+    ("count 8", "float32", "optimized"),
     ("count 50", "int4", "portable"),
-    ("count 60", "fp16", "optimised"),
+    ("count 60", "fp16", "optimized"),
 )
 FINE = 8
 """Strengths are this many to a factor of ten."""

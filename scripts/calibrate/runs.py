@@ -21,12 +21,12 @@ from fope_export.model.decoder import DTYPES
 from fope_export.parity.cases import Case, prefill, standard_cases
 from fope_export.parity.controls import CONTROLS
 from fope_export.parity.judge import ColumnVerdict, Verdict, judge_columns
-from fope_export.parity.quantised import place_weights
+from fope_export.parity.quantized import place_weights
 from fope_export.parity.run import SHORTEST_CONTROL, CaseResult, _files, _refusals, _round, yardstick_of
 from fope_export.parity.yardstick import Yardstick
 
 BACKEND = "onnxruntime"
-FILES = ("portable", "optimised")
+FILES = ("portable", "optimized")
 PASSES = ((("float32", 0), (None, 0)), (("float32", 0), (None, 0)), ((None, 1),), ((None, 2),), ((None, 1), (None, 2)))
 """What each pass over the models judges: a kind, or one of the model's own three. The first passes see every model, so
 that a result cut short is about all of them.
@@ -103,7 +103,7 @@ class Bench:
                 place_weights(bundle, backend.model, arithmetic)
         cases = standard_cases(config, seed, lengths, BACKENDS[BACKEND].limits(bundle))
         reference = prefill(config, max(config.training_length, SHORTEST_CONTROL), seed)
-        portable, optimised = _files(bundle, BACKEND, Settings(threads=threads)).values()
+        portable, optimized = _files(bundle, BACKEND, Settings(threads=threads)).values()
         rounded: list[CaseResult] = []
         yardstick = plain
         if exported.calibrated:
@@ -111,7 +111,7 @@ class Bench:
         former = EagerBackend(yardstick.single.model)
         if exported.dtype == "bf16":
             former = EagerBackend(EagerBackend.in_float64(plain.single.model).model.to(DTYPES["bf16"]))
-        files = dict(zip(FILES, (portable, optimised), strict=True))
+        files = dict(zip(FILES, (portable, optimized), strict=True))
         return cls(bundle, yardstick, plain, cases, reference, files, rounded, former)
 
     def columns(self, verdicts: Sequence[Verdict]) -> ColumnVerdict:

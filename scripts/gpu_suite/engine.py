@@ -1,4 +1,4 @@
-"""A TensorRT-RTX plan on the card: deserialised and run once, and what happened."""
+"""A TensorRT-RTX plan on the card: deserialized and run once, and what happened."""
 
 import importlib.util
 from pathlib import Path
@@ -36,7 +36,7 @@ def _run(plan: Path, plugin: Path | None) -> dict[str, Any]:
     runtime.engine_host_code_allowed = True  # the plan may carry the plugin
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        raise BackendError(f"the plan does not deserialise: {log.errors()}", hint="Build it for this GPU.")
+        raise BackendError(f"the plan does not deserialize: {log.errors()}", hint="Build it for this GPU.")
     outputs = _step(trt, engine, engine.create_execution_context(), log)
     return {
         "version": trt.__version__,

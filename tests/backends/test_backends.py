@@ -16,7 +16,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, BundleError, require
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.manifest import plain_file
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Decoder
@@ -33,8 +33,8 @@ HERE = [
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def made(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """With its optimised file."""
-    return optimise(export(native, tmp_path_factory.mktemp("made") / "out", ExportConfig(dtype=request.param)))
+    """With its optimized file."""
+    return optimize(export(native, tmp_path_factory.mktemp("made") / "out", ExportConfig(dtype=request.param)))
 
 
 @pytest.fixture

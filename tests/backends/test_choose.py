@@ -9,7 +9,7 @@ import pytest
 from fope_export.backends.choose import BACKENDS, PORTABLE, Machine, abilities, choose, read_machine
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
-from fope_export.manifest import OPTIMISED
+from fope_export.manifest import OPTIMIZED
 
 
 def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
@@ -122,41 +122,41 @@ def held(dtype: str, *files: str) -> Any:
     return SimpleNamespace(path="out", manifest=manifest)
 
 
-PLAIN, FAST = ("model.onnx", "model.onnx.data"), ("model.onnx", "model.onnx.data", OPTIMISED)
+PLAIN, FAST = ("model.onnx", "model.onnx.data"), ("model.onnx", "model.onnx.data", OPTIMIZED)
 
 
 @pytest.mark.parametrize(
-    ("backend", "bundle", "optimised", "chosen"),
+    ("backend", "bundle", "optimized", "chosen"),
     [
         ("onnxruntime", held("fp32", *PLAIN), True, "portable"),
-        ("onnxruntime", held("fp32", *FAST), True, "optimised"),
+        ("onnxruntime", held("fp32", *FAST), True, "optimized"),
         ("onnxruntime", held("fp32", *FAST), False, "portable"),
-        ("onnxruntime-cuda", held("fp16", *FAST), True, "optimised"),
-        ("onnxruntime-cuda", held("fp16", *FAST), False, "optimised file in ONNX Runtime on a GPU is all that this"),
-        ("onnxruntime-cuda", held("fp32", *FAST), True, "no optimised file in float16, which"),
-        ("onnxruntime-cuda", held("fp16", *PLAIN), True, "no optimised file in float16, which"),
+        ("onnxruntime-cuda", held("fp16", *FAST), True, "optimized"),
+        ("onnxruntime-cuda", held("fp16", *FAST), False, "optimized file in ONNX Runtime on a GPU is all that this"),
+        ("onnxruntime-cuda", held("fp32", *FAST), True, "no optimized file in float16, which"),
+        ("onnxruntime-cuda", held("fp16", *PLAIN), True, "no optimized file in float16, which"),
         ("tensorrt", held("fp16", *FAST), True, "out has no engine"),
         ("tensorrt", held("fp16", *FAST), False, "out has no engine"),
         ("torch", held("fp16", *FAST), False, "checkpoint"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_variant_is_chosen_or_the_reason_is_given(backend: str, bundle: Any, optimised: bool, chosen: str) -> None:
+def test_a_variant_is_chosen_or_the_reason_is_given(backend: str, bundle: Any, optimized: bool, chosen: str) -> None:
     row = BACKENDS[backend]
     if chosen in [each.name for each in row.variants]:
-        assert row.variant(bundle, optimised=optimised).name == chosen
+        assert row.variant(bundle, optimized=optimized).name == chosen
         return
     with pytest.raises(BackendError, match=chosen) as caught:
-        row.variant(bundle, optimised=optimised)
+        row.variant(bundle, optimized=optimized)
     assert caught.value.hint
 
 
 def test_a_variant_is_had_by_its_name_and_knows_its_files() -> None:
     row, bundle = BACKENDS["onnxruntime"], held("fp32", *FAST, "config.json", "model.cpu.onnx.data")
     assert row.variant(bundle, "portable").files(bundle) == PLAIN
-    assert row.variant(bundle, "optimised").files(bundle) == (OPTIMISED, "model.onnx.data", "model.cpu.onnx.data")
-    with pytest.raises(BackendError, match="has no optimised file"):
-        row.variant(held("fp32", *PLAIN), "optimised")
+    assert row.variant(bundle, "optimized").files(bundle) == (OPTIMIZED, "model.onnx.data", "model.cpu.onnx.data")
+    with pytest.raises(BackendError, match="has no optimized file"):
+        row.variant(held("fp32", *PLAIN), "optimized")
 
 
 def test_this_machine_is_read() -> None:

@@ -11,24 +11,24 @@ from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.model.decoder import Decoder
 from tests.support import same_function, truth_of
 
-KINDS = ["portable", "optimised", "static", "torch"]
+KINDS = ["portable", "optimized", "static", "torch"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def backend(request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, optimised: Bundle) -> Backend:
+def backend(request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, optimized: Bundle) -> Backend:
     if request.param == "torch":
         return load_backend(bundle, "torch")
-    made = {"portable": bundle, "static": static_bundle, "optimised": optimised}[request.param]
-    return load_backend(made, settings=Settings(optimised=request.param == "optimised"))
+    made = {"portable": bundle, "static": static_bundle, "optimized": optimized}[request.param]
+    return load_backend(made, settings=Settings(optimized=request.param == "optimized"))
 
 
 @pytest.fixture(scope="module")
-def optimised(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return optimise(Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("optimised") / "bundle")))
+def optimized(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return optimize(Bundle.open(shutil.copytree(bundle.path, tmp_path_factory.mktemp("optimized") / "bundle")))
 
 
 class Watched:

@@ -108,7 +108,7 @@ def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.
     assert "tensorrt-rtx  2 decoder layers, no plugin" in capsys.readouterr().out
 
 
-def test_a_quantised_bundle_is_refused_before_anything_starts(
+def test_a_quantized_bundle_is_refused_before_anything_starts(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = export(native, tmp_path / "bundle", ExportConfig(quantize="int4"))

@@ -90,7 +90,7 @@ def test_capabilities(seen: dict[str, Any]) -> None:
     assert seen["timing_cache"]
 
 
-def test_settings_survive_serialisation_clones_and_contexts(seen: dict[str, Any]) -> None:
+def test_settings_survive_serialization_clones_and_contexts(seen: dict[str, Any]) -> None:
     assert list(VALUES) == list(contract.ATTRIBUTES)
     fields = [[name, KINDS[kind], VALUES[name]] for name, kind in contract.ATTRIBUTES.items()]
     assert seen["copies"] == {"fields": [fields] * 4, "apart": True}

@@ -74,7 +74,7 @@ def test_casting_a_model_leaves_the_numbers_in_float32() -> None:
     np.testing.assert_array_equal(part.spectrum.sin_coef, before.sin_coef)
 
 
-def test_normalisation_divides_by_the_sum_over_frequencies() -> None:
+def test_normalization_divides_by_the_sum_over_frequencies() -> None:
     rotary_module = FopeRotary.create(head_dim=16, groups=2, training_length=64, normalize=True)
     spectrum = rotary_module.spectrum
     np.testing.assert_allclose(spectrum.sin_coef.sum(axis=1), 1, rtol=1e-5)

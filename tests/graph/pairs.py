@@ -10,7 +10,7 @@ from fope_export.fope.rotary import FopeRotary
 
 
 class Pair(nn.Module):
-    """A learnable, normalised rotation on two axes, used twice; several outputs by name; a mask and token ids."""
+    """A learnable, normalized rotation on two axes, used twice; several outputs by name; a mask and token ids."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
-from fope_export.graph.optimise import FUSIONS
+from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.passes import (
     SCOPES,
     AttachRotary,
@@ -34,7 +34,7 @@ from fope_export.graph.passes import (
     rewritten,
 )
 from fope_export.graph.qdq import ExactInputs, InsertQdq
-from fope_export.graph.quantise import EXACT, INT8, Products, QuantiseWeights
+from fope_export.graph.quantize import EXACT, INT8, Products, QuantiseWeights
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
 from tests.conftest import small_decoder
@@ -176,7 +176,7 @@ ROWS = [
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
-    Row(QuantiseWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantised"),
+    Row(QuantiseWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
     Row(Products(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),

@@ -52,13 +52,13 @@ def test_every_linear_layer_but_the_last_and_nothing_else(made: Bundle, native: 
     kind, small = config.quantize.removesuffix("-qdq"), SMALL[config.quantize]
     for layer in LAYERS:
         product = next(node for name, node in nodes.items() if name.startswith(f"{layer}/MatMul"))
-        quantise, back, widen = (
+        quantize, back, widen = (
             nodes[f"{layer}{end}"] for end in ("/QuantizeLinear", "/DequantizeLinear", "/weight/DequantizeLinear")
         )
-        assert list(product.input) == [back.output[0], widen.output[0]] and back.input[0] == quantise.output[0]
-        assert quantise.input[1] == back.input[1] == f"{layer}.input_scale"
+        assert list(product.input) == [back.output[0], widen.output[0]] and back.input[0] == quantize.output[0]
+        assert quantize.input[1] == back.input[1] == f"{layer}.input_scale"
         assert list(widen.input) == [f"{layer}.weight.{kind}", f"{layer}.weight.scale"]
-        assert tensors[widen.input[0]].data_type == dtypes[quantise.output[0]] == small
+        assert tensors[widen.input[0]].data_type == dtypes[quantize.output[0]] == small
         assert dtypes[back.output[0]] == dtypes[widen.output[0]] == FLOATS[config.dtype]
         assert {tensors[name].data_type for name in (back.input[1], widen.input[1])} == {TensorProto.FLOAT}
         assert len(tensors[widen.input[1]].dims) == (kind == "int8") and f"{layer}.weight.T" not in tensors

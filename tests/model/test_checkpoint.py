@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "broken yaml": (write("config.yaml", b"model: [1, 2"), "not valid YAML"),
     "config of nothing": (write("config.yaml", b"a: 1"), "no model: section"),
     "no weights": (lambda folder: (folder / "model.pt").unlink(), "no weights"),
-    "no config": (lambda folder: (folder / "config.yaml").unlink(), "no checkpoint layout recognised"),
+    "no config": (lambda folder: (folder / "config.yaml").unlink(), "no checkpoint layout recognized"),
     "code in the weights": (write("model.pt", pickle.dumps({"a": Evil()})), "not a plain file of tensors"),
     "text as weights": (write("model.pt", b"import os"), "not a plain file of tensors"),
     "list of tensors": (lambda folder: torch.save([torch.ones(1)], folder / "model.pt"), "expected a dictionary"),

@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "number of frequencies": (field("rope_scaling.num_inv_freq", 7), "D is 6 in the weights but 7"),
     "heads": (field("num_attention_heads", 3), "3 query heads cannot share 2"),
     "experts without sizes": (field("num_experts", 4), "num_experts needs num_experts_per_tok"),
-    "other quantisation": (field("quantization_config", {"quant_method": "gptq"}), "quant_method is 'gptq'"),
+    "other quantization": (field("quantization_config", {"quant_method": "gptq"}), "quant_method is 'gptq'"),
     "end outside": (field("eos_token_id", 96), "eos_token_id is 96, outside a vocabulary of 96"),
     "missing tensor": (stored(lambda t: t.pop(QKV)), f"1 tensors missing: {QKV}"),
     "left-over tensor": (stored(lambda t: t.update(x=torch.zeros(1))), "1 tensors left over: x"),

@@ -31,7 +31,7 @@ def test_rounded_weights_leave_the_rotations_numbers_alone(tmp_path: Path) -> No
     assert torch.equal(model.embed.weight.half().float(), loaded.embed.weight)
 
 
-def test_normalised_coefficients_are_saved_as_what_they_stand_for(tmp_path: Path) -> None:
+def test_normalized_coefficients_are_saved_as_what_they_stand_for(tmp_path: Path) -> None:
     model = small_decoder()
     for attention in model.attentions():
         attention.rotary.normalize = True

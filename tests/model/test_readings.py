@@ -72,7 +72,7 @@ def test_a_silent_config_gives_transformers_logits(kind: str, tmp_path: Path) ->
     assert distance(logits_of(saved(tmp_path, kind, model, NEEDED[kind])), their_logits(model)) < MARGIN
 
 
-def test_experts_weights_are_not_normalised_unless_it_is_said(tmp_path: Path) -> None:
+def test_experts_weights_are_not_normalized_unless_it_is_said(tmp_path: Path) -> None:
     _, model = theirs("qwen3_moe")
     said = [saved(tmp_path / str(i), "qwen3_moe", model, EXPERTS | {"norm_topk_prob": i == 1}) for i in (0, 1)]
     wanted = their_logits(model)
@@ -194,7 +194,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], Tensor, bool]] = {
         base(LENGTH, 32)[base(LENGTH, 32) != 0], True,
     ),
     "half precision": (CLAMPS | {"rope_full_precision": False}, (GROUPS, D, min(D, 4)), base(LENGTH)[:D], True),
-    "normalised": (CLAMPS | {"fourier_norm": True}, (GROUPS, D, min(D, 4)), base(LENGTH)[:D], True),
+    "normalized": (CLAMPS | {"fourier_norm": True}, (GROUPS, D, min(D, 4)), base(LENGTH)[:D], True),
     "one basis": (CLAMPS | {"fourier_separate_basis": False}, (GROUPS, D, min(D, 4)), base(LENGTH)[:D], True),
 }  # fmt: skip
 
@@ -292,7 +292,7 @@ def test_what_no_implementation_defines_is_refused(name: str) -> None:
     assert caught.value.hint
 
 
-def test_interns_experts_are_normalised_unless_it_is_said(tmp_path: Path) -> None:
+def test_interns_experts_are_normalized_unless_it_is_said(tmp_path: Path) -> None:
     """InternS1ProTextConfig has norm_topk_prob=True."""
     config = config_of("intern_moe_grouped")
     assert config.pop("norm_topk_prob")

@@ -19,6 +19,6 @@ LAYOUT = Layout(
     evidence=CONFIGURATION,
     configuration=CONFIGURATION,
     weights=(WEIGHTS,),
-    recognise=lambda folder: (folder / CONFIGURATION).exists(),
+    recognize=lambda folder: (folder / CONFIGURATION).exists(),
     read=_read,
 )

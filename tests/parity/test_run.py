@@ -21,7 +21,7 @@ from fope_export.fope import folding
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
+from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import source_of
 from fope_export.model.decoder import Cache
 from fope_export.parity import run
@@ -311,7 +311,7 @@ def test_the_truth_is_taken_without_a_past_so_that_a_broken_cache_shows(bundle: 
 def test_what_another_command_writes_meanwhile_is_no_damage(spoilable: Bundle) -> None:
     def beside(what: str, done: int, total: int) -> None:
         if not done:
-            optimise(Bundle.open(spoilable.path))
+            optimize(Bundle.open(spoilable.path))
 
     assert validate(spoilable, lengths=(7,), report=beside).passed
     assert Bundle.open(spoilable.path).manifest.files != spoilable.manifest.files

@@ -1,4 +1,4 @@
-"""`python -m tests.toys quantisation FOLDER` (or dtype, or backend): every stage with the row, and what it says."""
+"""`python -m tests.toys quantization FOLDER` (or dtype, or backend): every stage with the row, and what it says."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from tests.toys import TOY, WIDE
 from tests.toys.backend import NAME, ROW
 
 
-def quantisation(folder: Path) -> None:
+def quantization(folder: Path) -> None:
     made = stages(folder, "--quantize", TOY.name)
     assert "toy weights" in made.manifest.export.described and too_old("x", "2.0", made.manifest.export) == ""
     reason = too_old("x", "2.0", ExportConfig(quantize=TOY.name, dtype="fp16"))
@@ -78,4 +78,4 @@ def refused(made: Bundle, message: str, hint: str) -> None:
 
 
 if __name__ == "__main__":
-    {each.__name__: each for each in (quantisation, dtype, backend)}[sys.argv[1]](Path(sys.argv[2]))
+    {each.__name__: each for each in (quantization, dtype, backend)}[sys.argv[1]](Path(sys.argv[2]))

@@ -11,7 +11,7 @@ from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, array_of, linear_weight
+from fope_export.graph.ways import Quantized, array_of, linear_weight
 from tests.toys import TOY
 
 
@@ -46,14 +46,14 @@ def write(kind: str, ranges: Mapping[str, Ranges]) -> RoundWeights:
     return RoundWeights()
 
 
-def read(path: Path) -> Iterator[Quantised]:
+def read(path: Path) -> Iterator[Quantized]:
     for node in load_onnx(path).graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         back = weight.producer() if weight is not None else None
         if back is not None and back.op_type == "DequantizeLinear":
             small, steps = (array_of(value).astype(np.float64) for value in back.inputs)
             allowed = np.broadcast_to(0.51 * steps, small.shape)
-            yield Quantised((node.name or "").rpartition("/")[0], (small * steps).T, allowed.T)
+            yield Quantized((node.name or "").rpartition("/")[0], (small * steps).T, allowed.T)
 
 
 def exact() -> list[Pass]:

@@ -28,7 +28,7 @@ def layouts() -> Iterator[tuple[str, "Layout"]]:
         yield name, import_module(module).LAYOUT
 
 
-def recognise(folder: Path) -> tuple[str, "Layout"]:
+def recognize(folder: Path) -> tuple[str, "Layout"]:
     """The layout of `folder`, and its name. Raises CheckpointError with the evidence that each layout would need."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -36,7 +36,7 @@ def recognise(folder: Path) -> tuple[str, "Layout"]:
             f"{folder} {what}; a checkpoint is a folder", hint="Give the folder that holds the config."
         )
     for name, layout in layouts():
-        if layout.recognise(folder):
+        if layout.recognize(folder):
             return name, layout
     known = "; ".join(f"{name}: {layout.evidence}" for name, layout in layouts())
-    raise CheckpointError(f"{folder}: no checkpoint layout recognised", hint=f"Looked for {known}.")
+    raise CheckpointError(f"{folder}: no checkpoint layout recognized", hint=f"Looked for {known}.")

@@ -98,9 +98,9 @@ def join(tensors: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint layout: how it is recognised, which weight files it may have (preferred first), how it is read.
+    """A checkpoint layout: how it is recognized, which weight files it may have (preferred first), how it is read.
 
-    `evidence` is what `recognise` looks for, in words; `read` makes a folder's `configuration` file the decoder and the
+    `evidence` is what `recognize` looks for, in words; `read` makes a folder's `configuration` file the decoder and the
     names of its tensors, and raises CheckpointError or ConfigError where it says something else. `tensor_name` undoes a
     layout's encoding of names in the weight file; `foreign` names are of another model there.
     """
@@ -108,7 +108,7 @@ class Layout:
     evidence: str
     configuration: str
     weights: tuple[str, ...]
-    recognise: Callable[[Path], bool]
+    recognize: Callable[[Path], bool]
     read: Callable[[Path], WeightMap]
     tensor_name: Callable[[str], str] = lambda key: key
     foreign: Callable[[str], bool] = lambda name: False

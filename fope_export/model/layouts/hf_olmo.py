@@ -22,6 +22,6 @@ LAYOUT = Layout(
     evidence='config.json with model_type "hf_olmo"',
     configuration=CONFIG,
     weights=("model.safetensors", "pytorch_model.bin"),
-    recognise=lambda folder: model_type(folder) == "hf_olmo",
+    recognize=lambda folder: model_type(folder) == "hf_olmo",
     read=_read,
 )

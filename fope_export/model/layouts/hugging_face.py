@@ -362,7 +362,7 @@ def _rope(flags: HfFlags, where: str) -> Rope:
     return convert(given, Rope, where=f"{where}: rope_parameters")
 
 
-def _recognise(folder: Path) -> bool:
+def _recognize(folder: Path) -> bool:
     return model_type(folder) in KINDS.keys() | MULTIMODAL.keys()
 
 
@@ -385,7 +385,7 @@ LAYOUT = Layout(
     evidence=f"config.json with model_type {', '.join((*KINDS, *MULTIMODAL))}",
     configuration=CONFIG,
     weights=("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-    recognise=_recognise,
+    recognize=_recognize,
     read=_read,
     tensor_name=_tensor_name,
     foreign=_foreign,

@@ -46,7 +46,7 @@ def stored_names(config: ModelConfig) -> list[str]:
 
 def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write `model` into an existing folder. `dtype` rounds the weights; the rotation's numbers stay float32, and are
-    those of its spectrum, normalisation applied.
+    those of its spectrum, normalization applied.
 
     Raises ConfigError when a layer's spectrum is not of the kind that the model's configuration states.
     """
@@ -66,6 +66,6 @@ LAYOUT = Layout(
     evidence='config.json with model_type "fope"',
     configuration=CONFIG,
     weights=(WEIGHTS,),
-    recognise=lambda folder: model_type(folder) == "fope",
+    recognize=lambda folder: model_type(folder) == "fope",
     read=_read,
 )

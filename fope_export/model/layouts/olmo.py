@@ -59,7 +59,7 @@ class OlmoFlags(PaperFlags, frozen=True, kw_only=True):
     scale_logits: bool = False
     norm_after: bool = False
 
-    # Without effect on what a trained model computes: initialisation, dropout, kernels, and flags the code never reads.
+    # Without effect on what a trained model computes: initialization, dropout, kernels, and flags the code never reads.
     debug: bool = False
     alibi_bias_max: float = 8.0
     flash_attention: bool = False
@@ -225,7 +225,7 @@ LAYOUT = Layout(
     evidence=f"{FILE} with a model: section",
     configuration=FILE,
     weights=("model.safetensors", "model.pt"),
-    recognise=lambda folder: (folder / FILE).exists(),
+    recognize=lambda folder: (folder / FILE).exists(),
     read=_read,
     tensor_name=tensor_name,
 )

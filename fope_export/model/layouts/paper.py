@@ -54,7 +54,7 @@ class PaperFlags(Checked, frozen=True, kw_only=True):
     rope_zero_freq_ratio: float = -1.0
     rope_clamp_to_linear: bool = False
 
-    # Without effect on what a trained model computes: initialisation, and flags that are read where another is set.
+    # Without effect on what a trained model computes: initialization, and flags that are read where another is set.
     rope_no_rotary: bool = False
     rope_no_repetition: bool = False
     rope_upper_freq_ratio: float = 1.0

@@ -12,7 +12,7 @@ import pytest
 from fope_export.backends.base import Feeds, feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
-from fope_export.backends.ort_optimised import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimisedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
@@ -20,8 +20,8 @@ from fope_export.errors import BackendError, ConfigError, ExportError
 from fope_export.fope.rotary import FopeRotary
 from fope_export.generation import pad_left
 from fope_export.graph.export import export
-from fope_export.graph.optimise import optimise
-from fope_export.manifest import OPTIMISED
+from fope_export.graph.optimize import optimize
+from fope_export.manifest import OPTIMIZED
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.copies import exact
 from fope_export.parity.run import validate
@@ -40,16 +40,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=[*MODELS, "folded", "fp16", "layers that share"])
 def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """The portable and the optimised file of one bundle, both running, and PyTorch in float64."""
+    """The portable and the optimized file of one bundle, both running, and PyTorch in float64."""
     model = small_decoder(**MODELS.get(request.param, {}))
     if request.param == "layers that share":
         for attention in model.attentions():
             attention.rotary = FopeRotary.from_spectrum(model.attentions()[0].rotary.spectrum)
-    folder = tmp_path_factory.mktemp("optimise")
+    folder = tmp_path_factory.mktemp("optimize")
     config = ExportConfig(fold_padding=request.param == "folded", dtype="fp16" if request.param == "fp16" else "fp32")
-    made = optimise(export(write_native(model, folder / "model"), folder / "out", config))
+    made = optimize(export(write_native(model, folder / "model"), folder / "out", config))
     exact = EagerBackend.in_float64(model.converted(config))
-    return load_backend(made, settings=Settings(optimised=False)), load_backend(made), exact
+    return load_backend(made, settings=Settings(optimized=False)), load_backend(made), exact
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +119,12 @@ def test_an_old_cache_is_good_after_another_grew_what_they_share(pair: tuple[Any
     assert not np.array_equal(cache.slots.tensors[0][0, :, 255], before)
 
 
-def test_decoding_is_captured_in_a_cuda_graph(optimised: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_captured_in_a_cuda_graph(optimized: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as it goes without a GPU: every step of decoding names the graph of the memory that it works in, and has
     its inputs where the one before had them; prompts are not captured; graphs that cannot be repeated are forgotten.
     """
-    backend = OptimisedOrtBackend(optimised, cuda_graph=True)
-    plain, session, named, placed = OptimisedOrtBackend(optimised), backend._session, [], []
+    backend = OptimisedOrtBackend(optimized, cuda_graph=True)
+    plain, session, named, placed = OptimisedOrtBackend(optimized), backend._session, [], []
     forgotten: list[int] = []
 
     class Spy:
@@ -160,57 +160,57 @@ def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> 
 
 
 @pytest.fixture
-def optimised(spoilable: Bundle) -> Bundle:
-    return optimise(spoilable)
+def optimized(spoilable: Bundle) -> Bundle:
+    return optimize(spoilable)
 
 
-def test_a_gpu_that_is_not_there(optimised: Bundle) -> None:
+def test_a_gpu_that_is_not_there(optimized: Bundle) -> None:
     with pytest.raises(BackendError, match="ONNX Runtime has no CUDAExecutionProvider, only") as caught:
-        OptimisedOrtBackend(optimised, device="cuda")
+        OptimisedOrtBackend(optimized, device="cuda")
     assert "onnxruntime-gpu" in caught.value.hint
 
 
 def session(bundle: Bundle) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(bundle.path / OPTIMISED, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(bundle.path / OPTIMIZED, options, providers=["CPUExecutionProvider"])
 
 
-def test_rows_are_padded_on_the_right_or_the_run_fails(optimised: Bundle) -> None:
+def test_rows_are_padded_on_the_right_or_the_run_fails(optimized: Bundle) -> None:
     """What another program may do with the file: GenAI pads on the right, Optimum on the left."""
-    running = session(optimised)
+    running = session(optimized)
     ids, mask = np.array([[5, 6, 7, 8], [9, 8, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
     positions = np.array([[0, 1, 2, 3], [0, 1, 0, 0]])
     past = {p.name: np.zeros((2, 4, 0, 16), np.float32) for p in running.get_inputs() if p.name.startswith("past")}
     logits, *_ = running.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | past)
-    portable = load_backend(optimised, settings=Settings(optimised=False))
+    portable = load_backend(optimized, settings=Settings(optimized=False))
     for row, count in enumerate((4, 2)):
         wanted, _ = portable.step(feeds_for(ids[row : row + 1, :count]), portable.empty_cache(1))
-        truth = truth_of(source_of(optimised).model, ids[row : row + 1, :count])
+        truth = truth_of(source_of(optimized).model, ids[row : row + 1, :count])
         same_function(logits[row, -1], wanted[0, -1], truth[0, -1])
     for wrong in ([[1, 1, 1, 1], [0, 0, 1, 1]], [[1, 1, 0, 1], [1, 1, 1, 1]]):
         with pytest.raises(Exception, match="padding_belongs_on_the_right"):
             running.run(None, {"input_ids": ids, "attention_mask": np.array(wrong), "position_ids": positions} | past)
 
 
-def test_the_weights_are_not_stored_twice(optimised: Bundle) -> None:
-    model = onnx.load(optimised.path / OPTIMISED, load_external_data=False)
+def test_the_weights_are_not_stored_twice(optimized: Bundle) -> None:
+    model = onnx.load(optimized.path / OPTIMIZED, load_external_data=False)
     outside = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
     assert {"embed.weight", "lm_head.weight.T"} <= outside
     assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
         "model.onnx.data"
     }
-    assert not optimised.damaged() and OPTIMISED in optimised.manifest.files
-    assert '"filename": "model.cpu.onnx"' in (optimised.path / "genai_config.json").read_text()
+    assert not optimized.damaged() and OPTIMIZED in optimized.manifest.files
+    assert '"filename": "model.cpu.onnx"' in (optimized.path / "genai_config.json").read_text()
 
 
-def test_nodes_of_a_layer(optimised: Bundle) -> None:
+def test_nodes_of_a_layer(optimized: Bundle) -> None:
     """Four linear layers, two norms with their sums and the gate are 10; rotation, cache and attention take four. In
     the last layer a sum stays alone, because the last norm sees other rows.
     """
     counts = []
-    for name in ("model.onnx", OPTIMISED):
-        model = onnx.load(optimised.path / name, load_external_data=False)
+    for name in ("model.onnx", OPTIMIZED):
+        model = onnx.load(optimized.path / name, load_external_data=False)
         nodes = [n for n in model.graph.node if n.name.startswith("layers.1")]
         body = len(model.functions[0].node) - 1 if model.functions else 0
         counts.append(len(nodes) + body)
@@ -218,9 +218,9 @@ def test_nodes_of_a_layer(optimised: Bundle) -> None:
     assert counts == [91, 15]
 
 
-def test_only_a_growing_cache_is_optimised(static_bundle: Bundle) -> None:
+def test_only_a_growing_cache_is_optimized(static_bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match="has a static cache"):
-        optimise(static_bundle)
+        optimize(static_bundle)
 
 
 def test_a_file_that_looks_otherwise_is_refused(spoilable: Bundle) -> None:
@@ -228,8 +228,8 @@ def test_a_file_that_looks_otherwise_is_refused(spoilable: Bundle) -> None:
     next(n for n in model.graph.node if n.op_type == "Attention").op_type = "Attentive"
     onnx.save(model, spoilable.model)
     with pytest.raises(ExportError, match="is read by 0 Attention nodes"):
-        optimise(spoilable)
-    assert not list(spoilable.path.glob(".*")) and not (spoilable.path / OPTIMISED).exists()
+        optimize(spoilable)
+    assert not list(spoilable.path.glob(".*")) and not (spoilable.path / OPTIMIZED).exists()
 
 
 def test_the_command_line(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,31 +242,31 @@ def test_the_command_line(spoilable: Bundle, capsys: pytest.CaptureFixture[str])
     assert told[0] == told[1]
 
 
-def test_validation_covers_both_files(optimised: Bundle) -> None:
-    found = validate(optimised, lengths=(7, 64))
+def test_validation_covers_both_files(optimized: Bundle) -> None:
+    found = validate(optimized, lengths=(7, 64))
     assert found.passed
     names = [case.name for case in found.cases]
-    assert names[:4] == ["prefill 7", "prefill 7, optimised", "prefill 64", "prefill 64, optimised"]
-    model = onnx.load(optimised.path / OPTIMISED, load_external_data=False)
+    assert names[:4] == ["prefill 7", "prefill 7, optimized", "prefill 64", "prefill 64, optimized"]
+    model = onnx.load(optimized.path / OPTIMIZED, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.name == "series.Sin")
     values = onnx.numpy_helper.to_array(tensor).copy()
     values[:, :32] = values[:, 31::-1]
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    onnx.save(model, optimised.path / OPTIMISED)
-    found = validate(optimised, lengths=(7, 64))
-    assert {case.name for case in found.cases if not case.verdict.passed} >= {"prefill 7, optimised"}
-    assert all(case.verdict.passed for case in found.cases if not case.name.endswith("optimised"))
+    onnx.save(model, optimized.path / OPTIMIZED)
+    found = validate(optimized, lengths=(7, 64))
+    assert {case.name for case in found.cases if not case.verdict.passed} >= {"prefill 7, optimized"}
+    assert all(case.verdict.passed for case in found.cases if not case.name.endswith("optimized"))
 
 
 def test_rounded_activations_cost_what_the_report_says(native: Path, tmp_path: Path) -> None:
     exported = export(native, tmp_path / "out", ExportConfig(quantize="int4"))
     for rounded in (True, False):
-        made = optimise(exported, int8_activations=rounded)
-        model = onnx.load(made.path / OPTIMISED, load_external_data=False)
+        made = optimize(exported, int8_activations=rounded)
+        model = onnx.load(made.path / OPTIMIZED, load_external_data=False)
         levels = {a.i for n in model.graph.node for a in n.attribute if a.name == "accuracy_level"}
         assert levels == ({4} if rounded else {1})
         ids = np.arange(1, 60)[None]
-        with exact(made, OPTIMISED) as copied:
+        with exact(made, OPTIMIZED) as copied:
             backends = OptimisedOrtBackend(made), OptimisedOrtBackend(copied)
         logits = [backend.step(feeds_for(ids), backend.empty_cache(1))[0] for backend in backends]
         assert (np.abs(logits[0] - logits[1]).max() > 1e-4) == rounded

@@ -15,7 +15,7 @@ from fope_export.model.decoder import Decoder
 from fope_export.parity import judge as judging
 from fope_export.parity.cases import prefill
 from fope_export.parity.judge import CLEAR, judge_columns
-from fope_export.parity.localise import first_divergence
+from fope_export.parity.localize import first_divergence
 from fope_export.parity.run import validate, yardstick_of
 from fope_export.parity.yardstick import Yardstick
 from fope_export.report import place

@@ -1,6 +1,6 @@
 """Linear layers with their weights as 4 or 8 bit integers in blocks: MatMul becomes com.microsoft's MatMulNBits.
 
-The quantiser is ONNX Runtime's own. Embedding, norms, routers and everything about the rotation stay what they are.
+The quantizer is ONNX Runtime's own. Embedding, norms, routers and everything about the rotation stay what they are.
 """
 
 import logging
@@ -20,7 +20,7 @@ from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantised, array_of, linear_weight
+from fope_export.graph.ways import Quantized, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
 
 OPERATOR = "MatMulNBits"
@@ -35,21 +35,21 @@ INT8 = 4
 class QuantiseWeights(Pass):
     """Have linear layers read `<weight>.<kind>`, `.scales` and `.zero_points` in place of `<weight>.T`.
 
-    Weights are read and quantised one at a time.
+    Weights are read and quantized one at a time.
     """
 
     def __init__(self, kind: str) -> None:
-        """Of a row. Raises BackendError where ONNX Runtime, which brings the quantiser, is not installed."""
+        """Of a row. Raises BackendError where ONNX Runtime, which brings the quantizer, is not installed."""
         super().__init__()
         self._kind, self._bits = kind, ir.DataType[QUANTIZATIONS[kind].element].bitwidth
         with _no_root_logger():
             tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "run")
         config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self._bits)
-        self._quantiser = tools.DefaultWeightOnlyQuantizer(config)
+        self._quantizer = tools.DefaultWeightOnlyQuantizer(config)
 
     def requires(self, model: ir.Model) -> None:
         if not any(map(linear_weight, model.graph)):
-            raise PreconditionError("the model has no linear layer to quantise")
+            raise PreconditionError("the model has no linear layer to quantize")
 
     def call(self, model: ir.Model) -> PassResult:
         builder = GraphBuilder(model)
@@ -58,7 +58,7 @@ class QuantiseWeights(Pass):
                 self._replace(node, weight, builder)
         model.opset_imports[MICROSOFT] = 1
         library = require("onnxruntime", "run")
-        model.metadata_props["fope.quantiser"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
+        model.metadata_props["fope.quantizer"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
         return PassResult(model, modified=True)
 
     def _replace(self, node: ir.Node, weight: ir.Value, builder: GraphBuilder) -> None:
@@ -66,7 +66,7 @@ class QuantiseWeights(Pass):
         assert weight.name and weight.const_value is not None and node.name
         inputs, outputs = weight.const_value.shape.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
-            arrays = self._quantiser.qbits_block_quant(weight.const_value.numpy())
+            arrays = self._quantizer.qbits_block_quant(weight.const_value.numpy())
         _check_range(weight.name, *arrays, bits=self._bits)
         node.op_type, node.domain = OPERATOR, MICROSOFT
         node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
@@ -83,7 +83,7 @@ class QuantiseWeights(Pass):
 
     def ensures(self, model: ir.Model) -> None:
         if left := [node.name for node in model.graph if linear_weight(node) is not None]:
-            raise PostconditionError(f"{left[0]} is not quantised")
+            raise PostconditionError(f"{left[0]} is not quantized")
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantiseWeights:  # noqa: ARG001
@@ -93,7 +93,7 @@ def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantiseWeights:  # noqa: 
 
 @contextmanager
 def _no_root_logger() -> Iterator[None]:
-    """The quantiser's module calls logging.basicConfig, which does nothing where the root logger has a handler."""
+    """The quantizer's module calls logging.basicConfig, which does nothing where the root logger has a handler."""
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)
     try:
@@ -138,15 +138,15 @@ def fast() -> list[Pass]:
     return [Products(INT8)]
 
 
-def read(path: Path) -> Iterator[Quantised]:
-    """Every quantised weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
+def read(path: Path) -> Iterator[Quantized]:
+    """Every quantized weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
     for node in load_onnx(path).graph:
         if node.op_type == OPERATOR:
             assert node.name
-            yield Quantised(node.name.rpartition("/")[0], *_dequantised(node))
+            yield Quantized(node.name.rpartition("/")[0], *_dequantized(node))
 
 
-def _dequantised(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _dequantized(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """From packed uint8 [N, blocks, bytes], scales [N, blocks] and packed zero points [N, bytes]."""
     inputs, bits = (node.attributes[name].as_int() for name in ("K", "bits"))
     packed, scales, zero_points = (array_of(value) for value in node.inputs[1:])

@@ -17,7 +17,7 @@ def _normal(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
     return nn.init.normal_(tensor, std=gain, generator=generator)
 
 
-INITIALISATIONS: dict[str, tuple[Callable[[Tensor, float, Generator | None], Tensor], bool]] = {
+INITIALIZATIONS: dict[str, tuple[Callable[[Tensor, float, Generator | None], Tensor], bool]] = {
     "eye": (_zeros, True),
     "eye_norm": (_normal, True),
     "eye_xavier_norm": (nn.init.xavier_normal_, True),
@@ -36,9 +36,9 @@ def initial_coefficients(
 
     Raises ConfigError for an unknown `init`.
     """
-    if init not in INITIALISATIONS:
-        raise ConfigError(f"unknown initialisation {init!r}", hint=f"One of: {', '.join(INITIALISATIONS)}.")
-    noise, with_eye = INITIALISATIONS[init]
+    if init not in INITIALIZATIONS:
+        raise ConfigError(f"unknown initialization {init!r}", hint=f"One of: {', '.join(INITIALIZATIONS)}.")
+    noise, with_eye = INITIALIZATIONS[init]
     groups, count, pairs = shape
     coef = noise(torch.empty(shape if groups > 1 else shape[1:]), gain if with_eye else 1.0, generator).reshape(shape)
     return coef + identity(count, pairs) if with_eye else coef

@@ -19,7 +19,7 @@ from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import MODEL, OPTIMISED
+from fope_export.manifest import MODEL, OPTIMIZED
 from fope_export.place import OURS
 
 FUSIONS: tuple[InPlacePass, ...] = (ShareSeries(), FuseAttention(), KeepLastLogits(), FuseSkipNorm())
@@ -34,24 +34,24 @@ def _save(model: ir.Model, path: Path) -> None:
         ) from cause
 
 
-def optimise(bundle: Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
-    """Add the optimised file to a decoder's bundle, and have ONNX Runtime GenAI load it.
+def optimize(bundle: Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
+    """Add the optimized file to a decoder's bundle, and have ONNX Runtime GenAI load it.
 
-    `int8_activations` concerns bundles with quantised weights alone. Another writer of the bundle is waited for, for
+    `int8_activations` concerns bundles with quantized weights alone. Another writer of the bundle is waited for, for
     `lock_timeout` seconds.
 
     Raises ConfigError for a static cache, ExportError where the file is not as this package writes it.
     """
     with bundle.changing(lock_timeout) as now:
-        return _optimised(now, int8_activations)
+        return _optimized(now, int8_activations)
 
 
-def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
+def _optimized(bundle: Bundle, int8_activations: bool) -> Bundle:
     config, export = bundle.manifest.decoder(), bundle.manifest.export
     if export.cache == "static":
         raise ConfigError(
-            f"{bundle.path} has a static cache, and what is optimised is the growing one",
-            hint="Export with --cache dynamic; the optimised file then writes its cache in place.",
+            f"{bundle.path} has a static cache, and what is optimized is the growing one",
+            hint="Export with --cache dynamic; the optimized file then writes its cache in place.",
         )
     passes: list[InPlacePass] = [*FUSIONS, TopologicalSortPass(), RemoveUnusedNodesPass()]
     if int8_activations and export.quantization:
@@ -61,12 +61,12 @@ def _optimised(bundle: Bundle, int8_activations: bool) -> Bundle:
     try:
         model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model
     except PassError as cause:
-        raise ExportError(f"{bundle.model} cannot be optimised: {cause.__cause__}", hint="Export it again.") from cause
-    model.metadata_props["fope.optimised"] = bundle.manifest.files[MODEL]
-    partial = portable.with_name(f"{OURS}{OPTIMISED}")  # beside its weights
+        raise ExportError(f"{bundle.model} cannot be optimized: {cause.__cause__}", hint="Export it again.") from cause
+    model.metadata_props["fope.optimized"] = bundle.manifest.files[MODEL]
+    partial = portable.with_name(f"{OURS}{OPTIMIZED}")  # beside its weights
     try:
         _save(model, partial)
         check(partial)
-        return bundle.put({OPTIMISED: partial, **for_genai(config, export, optimised=True)})
+        return bundle.put({OPTIMIZED: partial, **for_genai(config, export, optimized=True)})
     finally:
         partial.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fope_export.errors import ConfigError
-from fope_export.fope.initialise import INITIALISATIONS, identity, initial_coefficients
+from fope_export.fope.initialize import INITIALIZATIONS, identity, initial_coefficients
 
 
 def test_the_identity_steps_where_frequencies_outnumber_pairs() -> None:
@@ -13,8 +13,8 @@ def test_the_identity_steps_where_frequencies_outnumber_pairs() -> None:
     assert identity(18, 16).nonzero().tolist() == [[2 * i, i] for i in range(9)]
 
 
-@pytest.mark.parametrize("init", INITIALISATIONS)
-def test_every_initialisation_is_repeatable_and_has_its_shape(init: str) -> None:
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_every_initialization_is_repeatable_and_has_its_shape(init: str) -> None:
     first, again = (initial_coefficients((4, 18, 16), init, 0.3, torch.Generator().manual_seed(7)) for _ in range(2))
     assert first.shape == (4, 18, 16) and first.dtype == torch.float32
     assert torch.equal(first, again)

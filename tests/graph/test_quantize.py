@@ -1,4 +1,4 @@
-"""Quantised weights: which they are, what their integers stand for, and the same bytes every time."""
+"""Quantized weights: which they are, what their integers stand for, and the same bytes every time."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fope_export.errors import ConfigError
 from fope_export.fope import contract
 from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export, to_onnx
-from fope_export.graph.quantise import OPERATOR, QuantiseWeights, read
+from fope_export.graph.quantize import OPERATOR, QuantiseWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
@@ -32,12 +32,12 @@ CONFIGS = [
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: f"{config.quantize}-{config.dtype}-{config.cache}")
-def quantised(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(native, tmp_path_factory.mktemp("quantised") / "out", request.param)
+def quantized(request: pytest.FixtureRequest, native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(native, tmp_path_factory.mktemp("quantized") / "out", request.param)
 
 
-def test_linear_layers_are_quantised_and_nothing_else(quantised: Bundle, native: Path) -> None:
-    model, config = onnx.load(quantised.model), quantised.manifest.export
+def test_linear_layers_are_quantized_and_nothing_else(quantized: Bundle, native: Path) -> None:
+    model, config = onnx.load(quantized.model), quantized.manifest.export
     nodes = {node.name: node for node in model.graph.node if node.op_type == OPERATOR}
     assert list(nodes) == [f"{layer}/{OPERATOR}" for layer in LAYERS]
     assert not any(node.op_type == "MatMul" for node in model.graph.node)
@@ -56,34 +56,34 @@ def test_linear_layers_are_quantised_and_nothing_else(quantised: Bundle, native:
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensors["embed.weight"]), state["embed.weight"].numpy())
 
 
-def test_it_validates_and_says_what_it_is(quantised: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    found = validate(quantised)
+def test_it_validates_and_says_what_it_is(quantized: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    found = validate(quantized)
     assert found.passed and len(found.cases) >= 7, [case for case in found.cases if not case.verdict.passed]
     assert all(control.verdict or control.skipped for control in found.controls)
-    assert found.cost is not None and found.cost.kind == quantised.manifest.export.quantize and not found.cost.strays
-    assert main(["inspect", str(quantised.path)]) == 0
+    assert found.cost is not None and found.cost.kind == quantized.manifest.export.quantize and not found.cost.strays
+    assert main(["inspect", str(quantized.path)]) == 0
     assert f"{found.cost.kind} weights" in capsys.readouterr().out
-    assert main(["inspect", str(quantised.model)]) == 0
+    assert main(["inspect", str(quantized.model)]) == 0
     assert "blocks of 32" in capsys.readouterr().out
-    assert main(["run", str(quantised.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]) == 0
+    assert main(["run", str(quantized.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().err == ""
 
 
-def test_values_have_shapes_and_onnx_runtime_is_quiet(quantised: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    model = onnx.load(quantised.model, load_external_data=False)
+def test_values_have_shapes_and_onnx_runtime_is_quiet(quantized: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    model = onnx.load(quantized.model, load_external_data=False)
     shaped = {value.name for value in (*model.graph.value_info, *model.graph.output)}
     assert {name for node in model.graph.node for name in node.output} <= shaped
-    onnxruntime.InferenceSession(quantised.model, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(quantized.model, providers=["CPUExecutionProvider"])
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_integers_stand_for_what_the_operator_multiplies_by(quantised: Bundle) -> None:
+def test_the_integers_stand_for_what_the_operator_multiplies_by(quantized: Bundle) -> None:
     """The operator applied to the identity gives the weight; 48 inputs leave half of the last block empty."""
-    model = onnx.load(quantised.model)
-    weights = {found.module: found.weight for found in read(quantised.model)}
+    model = onnx.load(quantized.model)
+    weights = {found.module: found.weight for found in read(quantized.model)}
     assert list(weights) == LAYERS
     node = next(node for node in model.graph.node if node.name.startswith("layers.1.feed_forward.ff_out/"))
-    dtype = np.float32 if quantised.manifest.export.dtype == "fp32" else np.float16
+    dtype = np.float32 if quantized.manifest.export.dtype == "fp32" else np.float16
     kind, names = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [node.input[0], node.output[0]]
     x, y = (onnx.helper.make_tensor_value_info(name, kind, None) for name in names)
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
@@ -97,9 +97,9 @@ def test_the_integers_stand_for_what_the_operator_multiplies_by(quantised: Bundl
     np.testing.assert_allclose(got.T, wanted, rtol=0, atol=2 * np.finfo(dtype).eps * np.abs(wanted).max())
 
 
-def test_exporting_again_gives_the_same_bytes(quantised: Bundle, native: Path, tmp_path: Path) -> None:
-    again = export(native, tmp_path / "out", quantised.manifest.export)
-    assert again.manifest == quantised.manifest and not again.damaged()
+def test_exporting_again_gives_the_same_bytes(quantized: Bundle, native: Path, tmp_path: Path) -> None:
+    again = export(native, tmp_path / "out", quantized.manifest.export)
+    assert again.manifest == quantized.manifest and not again.damaged()
 
 
 def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Measure what quantisation costs in perplexity, and what weights of 4 and 8 bits save in time in ONNX Runtime.
+"""Measure what quantization costs in perplexity, and what weights of 4 and 8 bits save in time in ONNX Runtime.
 
-    scripts/bench_quantised.py               writes scripts/results/quantised.json
+    scripts/bench_quantized.py               writes scripts/results/quantized.json
 
 Perplexity, per byte of held-out Python at the training length, is the shipped FoPE model's. Speed and size are those of
 the paper's 60M shape with random weights; all bundles run in turn within each round, and ratios are medians over the
@@ -36,9 +36,9 @@ from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import shipped
 from fope_export.evaluation import loss_by_length
 from fope_export.graph.export import export
-from fope_export.graph.quantise import BLOCK, OPERATOR
+from fope_export.graph.quantize import BLOCK, OPERATOR
 from fope_export.model.checkpoint import source_of
-from fope_export.parity.quantised import cost_of
+from fope_export.parity.quantized import cost_of
 
 KINDS = {
     "fp32": ExportConfig(),
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="60M")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decoded", type=int, default=6, help="tokens of each decode")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quantised.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantized.json")
     args = parser.parse_args()
     bench_export.DECODED = args.decoded
     with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("perplexity") as status:

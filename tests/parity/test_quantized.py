@@ -1,4 +1,4 @@
-"""The yardstick for quantised bundles: a graph that is wrong still fails and is told where, and the cost is bounded."""
+"""The yardstick for quantized bundles: a graph that is wrong still fails and is told where, and the cost is bounded."""
 
 import io
 import json
@@ -24,10 +24,10 @@ from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.graph import calibration
 from fope_export.graph.export import export
-from fope_export.graph.quantise import BLOCK, EXACT, OPERATOR
+from fope_export.graph.quantize import BLOCK, EXACT, OPERATOR
 from fope_export.model.checkpoint import source_of
-from fope_export.parity import quantised
-from fope_export.parity.quantised import SCORED, allowance_of, cost_of
+from fope_export.parity import quantized
+from fope_export.parity.quantized import SCORED, allowance_of, cost_of
 from fope_export.parity.run import validate
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.report import parity_page, place, print_parity, write_parity
@@ -154,7 +154,7 @@ def test_inputs_rounded_by_another_scale_than_they_are_restored_by(rounded: Bund
 
 
 def test_a_scale_that_clips_costs_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised, "SCORED", 1 << 12)
+    monkeypatch.setattr(quantized, "SCORED", 1 << 12)
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize="int8-qdq"))
     model = source_of(made).model
     cost = cost_of(made, model, load_backend(made))
@@ -171,13 +171,13 @@ def test_the_cost_is_in_every_report(made: Bundle, spoilable: Bundle, monkeypatc
         monkeypatch.setitem(QUANTIZATIONS, "int4", replace(row, growth=limit))
         found = validate(made, lengths=(64,))
         assert found.passed == (verdict == "pass") and found.cost is not None
-        assert found.cost.tokens == SCORED and found.cost.perplexity and found.cost.quantised and found.cost.kl > 0
+        assert found.cost.tokens == SCORED and found.cost.perplexity and found.cost.quantized and found.cost.kl > 0
         write_parity(spoilable, found)
-        record = json.loads((spoilable.path / "reports/parity.json").read_text())["quantisation"]
+        record = json.loads((spoilable.path / "reports/parity.json").read_text())["quantization"]
         assert record["limit"] == limit and record["passed"] == found.passed
-        assert record["growth"] == pytest.approx(found.cost.quantised / found.cost.perplexity - 1)
+        assert record["growth"] == pytest.approx(found.cost.quantized / found.cost.perplexity - 1)
         suite = ElementTree.parse(spoilable.path / "reports/parity.xml").getroot()
-        case = next(case for case in suite if case.get("name") == "quantisation: int4")
+        case = next(case for case in suite if case.get("name") == "quantization: int4")
         assert (case.find("failure") is None) == found.passed
         assert ("perplexity grows by" in parity_page(made, found)) != found.passed
         written = io.StringIO()
@@ -201,14 +201,14 @@ def test_a_layer_that_the_checkpoint_lacks_is_named(spoilable: Bundle) -> None:
     node.name = "head/MatMulNBits"
     onnx.save(model, spoilable.model)
     found = validate(spoilable, lengths=(7,))
-    assert not found.passed and "quantises head, which is no linear layer" in found.broken
+    assert not found.passed and "quantizes head, which is no linear layer" in found.broken
 
 
 @pytest.mark.parametrize(("kind", "scored"), [("int4", SCORED), ("int8", 1 << 12)])
 def test_the_shipped_model_hardly_suffers(
     kind: str, scored: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "SCORED", scored)
+    monkeypatch.setattr(quantized, "SCORED", scored)
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(quantize=kind))
     cost = cost_of(made, source_of(made).model, load_backend(made))
     assert cost.growth is not None and not cost.failed

@@ -1,4 +1,4 @@
-"""The bundle's second file, for ONNX Runtime alone (`graph.optimise`): a cache in place, and no padding at all."""
+"""The bundle's second file, for ONNX Runtime alone (`graph.optimize`): a cache in place, and no padding at all."""
 
 from collections.abc import Sequence
 from itertools import count
@@ -11,7 +11,7 @@ from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
-from fope_export.manifest import KEPT, OPTIMISED
+from fope_export.manifest import KEPT, OPTIMIZED
 
 BLOCK = 256
 """Tokens that a cache grows by at least."""
@@ -192,7 +192,7 @@ class Graphs:
 
 
 class OptimisedOrtBackend:
-    """A bundle's optimised file in ONNX Runtime.
+    """A bundle's optimized file in ONNX Runtime.
 
     Prompts run row by row without their padding; single tokens run together, each row at its own length.
     """
@@ -213,10 +213,10 @@ class OptimisedOrtBackend:
         Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
-        self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMISED
+        self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMIZED
         # It would warn that an input has a default value.
         self._session = session_of(
-            bundle, OPTIMISED, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
+            bundle, OPTIMIZED, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
         )  # fmt: skip
         self.graphs = Graphs(self._session) if cuda_graph else None
         self.device = _device(

@@ -1,4 +1,4 @@
-"""What quantisation costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
+"""What quantization costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, BundleError
-from fope_export.graph.ways import Quantised, Rounding, way_of
+from fope_export.graph.ways import Quantized, Rounding, way_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.judge import Floats, divergence, log_softmax
 from fope_export.quantizations import QUANTIZATIONS
@@ -44,20 +44,20 @@ class Cost:
     """Mean over the tokens of the divergence from the checkpoint's prediction, in nats."""
     perplexity: float | None
     """Of held-out Python with the checkpoint; None where the vocabulary is not bytes."""
-    quantised: float | None
+    quantized: float | None
     """The same with the bundle."""
     strays: tuple[str, ...]
     """Weights further from the checkpoint's than rounding to the nearest step explains."""
 
     @property
     def what(self) -> str:
-        """What is quantised, in words."""
+        """What is quantized, in words."""
         return f"{self.kind} {QUANTIZATIONS[self.kind].rounded}"
 
     @property
     def growth(self) -> float | None:
         """Of the perplexity, as a share of it."""
-        return self.quantised / self.perplexity - 1 if self.quantised and self.perplexity else None
+        return self.quantized / self.perplexity - 1 if self.quantized and self.perplexity else None
 
     @property
     def limit(self) -> float:
@@ -74,7 +74,7 @@ class Cost:
 
 
 def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
-    """Hold a quantised bundle against its checkpoint's own weights, which `model` has.
+    """Hold a quantized bundle against its checkpoint's own weights, which `model` has.
 
     Raises BackendError when the bundle does not run.
     """
@@ -91,8 +91,8 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
         losses.append([_losses(before, ids), _losses(after, ids)])
     kls = np.concatenate(kl)
     perplexities = [float(each) for each in np.exp(np.concatenate(losses, axis=1).mean(axis=1))]
-    perplexity, quantised = perplexities if known else (None, None)
-    return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantised, tuple(_strays(bundle, model)))
+    perplexity, quantized = perplexities if known else (None, None)
+    return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantized, tuple(_strays(bundle, model)))
 
 
 def allowance_of(bundle: Bundle, model: nn.Module) -> float:
@@ -139,7 +139,7 @@ def _rounded(rounding: Rounding, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return (whole * rounding.scale).to(x.dtype)
 
 
-def _layers(bundle: Bundle) -> Iterator[Quantised]:
+def _layers(bundle: Bundle) -> Iterator[Quantized]:
     row = bundle.manifest.export.quantization
     return way_of(row).read(bundle.model) if row else iter(())
 
@@ -154,7 +154,7 @@ def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
 def _layer(model: Decoder, name: str) -> nn.Linear:
     layer = dict(model.named_modules()).get(name)
     if not isinstance(layer, nn.Linear):
-        raise BackendError(f"the graph quantises {name}, which is no linear layer", hint="Export the checkpoint again.")
+        raise BackendError(f"the graph quantizes {name}, which is no linear layer", hint="Export the checkpoint again.")
     return layer
 
 
