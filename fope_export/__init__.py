@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fope_export.bundle import Bundle as Bundle
     from fope_export.config import BuildConfig as BuildConfig
     from fope_export.config import ExportConfig as ExportConfig
-    from fope_export.engine.build import build as build
     from fope_export.errors import BackendError as BackendError
     from fope_export.errors import BundleError as BundleError
     from fope_export.errors import CheckpointError as CheckpointError
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from fope_export.parity.module import validate_module as validate_module
     from fope_export.parity.run import validate as validate
     from fope_export.sampling import Sampling as Sampling
+    from fope_export.tensorrt.build import build as build
     from fope_export.tokens import Text as Text
 
 _HOMES = {

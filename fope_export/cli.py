@@ -14,13 +14,13 @@ from typing import NoReturn
 
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, perform, run, validate
 from fope_export.dtypes import DTYPES, FP32, either
-from fope_export.engine.compile import cache_folder
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.lock import TIMEOUT
 from fope_export.model.layouts import LAYOUTS
 from fope_export.processes import clean_path
 from fope_export.quantizations import QUANTIZATIONS, Quantization, calibrated
 from fope_export.scratch import sweep
+from fope_export.tensorrt.compile import cache_folder
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
 DIGITS = re.compile(r"[0-9]{1,18}")

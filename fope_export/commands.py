@@ -112,9 +112,9 @@ def build(args: argparse.Namespace) -> int:
     """Bundle to engine."""
     from fope_export.bundle import Bundle
     from fope_export.config import BuildConfig, convert
-    from fope_export.engine.build import build as build_engine
-    from fope_export.engine.record import plan_name
     from fope_export.onnx_files import check_graphs
+    from fope_export.tensorrt.build import build as build_engine
+    from fope_export.tensorrt.record import plan_name
     from fope_export.terminal import RESULTS, progress
 
     options = {name: getattr(args, name) for name in BuildConfig.__struct_fields__} | {"sizes": dict(args.sizes)}

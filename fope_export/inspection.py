@@ -9,11 +9,11 @@ from rich.filesize import decimal
 
 from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig, SpectrumConfig
-from fope_export.engine.record import records
 from fope_export.errors import FopeError, cut
 from fope_export.links import loadable
 from fope_export.manifest import MANIFEST, Manifest
 from fope_export.onnx_files import promised_bytes
+from fope_export.tensorrt.record import records
 
 if TYPE_CHECKING:
     import onnx

@@ -24,9 +24,9 @@ from fope_export.backends.choose import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import BuildConfig, CacheName, ExportConfig
-from fope_export.engine import compile
-from fope_export.engine.build import build
 from fope_export.graph.export import export
+from fope_export.tensorrt import compile
+from fope_export.tensorrt.build import build
 
 
 def main() -> None:

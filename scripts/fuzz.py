@@ -35,7 +35,7 @@ CACHES = ("home/.cache/", "tmp/.ses")
 IMPORTED = (
     "fope_export.cli", "fope_export.commands", "fope_export.graph.export", "fope_export.graph.optimize",
     "fope_export.inspection", "fope_export.parity.run", "fope_export.report", "fope_export.generation",
-    "fope_export.engine.build", "fope_export.terminal", "fope_export.tokens", "onnxruntime",
+    "fope_export.tensorrt.build", "fope_export.terminal", "fope_export.tokens", "onnxruntime",
 )  # fmt: skip
 
 

@@ -100,12 +100,6 @@ def _marked(text: str) -> Iterator[str]:
 
 def serve(token: str) -> None:
     """Fork what is asked for on stdin; tell its process id, then its exit code."""
-    import fope_export.backends.ort_optimized
-    import fope_export.commands
-    import fope_export.engine.build
-    import fope_export.graph.optimize
-    import fope_export.parity.run
-    import fope_export.report  # noqa: F401
     from fope_export.cli import main
 
     for line in sys.stdin:

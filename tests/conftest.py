@@ -16,7 +16,6 @@ import yaml
 
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
@@ -26,6 +25,7 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts import olmo
 from fope_export.model.layouts.native import save
+from fope_export.tensorrt import compile as compiling
 from fope_export.tokens import byte_tokenizer
 
 DATA = Path(__file__).parent / "data"

@@ -17,7 +17,6 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, SpectrumConfig
-from fope_export.engine.compile import SOURCES
 from fope_export.errors import ConfigError
 from fope_export.fope import contract, reference
 from fope_export.fope.folding import folding_of
@@ -26,6 +25,7 @@ from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.localize import different_rotations
+from fope_export.tensorrt.compile import SOURCES
 from tests.fields import OTHERS, Changes, Render, Results, changed, forgetting, held
 from tests.fope.rotations import make
 from tests.graph.one_call import model_of_one_call, run

@@ -17,8 +17,8 @@ import torch
 from gpu_suite import __main__ as program
 from gpu_suite import benchmarks, cases, dry, library, proof, sanitizer
 
-from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
+from fope_export.tensorrt import compile as compiling
 
 ROOT = Path(__file__).parent.parent
 

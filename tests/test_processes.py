@@ -63,7 +63,7 @@ def test_nothing_of_the_current_folder_runs(path: str, tmp_path: Path, monkeypat
     (tmp_path / "msgspec.py").write_text("open('EXECUTED', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", path.format(here=tmp_path.parent))
-    done = output(python("fope_export.engine.worker"))
+    done = output(python("fope_export.tensorrt.worker"))
     assert not Path("EXECUTED").exists() and "msgspec.DecodeError: Input data was truncated" in done.stderr
     grandchild = output([sys.executable, "-c", "import sys; print(sys.path)"])
     assert f"'{tmp_path}'" not in grandchild.stdout and "''" not in grandchild.stdout

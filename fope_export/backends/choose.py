@@ -14,12 +14,12 @@ from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
-from fope_export.engine import compile
-from fope_export.engine.api import LIBRARIES
-from fope_export.engine.record import BUILD_IT, plan_name, records
 from fope_export.errors import BackendError
 from fope_export.manifest import MODEL, OPTIMIZED, plain_file
 from fope_export.processes import output
+from fope_export.tensorrt import compile
+from fope_export.tensorrt.api import LIBRARIES
+from fope_export.tensorrt.record import BUILD_IT, plan_name, records
 
 if TYPE_CHECKING:  # the doctor has no NumPy
     from fope_export.backends.base import Backend, Limits

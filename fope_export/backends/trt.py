@@ -12,10 +12,10 @@ from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.dtypes import DTYPES
-from fope_export.engine import api
-from fope_export.engine.profiles import fitting
-from fope_export.engine.record import EngineRecord, newest_engine, plan_name
 from fope_export.errors import BackendError
+from fope_export.tensorrt import api
+from fope_export.tensorrt.profiles import fitting
+from fope_export.tensorrt.record import EngineRecord, newest_engine, plan_name
 
 
 def limits_of(bundle: Bundle) -> Limits:

@@ -5,8 +5,8 @@ from operator import itemgetter
 
 from fope_export.config import ExportConfig
 from fope_export.dtypes import either
-from fope_export.engine.api import version_of
 from fope_export.quantizations import QUANTIZATIONS
+from fope_export.tensorrt.api import version_of
 
 NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
     ((1, 25), "a static cache", lambda export: export.cache == "static"),

@@ -24,8 +24,8 @@ def run_plan(plan: Path | None, plugin: Path | None) -> dict[str, Any]:
 
 
 def _run(plan: Path, plugin: Path | None) -> dict[str, Any]:
-    from fope_export.engine import api
     from fope_export.fope import contract
+    from fope_export.tensorrt import api
 
     trt = api.load("tensorrt-rtx")
     log = api.make_log(trt)

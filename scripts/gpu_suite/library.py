@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
+from fope_export.tensorrt import compile as compiling
 from gpu_suite.cases import KINDS, Call, Launch
 
 HERE = Path(__file__).parent

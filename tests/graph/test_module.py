@@ -23,7 +23,6 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import BuildConfig, ExportConfig
-from fope_export.engine.build import build
 from fope_export.errors import BundleError, ConfigError, FopeError, ParityError
 from fope_export.fope.replace import replace_rotary, rotaries
 from fope_export.fope.rotary import FopeRotary
@@ -32,6 +31,7 @@ from fope_export.manifest import Extent
 from fope_export.parity.module import standard_cases, validate_module
 from fope_export.parity.run import validate
 from fope_export.report import place, print_parity, write_parity
+from fope_export.tensorrt.build import build
 from tests.graph.pairs import Pair, pair_inputs, tokens
 from tests.support import same_function
 

@@ -13,9 +13,9 @@ from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
-from fope_export.engine.build import build
 from fope_export.errors import BackendError, ConfigError
 from fope_export.parity.run import validate
+from fope_export.tensorrt.build import build
 from tests.conftest import small_decoder, write_native
 from tests.spoiling import weights
 from tests.toys import TOY, WIDE

@@ -2,8 +2,8 @@ import pytest
 
 from fope_export.bundle import Bundle
 from fope_export.config import BuildConfig
-from fope_export.engine.profiles import Profile, Range, fitting, make_profiles, shapes
 from fope_export.errors import BackendError, ConfigError
+from fope_export.tensorrt.profiles import Profile, Range, fitting, make_profiles, shapes
 
 
 @pytest.fixture

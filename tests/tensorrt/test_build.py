@@ -15,12 +15,12 @@ from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import BuildConfig, CacheName, ExportConfig
 from fope_export.demo import shipped
-from fope_export.engine import api, compile, worker
-from fope_export.engine import build as building
-from fope_export.engine.build import build
-from fope_export.engine.record import plan_name
 from fope_export.errors import BackendError, ConfigError
 from fope_export.graph.export import export
+from fope_export.tensorrt import api, compile, worker
+from fope_export.tensorrt import build as building
+from fope_export.tensorrt.build import build
+from fope_export.tensorrt.record import plan_name
 from tests.conftest import small_decoder, write_native
 from tests.support import tokens
 

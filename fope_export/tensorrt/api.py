@@ -88,7 +88,7 @@ def _preload_rtx(library: Library) -> None:
     if f"{library.module}_bindings" in sys.modules:
         raise BackendError(
             f"{library.module} was imported before fope_export could prepare its libraries",
-            hint="Import fope_export.engine.api first, and load the library through it.",
+            hint="Import fope_export.tensorrt.api first, and load the library through it.",
         )
     names = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
     folder = KEPT.folder()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fope_export.engine import compile as compiling
+from fope_export.tensorrt import compile as compiling
 
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 Build = Callable[..., Path]

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from fope_export.config import BuildConfig
-from fope_export.engine import api
 from fope_export.errors import BackendError, FopeError
 from fope_export.fope import contract
 from fope_export.processes import answering
 from fope_export.scratch import scratch
+from fope_export.tensorrt import api
 
 PLUGIN_LAYER = "PLUGIN_V3"
 EVERY = 0.1

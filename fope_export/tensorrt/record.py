@@ -5,9 +5,9 @@ import msgspec
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import BuildConfig
 from fope_export.documents import check_file, read_record
-from fope_export.engine.profiles import Profile
 from fope_export.errors import BackendError, ConfigError, DocumentError, cut
 from fope_export.manifest import MODEL
+from fope_export.tensorrt.profiles import Profile
 
 FOLDER = "engines"
 BUILD_IT = "Build one with `fope-export build`."

@@ -12,9 +12,6 @@ import msgspec
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import BuildConfig
 from fope_export.dtypes import DTYPES, FP16, either
-from fope_export.engine import api, compile, profiles
-from fope_export.engine.record import EngineRecord, plan_name, record_name
-from fope_export.engine.worker import PLUGIN_LAYER, Built, Line, Request
 from fope_export.errors import BackendError, ConfigError
 from fope_export.fope import contract
 from fope_export.lock import TIMEOUT
@@ -22,6 +19,9 @@ from fope_export.manifest import MODEL, ModuleRecord
 from fope_export.place import OURS
 from fope_export.processes import child, environment, python
 from fope_export.quantizations import QUANTIZATIONS
+from fope_export.tensorrt import api, compile, profiles
+from fope_export.tensorrt.record import EngineRecord, plan_name, record_name
+from fope_export.tensorrt.worker import PLUGIN_LAYER, Built, Line, Request
 
 
 def build(
@@ -121,7 +121,7 @@ def _timing_cache(config: BuildConfig) -> Path:
 
 def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
     """Have a worker serve the request."""
-    command = python("fope_export.engine.worker")
+    command = python("fope_export.tensorrt.worker")
     temporary = {"TMPDIR": str(Path(request.plan).parent)}
     with (
         tempfile.TemporaryFile() as noise,

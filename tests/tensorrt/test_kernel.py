@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from gpu_suite.cases import Shape
 
-from fope_export.engine import compile as compiling
 from fope_export.fope import contract, reference
 from fope_export.fope.spectrum import Spectrum
-from tests.engine.kernel import (
+from fope_export.tensorrt import compile as compiling
+from tests.fields import Changes, Results, changed, forgetting, held
+from tests.tensorrt.kernel import (
     KINDS,
     PLAN,
     REFUSALS,
@@ -31,7 +32,6 @@ from tests.engine.kernel import (
     spectrum,
     worst,
 )
-from tests.fields import Changes, Results, changed, forgetting, held
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
-from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
-from tests.engine.conftest import Build
-from tests.engine.kernel import KINDS, SHAPES, mutated
+from fope_export.tensorrt import compile as compiling
+from tests.tensorrt.conftest import Build
+from tests.tensorrt.kernel import KINDS, SHAPES, mutated
 
 
 class Launch(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fope_export.bundle import Bundle
-from fope_export.engine.record import newest_engine, records
 from fope_export.errors import BackendError
+from fope_export.tensorrt.record import newest_engine, records
 
 HASH = "0" * 64
 RECORD: dict[str, Any] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fope_export.engine import api
 from fope_export.errors import BackendError
+from fope_export.tensorrt import api
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -36,7 +36,7 @@ def test_a_module_that_is_no_tensorrt(
 
 def test_a_plugin_of_another_version_has_no_creator(plugin: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom fope_export.engine import api\ntrt = api.load('tensorrt-rtx')\n"
+        "from pathlib import Path\nfrom fope_export.tensorrt import api\ntrt = api.load('tensorrt-rtx')\n"
         f"log, path = api.make_log(trt), Path({str(plugin)!r})\nbuilder = trt.Builder(log)\n"
         "for version in '7':\n"
         "    try: api.load_plugin(trt, path, log, name='FopeRotary', version=version, namespace='fope')\n"
@@ -70,7 +70,7 @@ def test_messages_are_logged_and_few_are_kept(caplog: pytest.LogCaptureFixture) 
 
 def test_rtx_imported_too_early_is_refused() -> None:
     code = (
-        "import tensorrt_rtx\nfrom fope_export.engine import api\n"
+        "import tensorrt_rtx\nfrom fope_export.tensorrt import api\n"
         "try: api.load('tensorrt-rtx')\nexcept api.BackendError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,9 +13,9 @@ import numpy as np
 from gpu_suite.cases import Shape
 from gpu_suite.library import Arguments
 
-from fope_export.engine import compile as compiling
 from fope_export.fope import reference
 from fope_export.fope.spectrum import Spectrum
+from fope_export.tensorrt import compile as compiling
 from tests.support import magnitude
 
 ULPS = 4

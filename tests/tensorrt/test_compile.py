@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fope_export.engine import compile as compiling
 from fope_export.errors import BackendError
+from fope_export.tensorrt import compile as compiling
 
 NVCC = """#!/bin/sh
 case "$*" in

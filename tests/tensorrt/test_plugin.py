@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fope_export.engine import compile as compiling
 from fope_export.fope import contract
-from tests.engine.conftest import Build
-from tests.engine.kernel import REFUSALS, code_of
+from fope_export.tensorrt import compile as compiling
+from tests.tensorrt.conftest import Build
+from tests.tensorrt.kernel import REFUSALS, code_of
 
 EXPORTS = {"getCreators", "setLoggerFinder", "fope_rotary_launch"}
 KINDS = {float: "float", int: "int"}
