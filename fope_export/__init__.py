@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from fope_export.fope.replace import replace_rotary as replace_rotary
     from fope_export.fope.rotary import FopeRotary as FopeRotary
     from fope_export.fope.spectrum import Spectrum as Spectrum
-    from fope_export.generation import complete as complete
     from fope_export.generation import generate as generate
+    from fope_export.generation import generate_text as generate_text
     from fope_export.graph.export import export as export
     from fope_export.graph.module import export_module as export_module
     from fope_export.model.checkpoint import load_checkpoint as load_checkpoint
     from fope_export.parity.module import validate_module as validate_module
     from fope_export.parity.run import validate as validate
-    from fope_export.sampling import Sampling as Sampling
+    from fope_export.serving.sampling import SamplingParams as SamplingParams
     from fope_export.tensorrt.build import build as build
-    from fope_export.tokens import Text as Text
+    from fope_export.tokens import Tokenizer as Tokenizer
 
 _HOMES = {
     "BackendError": "errors",
@@ -50,12 +50,12 @@ _HOMES = {
     "FopeError": "errors",
     "FopeRotary": "fope.rotary",
     "ParityError": "errors",
-    "Sampling": "sampling",
+    "SamplingParams": "serving.sampling",
     "Settings": "backends.choose",
     "Spectrum": "fope.spectrum",
-    "Text": "tokens",
+    "Tokenizer": "tokens",
     "build": "engine.build",
-    "complete": "generation",
+    "generate_text": "generation",
     "export": "graph.export",
     "export_module": "graph.module",
     "generate": "generation",

@@ -225,7 +225,7 @@ def _listed(folder: Path) -> set[str]:
         return set()
 
 
-def complete(folder: Path, manifest: Manifest) -> Manifest:
+def finish_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write `manifest` with the hashes of all files of `folder`: the last write of a bundle."""
     names = [name for name in _found(folder) if name != MANIFEST]
     manifest = msgspec.structs.replace(manifest, files={name: sha256(folder / name) for name in names})

@@ -165,15 +165,15 @@ def run(args: argparse.Namespace) -> int:
     from fope_export.backends.choose import Settings, load_backend
     from fope_export.bundle import Bundle
     from fope_export.config import convert
-    from fope_export.generation import complete, generate
+    from fope_export.generation import generate, generate_text
     from fope_export.onnx_files import check_graphs
-    from fope_export.sampling import Sampling
+    from fope_export.serving.sampling import SamplingParams
     from fope_export.terminal import report_speed, waiting
-    from fope_export.tokens import Text
+    from fope_export.tokens import Tokenizer
 
-    options = {name: getattr(args, name) for name in Sampling.__struct_fields__}
+    options = {name: getattr(args, name) for name in SamplingParams.__struct_fields__}
     sampling = convert(
-        options | {"logit_bias": dict(args.logit_bias)}, Sampling, where="run", hint="See fope-export run --help."
+        options | {"logit_bias": dict(args.logit_bias)}, SamplingParams, where="run", hint="See fope-export run --help."
     )
     _check_chat(args)
     with waiting("loading"):
@@ -190,8 +190,8 @@ def run(args: argparse.Namespace) -> int:
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts) if args.prompts else [""]
     asked = _asked(args, bundle, prompts)
-    pieces = complete(
-        backend, Text(bundle.path), asked or prompts, sampling, stop=args.stop, eos=ends, chunk=args.chunk,
+    pieces = generate_text(
+        backend, Tokenizer(bundle.path), asked or prompts, sampling, stop=args.stop, eos=ends, chunk=args.chunk,
         max_batch=args.max_batch, special=not asked,
     )  # fmt: skip
     texts = [""] * len(prompts)

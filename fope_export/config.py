@@ -242,7 +242,7 @@ class BuildConfig(Checked, frozen=True, kw_only=True):
     plugin: bool = True  # the rotation as one fused kernel, instead of the function's body
     max_batch: Count = 4
     max_length: Count | None = None  # tokens, prompt and answer; None: a static cache's capacity, or the usual length
-    sizes: dict[str, tuple[Count, Count, Count]] = {}  # of a module's bundle, by name: least, best and largest
+    sizes: dict[str, tuple[Count, Count, Count]] = {}  # of a module's bundle, by name: min, opt and max
     timing_cache: bool = True  # keep what was measured for the next build
     tf32: bool = False  # round float32 matrix products to 10 bits
     refit: bool = False
@@ -259,7 +259,7 @@ class BuildConfig(Checked, frozen=True, kw_only=True):
             )
         for name, size in self.sizes.items():
             if [*size] != sorted(size):
-                raise ConfigError(f"{name} is {size}, expected least, best and largest", hint="As rows=1,16,64.")
+                raise ConfigError(f"{name} is {size}, expected min, opt and max", hint="As rows=1,16,64.")
 
     @property
     def library(self) -> str:

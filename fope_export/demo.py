@@ -15,19 +15,19 @@ from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.evaluation import loss_by_length
-from fope_export.generation import complete
+from fope_export.generation import generate_text
 from fope_export.graph.export import export
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.cases import FACTORS
 from fope_export.parity.run import ParityResult, validate
-from fope_export.sampling import Sampling
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 
 NAMES = {"fope": "FoPE", "rope": "RoPE"}
 SCORED = 1 << 15
 """Bytes of held-out text that the loss is taken on."""
 PROMPT = "def read_config(path):\n"
-SAMPLING = Sampling(max_new_tokens=400, temperature=0.6, top_p=0.95, seed=1)
+SAMPLING = SamplingParams(max_new_tokens=400, temperature=0.6, top_p=0.95, seed=1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_demo(out: Path, stage: Callable[[str], None]) -> DemoResult:
     models = tuple(_show(name, out / name, text, stage) for name in NAMES)
     stage("writing Python with the exported model")
     bundle = models[0].bundle
-    pieces = complete(load_backend(bundle), Text(bundle.path), [PROMPT], SAMPLING)
+    pieces = generate_text(load_backend(bundle), Tokenizer(bundle.path), [PROMPT], SAMPLING)
     result = DemoResult(models, "".join(piece for _, piece in pieces), out / "report.html")
     result.page.write_text(_page(result))
     return result

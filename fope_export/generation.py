@@ -8,9 +8,9 @@ import numpy as np
 from fope_export.backends.base import Backend, Ids, Logits, Slots
 from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
-from fope_export.sampling import Sampling
 from fope_export.serving.engine import Engine, Failed, Handle, Request, Token
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 
 AHEAD = 1024
 """New tokens that there is room for from the beginning: answers may be allowed to be far longer than they become."""
@@ -19,7 +19,7 @@ AHEAD = 1024
 def generate(
     backend: Backend,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     eos: Tokens = None,
     chunk: int | None = None,
@@ -40,7 +40,7 @@ def generate(
 def _answers(
     backend: Backend,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     eos: Tokens,
     chunk: int | None,
     max_batch: int,
@@ -71,11 +71,11 @@ def prefill(slots: Slots, slot: int, ids: Ids, chunk: int) -> Logits:
     return logits.reshape(-1)
 
 
-def complete(
+def generate_text(
     backend: Backend,
-    text: Text,
+    text: Tokenizer,
     prompts: Sequence[str],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     stop: Sequence[str] = (),
     eos: Tokens = None,
@@ -86,7 +86,7 @@ def complete(
     """Yield (number of a prompt, text that became certain, perhaps none) for every token.
 
     A text ends with one of the tokens `eos` (None: those that the bundle names), and before a `stop` string. `special`
-    is as for `Text.encode`.
+    is as for `Tokenizer.encode`.
     """
     ends = text.ends if eos is None else tokens_of(eos)
     streams = [text.stream(stop) for _ in prompts]

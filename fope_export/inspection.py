@@ -84,7 +84,7 @@ def _what(manifest: Manifest) -> Description:
     numbers, model = manifest.spectra[0], manifest.model
     if isinstance(model, ModelConfig):
         return {"model": _model(model), "spectrum": _spectrum(model.spectrum, numbers)}
-    sizes = {name: f"from {e.least}" + (f" to {e.most}" if e.most else "") for name, e in model.sizes.items()}
+    sizes = {name: f"from {e.min}" + (f" to {e.max}" if e.max else "") for name, e in model.sizes.items()}
     rotations = {"FopeRotary": f"{len(model.rotations)}, called {model.calls} times"}
     first, config = next(iter(model.rotations.items()))
     return {"module": rotations, "sizes": sizes, f"spectrum of {first}": _spectrum(config, numbers)}

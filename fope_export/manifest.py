@@ -76,17 +76,17 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):
-    """The values of a symbolic size that the graph was traced for, from `least` to `most` (None: no end), and the
+    """The values of a symbolic size that the graph was traced for, from `min` to `max` (None: no end), and the
     example's.
     """
 
-    least: Size
+    min: Size
     example: Size
-    most: Size | None
+    max: Size | None
 
     def __post_init__(self) -> None:
-        if not self.least <= self.example <= (self.example if self.most is None else self.most):
-            raise ConfigError(f"{self.example} is not from {self.least} to {self.most}", hint=AGAIN)
+        if not self.min <= self.example <= (self.example if self.max is None else self.max):
+            raise ConfigError(f"{self.example} is not from {self.min} to {self.max}", hint=AGAIN)
 
 
 class ModuleRecord(

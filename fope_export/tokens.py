@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from fope_export import documents
 from fope_export.config import tokens_of
@@ -23,9 +24,9 @@ REACH = 6
 """Characters after a space that may still join it in a replacement of CLEANED, or in two of them."""
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> tokenizers.Tokenizer:
     """256 tokens: a byte's value is its id. Bytes that are no valid UTF-8 decode to the replacement character."""
-    tokenizer = Tokenizer(models.BPE(_byte_vocabulary(), []))
+    tokenizer = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -43,7 +44,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return documents.read_object(path, raises=BundleError, hint="Copy the file again.") if path.exists() else {}
 
 
-class Text:
+class Tokenizer:
     """A bundle's tokenizer, and the tokens that end a text. Raises BundleError when the folder has none.
 
     Padding and truncation that were left switched on in tokenizer.json are ignored, as transformers ignores them.
@@ -58,7 +59,7 @@ class Text:
             )
         documents.check_file(path, raises=BundleError)
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as cause:  # the library raises bare Exceptions
             raise BundleError(f"{path}: not a tokenizer: {cut(cause)}", hint="Export the checkpoint again.") from cause
         self.tokenizer.no_padding()
@@ -118,7 +119,7 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], *, special: dict[int, str], cleans: bool = False
+        self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], *, special: dict[int, str], cleans: bool = False
     ) -> None:
         if not all(stop):
             raise ConfigError("a stop string is empty", hint="Leave it out, or give the text that ends the answer.")
@@ -180,7 +181,7 @@ class TextStream:
         return "".join(letter for letter, shown in taken if shown)
 
 
-def _decoder_of(tokenizer: Tokenizer) -> str:
+def _decoder_of(tokenizer: tokenizers.Tokenizer) -> str:
     return json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
 
 

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from fope_export.backends.choose import read_machine
-from fope_export.backends.ort_optimized import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
@@ -58,7 +58,7 @@ def bound(bundle: Bundle, length: int, chunk: int) -> int:
 def measure(path: Path, length: int, chunk: int) -> dict[str, float]:
     """One prompt, in this process."""
     bundle = Bundle.open(path)
-    backend = OptimisedOrtBackend(bundle)
+    backend = OptimizedOrtBackend(bundle)
     text = as_tokens(python_source(held_out=True))
     tokens = np.resize(text, length).astype(np.int64)
     prefill(backend.slots(1), 0, tokens[:chunk], 0)

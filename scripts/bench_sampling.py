@@ -21,16 +21,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from fope_export.benchmark.rounds import in_turn, medians, ratio
-from fope_export.sampling import Draw, Sampling, sample
+from fope_export.serving.sampling import Draw, SamplingParams, sample
 
 Way = Callable[[np.ndarray, Sequence[Draw]], list[int]]
 SETTINGS = {
-    "greedy": Sampling(),
-    "temperature": Sampling(temperature=0.8),
-    "temperature, top-k": Sampling(temperature=0.8, top_k=50),
-    "temperature, top-p": Sampling(temperature=0.8, top_p=0.95),
-    "temperature, top-k, top-p": Sampling(temperature=0.8, top_k=50, top_p=0.95),
-    "all of them, penalties": Sampling(
+    "greedy": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.8),
+    "temperature, top-k": SamplingParams(temperature=0.8, top_k=50),
+    "temperature, top-p": SamplingParams(temperature=0.8, top_p=0.95),
+    "temperature, top-k, top-p": SamplingParams(temperature=0.8, top_k=50, top_p=0.95),
+    "all of them, penalties": SamplingParams(
         temperature=0.8, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.5
     ),
 }
@@ -72,7 +72,7 @@ def main() -> None:
     prompt, made = rng.integers(0, args.vocabulary, 500).tolist(), dict.fromkeys(range(200), 2)
     places = count()
 
-    def timed(way: Way, sampling: Sampling) -> float:
+    def timed(way: Way, sampling: SamplingParams) -> float:
         place = next(places)
         return seconds(way, logits, [Draw(sampling, place, row, prompt, made) for row in range(args.rows)])
 

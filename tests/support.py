@@ -12,7 +12,7 @@ from fope_export.backends.stacked import Part, StackedSlots
 from fope_export.fope.spectrum import Spectrum
 from fope_export.generation import generate
 from fope_export.model.decoder import Decoder
-from fope_export.sampling import Sampling
+from fope_export.serving.sampling import SamplingParams
 
 Array = NDArray[Any]
 EPS = float(np.finfo(np.float32).eps)
@@ -48,7 +48,9 @@ class Forgetful:
         return logits[:, -1:] if last else logits, None
 
 
-def answers(backend: Backend, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any) -> list[list[int]]:
+def answers(
+    backend: Backend, prompts: Sequence[Sequence[int]], sampling: SamplingParams, **options: Any
+) -> list[list[int]]:
     """What `generate` makes of each prompt."""
     found: list[list[int]] = [[] for _ in prompts]
     for number, token in generate(backend, prompts, sampling, **options):

@@ -36,7 +36,7 @@ from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, benchmark, prompt, require_green
 from fope_export.benchmark.twin import write_twin
-from fope_export.bundle import Bundle, complete, sha256
+from fope_export.bundle import Bundle, finish_manifest, sha256
 from fope_export.cli import main
 from fope_export.errors import BackendError, BundleError, ConfigError
 from fope_export.graph.optimize import optimize
@@ -201,7 +201,7 @@ def test_a_wrong_contender_is_not_timed(green: Bundle, tmp_path: Path, uncompile
     forged["files"]["model.onnx"] = forged["tested"][0]["files"]["model.onnx"] = sha256(folder / "model.onnx")
     (folder / "reports/parity.json").write_text(json.dumps(forged))
     (folder / MANIFEST).unlink()
-    complete(folder, green.manifest)
+    finish_manifest(folder, green.manifest)
     result = benchmark(Bundle.open(folder), msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), rounds=1))
     entry = next(entry for entry in result.entries if entry.name == "onnxruntime")
     assert entry.refused == "it does not compute what eager PyTorch computes"

@@ -21,7 +21,7 @@ import pytest
 from fope_export import bundle as module
 from fope_export import place
 from fope_export.backends.choose import load_backend
-from fope_export.backends.ort_optimized import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.bundle import Bundle, creating, sha256
 from fope_export.errors import BundleError
 from fope_export.graph import export as exporter
@@ -271,7 +271,7 @@ def test_links_are_followed_and_never_written_through(spoilable: Bundle, tmp_pat
     assert "nodes" in inspect(spoilable.path / "model.onnx")
     made = optimize(Bundle.open(spoilable.path))
     assert not (made.path / OPTIMIZED).is_symlink() and not (made.path / MANIFEST).is_symlink()
-    assert OptimisedOrtBackend(Bundle.open(made.path)).vocab_size == 256
+    assert OptimizedOrtBackend(Bundle.open(made.path)).vocab_size == 256
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
     (made.path / "reports").symlink_to(blobs)
     with pytest.raises(BundleError, match="leads out of the bundle"):
@@ -283,7 +283,7 @@ def _export(native: Path, out: Path, moment: str) -> None:
     """Export, and be killed at `moment`: the n-th call of a function."""
     if moment:
         name, count = moment.split()
-        holder = {"complete": exporter, "read_manifest": module, "_exchange": place, "_clear": place}[name]
+        holder = {"finish_manifest": exporter, "read_manifest": module, "_exchange": place, "_clear": place}[name]
         real, left = getattr(holder, name), [int(count)]
 
         def deadly(*args: Any, **kwargs: Any) -> Any:
@@ -311,7 +311,7 @@ def killed(server: Any, native: Path, out: Path, moment: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "read_manifest 1", "_exchange 1"])
+@pytest.mark.parametrize("moment", ["finish_manifest 1", "read_manifest 1", "_exchange 1"])
 def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any, native: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed(server, native, out, moment)
@@ -320,7 +320,7 @@ def test_a_kill_at_the_worst_moments_of_a_first_export(moment: str, server: Any,
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and Bundle.open(out)
 
 
-@pytest.mark.parametrize("moment", ["complete 1", "read_manifest 1", "_exchange 1", "_clear 2"])
+@pytest.mark.parametrize("moment", ["finish_manifest 1", "read_manifest 1", "_exchange 1", "_clear 2"])
 def test_a_kill_at_the_worst_moments_of_replacing_a_bundle(
     moment: str, server: Any, native: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

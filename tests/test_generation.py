@@ -7,10 +7,10 @@ from fope_export.backends.base import Backend, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
-from fope_export.generation import complete, generate, pad_left, prefill
+from fope_export.generation import generate, generate_text, pad_left, prefill
 from fope_export.model.decoder import Decoder
-from fope_export.sampling import Sampling
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 from tests.scripted import Scripted
 from tests.support import answers, same_function, truth_of
 
@@ -21,7 +21,7 @@ def backend(bundle: Bundle) -> Backend:
 
 
 def tokens(backend: Backend, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    return answers(backend, prompts, Sampling(**options), eos=0)
+    return answers(backend, prompts, SamplingParams(**options), eos=0)
 
 
 def test_greedy_takes_the_likeliest_token_of_the_whole(backend: Backend) -> None:
@@ -64,19 +64,19 @@ def test_chunks_give_the_logits_of_the_whole(chunk: int, backend: Backend, decod
 
 def test_a_row_ends_with_eos_and_the_others_go_on() -> None:
     backend = Scripted([[3, 0, 5, 5], [4, 4, 4, 0]])
-    made = list(generate(backend, [[1], [1, 2]], Sampling(max_new_tokens=9), eos=0))
+    made = list(generate(backend, [[1], [1, 2]], SamplingParams(max_new_tokens=9), eos=0))
     assert made == [(0, 3), (1, 4), (0, 0), (1, 4), (1, 4), (1, 0)]
 
 
 def test_any_of_several_tokens_ends_a_row() -> None:
     backend = Scripted([[3, 6, 5], [4, 4, 0, 4]])
-    assert answers(backend, [[1], [1, 2]], Sampling(max_new_tokens=9), eos=(0, 6)) == [[3, 6], [4, 4, 0]]
+    assert answers(backend, [[1], [1, 2]], SamplingParams(max_new_tokens=9), eos=(0, 6)) == [[3, 6], [4, 4, 0]]
 
 
 def test_others_enter_when_some_leave() -> None:
     backend = Scripted([[3, 0], [4, 4, 4, 0], [5, 5, 0]])
     prompts = [[1], [9, 2], [9, 9, 9, 3], [1]]
-    made = list(generate(backend, prompts, Sampling(max_new_tokens=9), eos=0, max_batch=2))
+    made = list(generate(backend, prompts, SamplingParams(max_new_tokens=9), eos=0, max_batch=2))
     steps = [[(0, 3), (1, 4)], [(0, 0), (1, 4)], [(1, 4), (2, 5)], [(1, 0), (2, 5)], [(2, 0), (3, 3)], [(3, 0)]]
     assert made == [each for step in steps for each in step]
     assert backend.log == [
@@ -87,35 +87,35 @@ def test_others_enter_when_some_leave() -> None:
 
 def test_leaving_early_closes_the_slots() -> None:
     backend = Scripted([[3], [4]])
-    steps = generate(backend, [[1], [2]], Sampling(max_new_tokens=9))
+    steps = generate(backend, [[1], [2]], SamplingParams(max_new_tokens=9))
     assert [next(steps), next(steps)] == [(0, 3), (1, 4)]
     steps.close()
     assert backend.log[-1] == "close"
 
 
 def test_a_failure_is_raised() -> None:
-    steps = generate(Scripted([[3], [4]], fails="decode"), [[1], [2]], Sampling(max_new_tokens=9))
+    steps = generate(Scripted([[3], [4]], fails="decode"), [[1], [2]], SamplingParams(max_new_tokens=9))
     assert [next(steps), next(steps)] == [(0, 3), (1, 4)]
     with pytest.raises(RuntimeError, match="decode"):
         next(steps)
 
 
 def test_stop_strings_end_the_text_before_them(bundle: Bundle, backend: Backend) -> None:
-    text = Text(bundle.path)
-    options = Sampling(max_new_tokens=60, temperature=1.0, seed=3)
-    whole = "".join(piece for _, piece in complete(backend, text, ["x = "], options))
+    text = Tokenizer(bundle.path)
+    options = SamplingParams(max_new_tokens=60, temperature=1.0, seed=3)
+    whole = "".join(piece for _, piece in generate_text(backend, text, ["x = "], options))
     stop = whole[20:23]
-    cut = "".join(piece for _, piece in complete(backend, text, ["x = "], options, stop=[stop, "never said"]))
+    cut = "".join(piece for _, piece in generate_text(backend, text, ["x = "], options, stop=[stop, "never said"]))
     assert cut == whole[: whole.index(stop)]
 
 
 def test_a_stop_string_ends_its_own_text_alone(bundle: Bundle, backend: Backend) -> None:
-    text, prompts = Text(bundle.path), ["x = ", "class "]
-    options = Sampling(max_new_tokens=40, temperature=1.0, seed=3)
+    text, prompts = Tokenizer(bundle.path), ["x = ", "class "]
+    options = SamplingParams(max_new_tokens=40, temperature=1.0, seed=3)
 
     def texts(*stop: str) -> list[str]:
         found = ["", ""]
-        for row, piece in complete(backend, text, prompts, options, stop=stop):
+        for row, piece in generate_text(backend, text, prompts, options, stop=stop):
             found[row] += piece
         return found
 
@@ -125,12 +125,12 @@ def test_a_stop_string_ends_its_own_text_alone(bundle: Bundle, backend: Backend)
 
 
 def test_several_prompts_come_apart(bundle: Bundle, backend: Backend) -> None:
-    text, options = Text(bundle.path), Sampling(max_new_tokens=15)
+    text, options = Tokenizer(bundle.path), SamplingParams(max_new_tokens=15)
     texts = {0: "", 1: ""}
-    for row, piece in complete(backend, text, ["a", "class"], options):
+    for row, piece in generate_text(backend, text, ["a", "class"], options):
         texts[row] += piece
     for row, prompt in enumerate(["a", "class"]):
-        assert texts[row] == "".join(piece for _, piece in complete(backend, text, [prompt], options))
+        assert texts[row] == "".join(piece for _, piece in generate_text(backend, text, [prompt], options))
 
 
 def test_a_drawn_text_does_not_depend_on_its_place(backend: Backend) -> None:
@@ -140,7 +140,7 @@ def test_a_drawn_text_does_not_depend_on_its_place(backend: Backend) -> None:
 
 
 def test_room_for_far_more_tokens_than_come_is_not_taken(backend: Backend) -> None:
-    steps = generate(backend, [[5]], Sampling(max_new_tokens=10**9))
+    steps = generate(backend, [[5]], SamplingParams(max_new_tokens=10**9))
     assert len([next(steps) for _ in range(3)]) == 3
 
 
@@ -149,4 +149,4 @@ def test_padding_and_no_prompts() -> None:
     assert ids.tolist() == [[0, 0, 5], [1, 2, 3]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     for prompts in ([], [[1], []]):
         with pytest.raises(ConfigError, match="prompt"):
-            next(generate(Scripted([[1]]), prompts, Sampling()))
+            next(generate(Scripted([[1]]), prompts, SamplingParams()))

@@ -16,8 +16,8 @@ from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
-from fope_export.sampling import Sampling
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 from tests.support import answers
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")
@@ -58,7 +58,7 @@ def ending(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def ours(backend: Backend, prompts: Rows, eos: int | None = None) -> Rows:
-    return answers(backend, prompts, Sampling(max_new_tokens=NEW), eos=eos)
+    return answers(backend, prompts, SamplingParams(max_new_tokens=NEW), eos=eos)
 
 
 def in_genai(bundle: Bundle, prompts: Rows) -> Rows:
@@ -137,7 +137,7 @@ def test_genai_reads_and_writes_text(bundles: dict[str, Bundle]) -> None:
     tokenizer = genai.Tokenizer(genai.Model(str(bundle.path)))
     text = "def é():\n\tΩ  return 'x'\r\n"
     ids = tokenizer.encode(text)
-    assert ids.tolist() == Text(bundle.path).encode(text) and tokenizer.decode(ids) == text
+    assert ids.tolist() == Tokenizer(bundle.path).encode(text) and tokenizer.decode(ids) == text
     stream = tokenizer.create_stream()
     assert "".join(stream.decode(token) for token in ids) == text
     # What GenAI pads by itself is what `in_genai` feeds.
@@ -150,7 +150,7 @@ def test_transformers_reads_and_writes_text(bundles: dict[str, Bundle]) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(bundle.path)
     text = "def é():\n\tΩ  return 'x' . \r\n"
     ids = tokenizer(text).input_ids
-    assert ids == Text(bundle.path).encode(text) and tokenizer.decode(ids) == text
+    assert ids == Tokenizer(bundle.path).encode(text) and tokenizer.decode(ids) == text
     model = optimum.ORTModelForCausalLM.from_pretrained(bundle.path)
     with pytest.raises(ValueError, match="padding token"):
         tokenizer(list(TEXTS), padding=True)
@@ -175,7 +175,7 @@ def test_special_tokens_are_named_and_ordinary_ones_are_not(tmp_path: Path) -> N
     checkpoint = Path(shutil.copytree(shipped("fope"), tmp_path / "checkpoint"))
     plain = export(checkpoint, tmp_path / "plain")
     assert "pad_token" not in json.loads((plain.path / "tokenizer_config.json").read_text())
-    text = Text(checkpoint)
+    text = Tokenizer(checkpoint)
     text.tokenizer.add_special_tokens([text.tokenizer.id_to_token(0)])
     text.tokenizer.save(str(checkpoint / "tokenizer.json"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(export(checkpoint, tmp_path / "special").path)

@@ -12,10 +12,10 @@ from fope_export.cli import main
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import NAMES, shipped
 from fope_export.evaluation import loss_by_length
-from fope_export.generation import complete
+from fope_export.generation import generate_text
 from fope_export.graph.export import export
-from fope_export.sampling import Sampling
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -48,8 +48,9 @@ def test_the_exported_model_has_learned_python(shipped_bundle: Bundle) -> None:
 
 
 def test_it_writes_recognizable_python(shipped_bundle: Bundle) -> None:
-    options = Sampling(max_new_tokens=300, temperature=0.5, seed=0)
-    pieces = complete(load_backend(shipped_bundle), Text(shipped_bundle.path), ["class Reader:\n    def "], options)
+    options = SamplingParams(max_new_tokens=300, temperature=0.5, seed=0)
+    backend, tokenizer = load_backend(shipped_bundle), Tokenizer(shipped_bundle.path)
+    pieces = generate_text(backend, tokenizer, ["class Reader:\n    def "], options)
     written = "class Reader:\n    def " + "".join(piece for _, piece in pieces)
     lines = written.splitlines()
     parsed = 0

@@ -4,22 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fope_export.backends.eager import EagerBackend
-from fope_export.generation import complete
+from fope_export.generation import generate_text
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.sampling import Sampling
-from fope_export.tokens import Text
+from fope_export.serving.sampling import SamplingParams
+from fope_export.tokens import Tokenizer
 from tests.tokenizers_of_the_field import CLEANED, FAMILIES, LINES
 
 PROMPTS = (*LINES, "x", " leading", "trailing ", "<s> </s> <|im_end|> <think> doesn't  stop", "é" * 3, "a\u2028b\x0c")
 NAMES = (*FAMILIES, "padding left on")
 
 
-def tokenizer_of(name: str) -> Tokenizer:
+def tokenizer_of(name: str) -> tokenizers.Tokenizer:
     if name != "padding left on":
         return FAMILIES[name]()
     tokenizer = FAMILIES["gemma"]()  # what a careless training script saves
@@ -53,13 +53,13 @@ def theirs(folder: Path) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=ascii)
 def test_prompts_become_the_same_tokens(prompt: str, folder: Path, theirs: PreTrainedTokenizerFast) -> None:
-    text = Text(folder)
+    text = Tokenizer(folder)
     assert text.encode(prompt) == theirs(prompt)["input_ids"]
     assert text.encode(prompt, special=False) == theirs(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_any_tokens_become_the_same_text_and_streamed_as_whole(folder: Path, theirs: PreTrainedTokenizerFast) -> None:
-    text, rng = Text(folder), np.random.default_rng(0)
+    text, rng = Tokenizer(folder), np.random.default_rng(0)
     drawn = [rng.integers(0, len(theirs), rng.integers(0, 24)).tolist() for _ in range(150)]
     bytes_ = [i for i in (theirs.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)) if i]
     drawn += [rng.choice(bytes_, 12).tolist() for _ in range(20) if bytes_]
@@ -68,11 +68,11 @@ def test_any_tokens_become_the_same_text_and_streamed_as_whole(folder: Path, the
 
 
 def test_greedy_text_is_that_of_transformers(folder: Path, theirs: PreTrainedTokenizerFast) -> None:
-    model, text = LlamaForCausalLM.from_pretrained(folder), Text(folder)
+    model, text = LlamaForCausalLM.from_pretrained(folder), Tokenizer(folder)
     backend = EagerBackend(load_checkpoint(folder).model)
     prompts = [prompt for prompt in PROMPTS if text.encode(prompt)][:6]
     ours = [""] * len(prompts)
-    for row, piece in complete(backend, text, prompts, Sampling(max_new_tokens=24)):
+    for row, piece in generate_text(backend, text, prompts, SamplingParams(max_new_tokens=24)):
         ours[row] += piece
     for prompt, written in zip(prompts, ours, strict=True):
         inputs = theirs(prompt, return_tensors="pt", return_token_type_ids=False)

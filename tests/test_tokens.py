@@ -5,28 +5,28 @@ import pytest
 from tokenizers import AddedToken
 
 from fope_export.errors import BundleError, ConfigError
-from fope_export.tokens import Text, byte_tokenizer, ends_of
+from fope_export.tokens import Tokenizer, byte_tokenizer, ends_of
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Text:
+def text(tmp_path: Path) -> Tokenizer:
     (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    return Text(tmp_path)
+    return Tokenizer(tmp_path)
 
 
-def test_a_byte_is_its_id(text: Text) -> None:
+def test_a_byte_is_its_id(text: Tokenizer) -> None:
     everything = bytes(range(256)).decode("latin-1")
     assert text.encode(everything) == list(everything.encode())
     assert text.tokenizer.get_vocab_size() == 256
 
 
-def test_characters_of_several_bytes_come_whole(text: Text) -> None:
+def test_characters_of_several_bytes_come_whole(text: Tokenizer) -> None:
     stream = text.stream()
     pieces = [stream.push(byte) for byte in "aé€b".encode()]
     assert pieces == ["a", "", "é", "", "", "€", "b"]
 
 
-def test_what_may_become_a_stop_string_is_held_back(text: Text) -> None:
+def test_what_may_become_a_stop_string_is_held_back(text: Tokenizer) -> None:
     stream = text.stream(["END"])
     pieces = [stream.push(byte) for byte in b"xENyE"]
     assert pieces == ["x", "", "", "ENy", ""]
@@ -35,35 +35,35 @@ def test_what_may_become_a_stop_string_is_held_back(text: Text) -> None:
     assert (pieces[-1], stream.stopped, stream.flush()) == ("", True, "")
 
 
-def test_the_first_of_several_stop_strings_counts(text: Text) -> None:
+def test_the_first_of_several_stop_strings_counts(text: Tokenizer) -> None:
     stream = text.stream(["bcd", "ab"])
     assert "".join(stream.push(byte) for byte in b"xxab") == "xx" and stream.stopped
 
 
 def test_a_missing_or_broken_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no tokenizer\.json"):
-        Text(tmp_path)
+        Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="not a tokenizer"):
-        Text(tmp_path)
+        Tokenizer(tmp_path)
 
 
-def test_an_unfinished_character_at_the_end_is_told(text: Text) -> None:
+def test_an_unfinished_character_at_the_end_is_told(text: Tokenizer) -> None:
     stream = text.stream()
     assert [stream.push(byte) for byte in "🙂".encode()[:3]] == ["", "", ""] and stream.flush() == "\ufffd"
     assert text.decode(b"a\xffb\xc3\xa9\xe2") == "a\ufffdbé\ufffd"
 
 
 @pytest.fixture
-def marked(tmp_path: Path) -> Text:
+def marked(tmp_path: Path) -> Tokenizer:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
-    return Text(tmp_path)
+    return Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("stop", ["<|end|>", "b<|end|>", "<|end|>\n", "d|>\nx"])
-def test_a_stop_string_may_be_or_have_a_special_token(stop: str, marked: Text) -> None:
+def test_a_stop_string_may_be_or_have_a_special_token(stop: str, marked: Tokenizer) -> None:
     stream = marked.stream([stop])
     pieces = [stream.push(token) for token in (*b"ab", 256, *b"\nxy")]
     wanted = {"<|end|>": "ab", "b<|end|>": "a", "<|end|>\n": "ab", "d|>\nx": "ab"}[stop]
@@ -71,13 +71,13 @@ def test_a_stop_string_may_be_or_have_a_special_token(stop: str, marked: Text) -
     assert marked.decode((*b"ab", 256, *b"c")) == "abc"
 
 
-def test_an_empty_stop_string_is_misuse(text: Text) -> None:
+def test_an_empty_stop_string_is_misuse(text: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="stop string is empty"):
         text.stream(["x", ""])
 
 
 @pytest.mark.parametrize("prompt", ["A\ud83d", "caf\udce9"], ids=ascii)
-def test_half_a_character_is_no_prompt(prompt: str, text: Text) -> None:
+def test_half_a_character_is_no_prompt(prompt: str, text: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="no text"):
         text.encode(prompt)
 

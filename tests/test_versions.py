@@ -14,7 +14,7 @@ from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.parity.run import validate
-from fope_export.sampling import Sampling
+from fope_export.serving.sampling import SamplingParams
 
 KINDS = {
     "bf16": ExportConfig(dtype="bf16"),
@@ -26,7 +26,9 @@ KINDS = {
 
 def written(bundle: Bundle, backend: str | None = None) -> list[int]:
     """What a bundle continues with."""
-    return [token for _, token in generate(load_backend(bundle, backend), [[5, 6, 7]], Sampling(max_new_tokens=4))]
+    return [
+        token for _, token in generate(load_backend(bundle, backend), [[5, 6, 7]], SamplingParams(max_new_tokens=4))
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

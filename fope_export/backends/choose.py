@@ -192,9 +192,9 @@ def _load_ort(bundle: Bundle, settings: Settings) -> "Backend":
 
 
 def _load_ort_optimized(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimized import OptimisedOrtBackend
+    from fope_export.backends.ort_optimized import OptimizedOrtBackend
 
-    return OptimisedOrtBackend(bundle, threads=settings.threads)
+    return OptimizedOrtBackend(bundle, threads=settings.threads)
 
 
 def _trt_limits(bundle: Bundle) -> "Limits":
@@ -241,9 +241,9 @@ def _without_engine(bundle: Bundle) -> BackendError | None:
 
 
 def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimized import OptimisedOrtBackend
+    from fope_export.backends.ort_optimized import OptimizedOrtBackend
 
-    return OptimisedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
+    return OptimizedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
 def _load_trt(bundle: Bundle, settings: Settings) -> "Backend":  # noqa: ARG001

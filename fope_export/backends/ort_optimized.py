@@ -89,7 +89,7 @@ class OrtSlots:
 
     capacity: int | None = None
 
-    def __init__(self, backend: "OptimisedOrtBackend", count: int, room: int) -> None:
+    def __init__(self, backend: "OptimizedOrtBackend", count: int, room: int) -> None:
         self.count, self.lengths, self._backend = count, np.zeros(count, np.int64), backend
         self.tensors = backend.memory(count)
         self._decoding: Decoding | None = None
@@ -191,7 +191,7 @@ class Graphs:
             self._free.append(graph)
 
 
-class OptimisedOrtBackend:
+class OptimizedOrtBackend:
     """A bundle's optimized file in ONNX Runtime.
 
     Prompts run row by row without their padding; single tokens run together, each row at its own length.

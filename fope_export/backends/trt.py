@@ -21,7 +21,7 @@ from fope_export.tensorrt.record import EngineRecord, newest_engine, plan_name
 def limits_of(bundle: Bundle) -> Limits:
     """What the bundle's engine has room for. Raises BackendError as `newest_engine` does."""
     record = newest_engine(bundle)
-    return Limits(record.most("batch"), record.most("total_sequence"))
+    return Limits(record.max("batch"), record.max("total_sequence"))
 
 
 def sizes_of(feeds: Feeds, record: EngineRecord) -> dict[str, int]:
@@ -120,9 +120,9 @@ class TrtBackend:
         return answer, cache
 
     def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
-        if count > (most := self.record.most("batch")):
+        if count > (most := self.record.max("batch")):
             raise no_room("rows", count, most)
-        return StackedSlots(self, count, self.record.most("total_sequence"))
+        return StackedSlots(self, count, self.record.max("total_sequence"))
 
     def close(self) -> None:
         self._contexts.clear()
@@ -170,7 +170,7 @@ class _Recorded:
     """A single-token step as a CUDA graph: the same shapes and addresses every time."""
 
     def __init__(self, backend: TrtBackend, profile: str, cache: TrtCache) -> None:
-        batch, widest = len(cache.tensors[0]), backend.record.most("total_sequence")
+        batch, widest = len(cache.tensors[0]), backend.record.max("total_sequence")
         widths = {"input_ids": 1, "attention_mask": widest, "position_ids": 1}
         self._inputs = {
             name: torch.zeros(batch, width, dtype=torch.int64, device=cache.tensors[0].device)

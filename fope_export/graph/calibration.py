@@ -18,7 +18,7 @@ from fope_export.errors import BundleError, ConfigError, ExportError, cut, requi
 from fope_export.model.decoder import Decoder
 from fope_export.model.tensors import read_array
 from fope_export.quantizations import QUANTIZATIONS
-from fope_export.tokens import Text
+from fope_export.tokens import Tokenizer
 
 SAMPLED = 1 << 13
 """Tokens to calibrate with."""
@@ -97,7 +97,7 @@ def calibration_windows(checkpoint: Path, file: Path | None, vocabulary: int, le
 
 def _sampled(checkpoint: Path, text: bytes, length: int) -> NDArray[np.int64]:
     try:
-        tokenizer = Text(checkpoint)
+        tokenizer = Tokenizer(checkpoint)
     except BundleError as cause:
         raise ConfigError(f"calibration needs text as tokens: {cause}", hint=HINT) from cause
     starts = np.linspace(0, len(text), -(-SAMPLED // length), endpoint=False, dtype=int)

@@ -19,7 +19,7 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, ShapeInferencePass
 from torch.export import Dim, ExportedProgram
 
-from fope_export.bundle import Bundle, check_target, complete, creating
+from fope_export.bundle import Bundle, check_target, creating, finish_manifest
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.dtypes import FP16, either
 from fope_export.errors import ConfigError, ExportError
@@ -79,7 +79,7 @@ def export(
         report("checking and hashing")
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
-        manifest = complete(folder, _manifest(source, config, model))
+        manifest = finish_manifest(folder, _manifest(source, config, model))
     return Bundle(out, manifest)
 
 
@@ -157,7 +157,7 @@ def manifest_of(
     what: ModelConfig | ModuleRecord,
     spectra: list[dict[str, Any]],
 ) -> Manifest:
-    """The manifest of a bundle with `model` in it; `complete` adds the files."""
+    """The manifest of a bundle with `model` in it; `finish_manifest` adds the files."""
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("fope-export"),

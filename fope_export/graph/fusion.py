@@ -102,7 +102,7 @@ def _fuse(builder: GraphBuilder, layer: Attention, step: Steps) -> None:
     scale = {"scale": known["scale"].value} if "scale" in known else {}
     pasts = [cache.inputs[0] for cache in layer.caches]
     out, *presents = builder.ops(
-        ATTENTION, layer.packed, None, None, *pasts, step.last_slot, step.longest,
+        ATTENTION, layer.packed, None, None, *pasts, step.seqlens_k, step.total_sequence_length,
         outputs=3, domain=MICROSOFT, num_heads=layer.heads, kv_num_heads=layer.kv_heads, **scale,
     )  # fmt: skip
     layer.out.outputs[0].replace_all_uses_with(out)

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from fope_export.bundle import Bundle, check_target, complete, creating
+from fope_export.bundle import Bundle, check_target, creating, finish_manifest
 from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
 from fope_export.errors import ConfigError, ExportError
@@ -88,7 +88,7 @@ def export_module(
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
         spectra = [rotary.spectrum.describe() for rotary in rotations.values()]
-        manifest = complete(folder, manifest_of(model, config, source, record, spectra))
+        manifest = finish_manifest(folder, manifest_of(model, config, source, record, spectra))
     return Bundle(out, manifest)
 
 

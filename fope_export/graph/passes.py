@@ -109,7 +109,7 @@ def _rotations(graph: ir.Graph) -> Iterator[ir.Node]:
     return (node for node in graph if node.domain == contract.DOMAIN)
 
 
-class Widen(Pass):
+class CastBFloat16ToFloat32(Pass):
     """Every value of one dtype gets another, in the main graph; FopeRotary's body follows its attribute. Weights stay
     as they are stored, and what reads them reads a Cast of them, which runtimes compute once, when they load it.
     """
@@ -192,7 +192,7 @@ def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:
 def widening(export: ExportConfig) -> list[Pass]:
     """What makes a file that was exported so run where its dtype is not known; nothing where every runtime knows it."""
     dtype = DTYPES[export.dtype]
-    return [Widen(dtype, dtype.widened)] if dtype.widened else []
+    return [CastBFloat16ToFloat32(dtype, dtype.widened)] if dtype.widened else []
 
 
 class ShareSpectra(Pass):

@@ -32,7 +32,7 @@ INT8 = 4
 """The one that rounds them to 8 bits, each block with a scale of its own: several times faster."""
 
 
-class QuantiseWeights(Pass):
+class QuantizeWeights(Pass):
     """Have linear layers read `<weight>.<kind>`, `.scales` and `.zero_points` in place of `<weight>.T`.
 
     Weights are read and quantized one at a time.
@@ -86,9 +86,9 @@ class QuantiseWeights(Pass):
             raise PostconditionError(f"{left[0]} is not quantized")
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantiseWeights:  # noqa: ARG001
+def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantizeWeights:  # noqa: ARG001
     """See `Way`."""
-    return QuantiseWeights(kind)
+    return QuantizeWeights(kind)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _no_root_logger() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-class Products(Pass):
+class SetAccuracyLevel(Pass):
     """Have every product with integer weights take its inputs with an `accuracy_level`: EXACT or INT8."""
 
     def __init__(self, level: int) -> None:
@@ -130,12 +130,12 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def exact() -> list[Pass]:
     """See `Way`."""
-    return [Products(EXACT)]
+    return [SetAccuracyLevel(EXACT)]
 
 
 def fast() -> list[Pass]:
     """See `Way`."""
-    return [Products(INT8)]
+    return [SetAccuracyLevel(INT8)]
 
 
 def read(path: Path) -> Iterator[Quantized]:

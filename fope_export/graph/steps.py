@@ -21,8 +21,8 @@ class Steps(NamedTuple):
     new: ir.Value  # [1], S
     fed: ir.Value  # [B, S], the new tokens' mask
     counts: ir.Value  # [B, 1], how many of them are real
-    last_slot: ir.Value  # [B], int32, the last that each row writes
-    longest: ir.Value  # [1], int32, the mask's length
+    seqlens_k: ir.Value  # [B], int32, the last that each row writes
+    total_sequence_length: ir.Value  # [1], int32, the mask's length
 
 
 def steps(model: ir.Model) -> Steps:
@@ -37,9 +37,9 @@ def steps(model: ir.Model) -> Steps:
     behind = builder.op("ReduceSum", builder.op("Sub", builder.integer(1), fed), one, name="padding")
     last = builder.op("Sub", builder.op("ReduceSum", mask, one), builder.integer(1), name="last")
     flat = builder.op("Reshape", builder.op("Add", last, behind), builder.integers(-1))
-    last_slot = builder.op("Cast", flat, to=int(ir.DataType.INT32))
-    longest = builder.op("Cast", total, name="total", to=int(ir.DataType.INT32))
-    return Steps(rows, new, fed, counts, last_slot, longest)
+    seqlens_k = builder.op("Cast", flat, to=int(ir.DataType.INT32))
+    total_sequence_length = builder.op("Cast", total, name="total", to=int(ir.DataType.INT32))
+    return Steps(rows, new, fed, counts, seqlens_k, total_sequence_length)
 
 
 def decoder_inputs(model: ir.Model) -> dict[str, ir.Value]:

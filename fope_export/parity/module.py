@@ -200,7 +200,7 @@ def standard_cases(bundle: Bundle, seed: int = 0) -> Iterator[ModuleCase]:
 
 def _within(record: ModuleRecord, name: str, size: int) -> int:
     extent = record.sizes[name]
-    return max(size if extent.most is None else min(size, extent.most), extent.least)
+    return max(size if extent.max is None else min(size, extent.max), extent.min)
 
 
 def _drawn(port: Port, sizes: Mapping[str, int], values: tuple[float, float], generator: torch.Generator) -> Tensor:

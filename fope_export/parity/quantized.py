@@ -19,7 +19,7 @@ from fope_export.graph.ways import Quantized, Rounding, way_of
 from fope_export.model.decoder import Decoder
 from fope_export.parity.judge import Floats, divergence, log_softmax
 from fope_export.quantizations import QUANTIZATIONS
-from fope_export.tokens import Text
+from fope_export.tokens import Tokenizer
 
 SCORED = 1 << 14
 """Bytes of held-out text that the cost is taken on, where the vocabulary is bytes."""
@@ -161,7 +161,7 @@ def _layer(model: Decoder, name: str) -> nn.Linear:
 def takes_bytes(bundle: Bundle) -> bool:
     """Whether the bundle's tokens are bytes, so that any text can be scored."""
     try:
-        return Text(bundle.path).encode(SAMPLE) == list(SAMPLE.encode())
+        return Tokenizer(bundle.path).encode(SAMPLE) == list(SAMPLE.encode())
     except BundleError:  # no tokenizer
         return False
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, no_room
 from fope_export.errors import ConfigError
-from fope_export.sampling import Draw, Sampling, sample
+from fope_export.serving.sampling import Draw, SamplingParams, sample
 
 SHARED = 16
 """Tokens that a prompt must begin as a slot does for these to be taken from there."""
@@ -24,7 +24,7 @@ class Request:
     """A prompt, and how its answer is drawn: until one of `ends`, which is part of it, or `sampling.max_new_tokens`."""
 
     prompt: Sequence[int]
-    sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
+    sampling: SamplingParams = SamplingParams()  # noqa: RUF009 (it is frozen)
     ends: Collection[int] = ()
     choice: int = 0
     """Tells answers to one prompt with one seed apart."""

@@ -13,17 +13,15 @@ PREFILL = 512
 
 
 class Range(msgspec.Struct, frozen=True, array_like=True):
-    """The sizes from `least` to `most`, tuned for `best`."""
+    """The sizes from `min` to `max`, tuned for `opt`, as TensorRT calls them."""
 
-    least: Size
-    best: Size
-    most: Size
+    min: Size
+    opt: Size
+    max: Size
 
     def __post_init__(self) -> None:
-        if not self.least <= self.best <= self.most:
-            raise ConfigError(
-                f"{[*msgspec.structs.astuple(self)]}, expected least, best and largest", hint="As 1,16,64."
-            )
+        if not self.min <= self.opt <= self.max:
+            raise ConfigError(f"{[*msgspec.structs.astuple(self)]}, expected min, opt and max", hint="As 1,16,64.")
 
 
 DECODER = "Its sizes follow from --max-batch and --max-length."
@@ -74,25 +72,25 @@ def _module_profile(config: BuildConfig, record: ModuleRecord) -> Profile:
         raise ConfigError(f"the graph has no size {unknown[0]}", hint=_known(record))
     profile = {}
     for name, extent in record.sizes.items():
-        most = min(GROWTH * extent.example, extent.most or GROWTH * extent.example)
-        profile[name] = size = Range(*config.sizes.get(name, (extent.least, extent.example, most)))
-        if size.least < extent.least or (extent.most is not None and size.most > extent.most):
+        largest = min(GROWTH * extent.example, extent.max or GROWTH * extent.example)
+        profile[name] = size = Range(*config.sizes.get(name, (extent.min, extent.example, largest)))
+        if size.min < extent.min or (extent.max is not None and size.max > extent.max):
             raise ConfigError(
-                f"{name} was traced from {extent.least} to {extent.most or 'any size'}, and the engine wants "
-                f"{size.least} to {size.most}",
+                f"{name} was traced from {extent.min} to {extent.max or 'any size'}, and the engine wants "
+                f"{size.min} to {size.max}",
                 hint="Export again with another Dim(name, min=…, max=…), or ask for less.",
             )
     return profile
 
 
 def _known(record: ModuleRecord) -> str:
-    example = "; ".join(f"--size {name}={e.least},{e.example},{2 * e.example}" for name, e in record.sizes.items())
+    example = "; ".join(f"--size {name}={e.min},{e.example},{2 * e.example}" for name, e in record.sizes.items())
     return f"For example {example}." if example else "All its sizes are fixed."
 
 
 def shapes(profile: Profile, port: Port) -> list[tuple[int, ...]]:
-    """Least, best and largest shape of an input."""
-    ends = ("least", "best", "most")
+    """Min, opt and max shape of an input."""
+    ends = ("min", "opt", "max")
     return [port.at({name: getattr(size, end) for name, size in profile.items()}) for end in ends]
 
 
@@ -102,7 +100,7 @@ def fitting(profiles: Mapping[str, Profile], sizes: Mapping[str, int]) -> str:
     Raises BackendError with what lies outside of each.
     """
     outside = {name: _outside(profile, sizes) for name, profile in profiles.items()}
-    for name in sorted(outside, key=lambda name: profiles[name]["sequence"].most):
+    for name in sorted(outside, key=lambda name: profiles[name]["sequence"].max):
         if not outside[name]:
             return name
     told = "; ".join(f"{name}: {reason}" for name, reason in outside.items())
@@ -114,7 +112,7 @@ def fitting(profiles: Mapping[str, Profile], sizes: Mapping[str, int]) -> str:
 
 def _outside(profile: Profile, sizes: Mapping[str, int]) -> str:
     return ", ".join(
-        f"{name} is {size}, expected {profile[name].least} to {profile[name].most}"
+        f"{name} is {size}, expected {profile[name].min} to {profile[name].max}"
         for name, size in sizes.items()
-        if not profile[name].least <= size <= profile[name].most
+        if not profile[name].min <= size <= profile[name].max
     )

@@ -45,9 +45,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"profiles {cut(', '.join(self.profiles)) or 'missing'}: not those of such an engine", hint=BUILD_IT
             )
 
-    def most(self, size: str) -> int:
+    def max(self, size: str) -> int:
         """The largest value of a symbolic size that a profile holds."""
-        return max(profile[size].most for profile in self.profiles.values())
+        return max(profile[size].max for profile in self.profiles.values())
 
     @property
     def gpus(self) -> str:
@@ -59,9 +59,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """In a few words."""
         rotations = f"{self.plugin_layers} plugin layers" if self.plugin_layers else "no plugin"
         if not self.decoder_layers:
-            sizes = [f"{name} {size.least} to {size.most:,}" for name, size in self.profiles["module"].items()]
+            sizes = [f"{name} {size.min} to {size.max:,}" for name, size in self.profiles["module"].items()]
             return ", ".join((rotations, *sizes, f"for {self.gpus}"))
-        room = f"up to {self.most('batch')} rows and {self.most('total_sequence'):,} tokens"
+        room = f"up to {self.max('batch')} rows and {self.max('total_sequence'):,} tokens"
         return f"{self.decoder_layers} decoder layers, {rotations}, {room}, for {self.gpus}"
 
 

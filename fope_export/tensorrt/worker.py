@@ -27,7 +27,7 @@ EVERY = 0.1
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build: from `model` into `plan`, with the shapes [least, best, largest] of each input in each profile."""
+    """What to build: from `model` into `plan`, with the shapes [min, opt, max] of each input in each profile."""
 
     model: str
     plan: str
@@ -146,8 +146,8 @@ def _settings(trt: ModuleType, builder: Any, request: Request) -> Any:
     config, settings = request.config, builder.create_builder_config()
     for profile in request.profiles:
         shapes = builder.create_optimization_profile()
-        for name, (least, best, most) in profile.items():
-            shapes.set_shape(name, least, best, most)
+        for name, (smallest, usual, largest) in profile.items():
+            shapes.set_shape(name, smallest, usual, largest)
         settings.add_optimization_profile(shapes)
     _set_flags(trt, settings, config)
     if request.plugin:

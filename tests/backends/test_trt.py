@@ -17,7 +17,7 @@ from fope_export.demo import shipped
 from fope_export.errors import BackendError
 from fope_export.generation import generate
 from fope_export.graph.export import export
-from fope_export.sampling import Sampling
+from fope_export.serving.sampling import SamplingParams
 from fope_export.tensorrt.build import build
 from fope_export.tensorrt.record import newest_engine
 
@@ -83,6 +83,6 @@ def test_an_engine_computes_what_pytorch_computes(
 def test_a_recorded_step_gives_the_same_tokens(tmp_path: Path) -> None:
     made = export(shipped("fope"), tmp_path / "bundle", ExportConfig(dtype="fp16", cache="static"))
     made, _ = build(made, BuildConfig(target=LIBRARIES_HERE[0]))
-    prompts, sampling = [[100, 101, 102], [32, 33]], Sampling(max_new_tokens=32)
+    prompts, sampling = [[100, 101, 102], [32, 33]], SamplingParams(max_new_tokens=32)
     plain, recorded = (list(generate(TrtBackend(made, cuda_graph=graph), prompts, sampling)) for graph in (False, True))
     assert plain == recorded

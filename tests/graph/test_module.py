@@ -192,7 +192,7 @@ def test_a_rotation_that_no_plugin_takes_is_counted(spoilt: Bundle) -> None:
     [
         (["--size", "height=1,2,3"], "the graph has no size height"),
         (["--size", "rows=1,2,3"], "rows was traced from 2 to any size"),
-        (["--size", "rows=3,2,1"], "expected least, best and largest"),
+        (["--size", "rows=3,2,1"], "expected min, opt and max"),
         (["--size", "rows=3"], "sizes"),
         (["--max-length", "64"], "neither max_batch nor max_length"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from fope_export.backends.base import Feeds, feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
-from fope_export.backends.ort_optimized import OptimisedOrtBackend
+from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
@@ -25,7 +25,7 @@ from fope_export.manifest import OPTIMIZED
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.copies import exact
 from fope_export.parity.run import validate
-from fope_export.sampling import Sampling
+from fope_export.serving.sampling import SamplingParams
 from tests.conftest import small_decoder, write_native
 from tests.support import EPS, answers, same_function, truth_of
 
@@ -73,7 +73,7 @@ def each(backends: tuple[Any, ...], feeds: Feeds, steps: tuple[int, ...], *, las
 
 @pytest.mark.parametrize("steps", [(40,), (17, 3, 20), (1,) * 40, (39, 1)], ids=str)
 def test_logits_are_those_of_the_portable_file(trio: tuple[Any, Any, Any], steps: tuple[int, ...]) -> None:
-    assert isinstance(trio[1], OptimisedOrtBackend)
+    assert isinstance(trio[1], OptimizedOrtBackend)
     rng = np.random.default_rng(0)
     ids, mask = pad_left([list(rng.integers(1, 256, count)) for count in (40, 7, 23)])
     for last in (False, True):
@@ -89,10 +89,10 @@ def test_tokens_stay_when_prompts_share_and_take_turns(pair: tuple[Any, Any]) ->
         return  # a tie may fall either way
     prefix = list(range(1, 30))
     prompts = [[*prefix, 5], [*prefix, 9, 8, 7], [*prefix, *range(60, 90)], [*prefix, 11, 12]]
-    alone = [answers(pair[0], [prompt], Sampling(max_new_tokens=9))[0] for prompt in prompts]
+    alone = [answers(pair[0], [prompt], SamplingParams(max_new_tokens=9))[0] for prompt in prompts]
     for backend in pair:
         for limit in (0, 2):
-            assert answers(backend, prompts, Sampling(max_new_tokens=9), max_batch=limit) == alone
+            assert answers(backend, prompts, SamplingParams(max_new_tokens=9), max_batch=limit) == alone
 
 
 def test_a_cache_grows_and_is_written_in_place(pair: tuple[Any, Any]) -> None:
@@ -123,8 +123,8 @@ def test_decoding_is_captured_in_a_cuda_graph(optimized: Bundle, monkeypatch: py
     """As far as it goes without a GPU: every step of decoding names the graph of the memory that it works in, and has
     its inputs where the one before had them; prompts are not captured; graphs that cannot be repeated are forgotten.
     """
-    backend = OptimisedOrtBackend(optimized, cuda_graph=True)
-    plain, session, named, placed = OptimisedOrtBackend(optimized), backend._session, [], []
+    backend = OptimizedOrtBackend(optimized, cuda_graph=True)
+    plain, session, named, placed = OptimizedOrtBackend(optimized), backend._session, [], []
     forgotten: list[int] = []
 
     class Spy:
@@ -166,7 +166,7 @@ def optimized(spoilable: Bundle) -> Bundle:
 
 def test_a_gpu_that_is_not_there(optimized: Bundle) -> None:
     with pytest.raises(BackendError, match="ONNX Runtime has no CUDAExecutionProvider, only") as caught:
-        OptimisedOrtBackend(optimized, device="cuda")
+        OptimizedOrtBackend(optimized, device="cuda")
     assert "onnxruntime-gpu" in caught.value.hint
 
 
@@ -267,7 +267,7 @@ def test_rounded_activations_cost_what_the_report_says(native: Path, tmp_path: P
         assert levels == ({4} if rounded else {1})
         ids = np.arange(1, 60)[None]
         with exact(made, OPTIMIZED) as copied:
-            backends = OptimisedOrtBackend(made), OptimisedOrtBackend(copied)
+            backends = OptimizedOrtBackend(made), OptimizedOrtBackend(copied)
         logits = [backend.step(feeds_for(ids), backend.empty_cache(1))[0] for backend in backends]
         assert (np.abs(logits[0] - logits[1]).max() > 1e-4) == rounded
         assert validate(made, lengths=(7,)).passed

@@ -26,21 +26,21 @@ from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.passes import (
     SCOPES,
     AttachRotary,
+    CastBFloat16ToFloat32,
     NameDimensions,
     NameNodes,
     ShareSpectra,
     TransposeWeights,
-    Widen,
     rewritten,
 )
 from fope_export.graph.qdq import ExactInputs, InsertQdq
-from fope_export.graph.quantize import EXACT, INT8, Products, QuantiseWeights
+from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
 from tests.conftest import small_decoder
 from tests.support import same_function, truth_of
 
-WIDEN = Widen(BF16, FP32)
+WIDEN = CastBFloat16ToFloat32(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
 RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
@@ -105,7 +105,7 @@ def without_function() -> ir.Model:
 
 
 def product(model: ir.Model) -> ir.Model:
-    QuantiseWeights("int4")(model)
+    QuantizeWeights("int4")(model)
     return model
 
 
@@ -176,8 +176,8 @@ ROWS = [
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
-    Row(QuantiseWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
-    Row(Products(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
+    Row(QuantizeWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(SetAccuracyLevel(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),
     Row(ShareSeries(), decoder, no_position_ids, "no input position_ids", "a rotation is still a call"),
@@ -252,7 +252,9 @@ def test_it_changes_no_number(chosen: tuple[Pass, ...]) -> None:
 
 
 def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="not as its manifest says: Widen: the model has nothing in bfloat16"):
+    with pytest.raises(
+        BundleError, match="not as its manifest says: CastBFloat16ToFloat32: the model has nothing in bfloat16"
+    ):
         rewritten(bundle.model, tmp_path / "copy.onnx", [WIDEN])
 
 

@@ -15,7 +15,7 @@ from fope_export.errors import ConfigError
 from fope_export.fope import contract
 from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export, to_onnx
-from fope_export.graph.quantize import OPERATOR, QuantiseWeights, read
+from fope_export.graph.quantize import OPERATOR, QuantizeWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
 from tests.conftest import small_decoder, write_native
@@ -126,7 +126,7 @@ def test_a_model_without_a_linear_layer_is_an_error() -> None:
     for node in model.graph:
         node.domain, node.op_type = contract.DOMAIN, contract.NAME
     with pytest.raises(PreconditionError, match="no linear layer"):
-        QuantiseWeights("int4")(model)
+        QuantizeWeights("int4")(model)
 
 
 def test_bfloat16_is_refused_with_the_fields_name(

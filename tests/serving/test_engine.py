@@ -8,8 +8,8 @@ import pytest
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, ConfigError
-from fope_export.sampling import Sampling
 from fope_export.serving.engine import Engine, Event, Failed, Finished, Handle, Request, Token
+from fope_export.serving.sampling import SamplingParams
 from tests.scripted import Scripted
 from tests.support import answers
 
@@ -17,7 +17,7 @@ ENDLESS = [[3], [4], [5], [6]]
 
 
 def asked(prompt: list[int], new: int = 9, **fields: Any) -> Request:
-    return Request(prompt=prompt, sampling=Sampling(max_new_tokens=new), **fields)
+    return Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=new), **fields)
 
 
 def shown(events: list[Event]) -> list[int | str]:
@@ -153,7 +153,7 @@ def test_a_prompt_that_a_slot_holds_whole_is_fed_its_last_token() -> None:
         (asked([]), "a prompt is empty"),
         (asked([3, 10]), "token 10 is outside the vocabulary of 10"),
         (asked([-1]), "token -1 is outside"),
-        (Request(prompt=[1], sampling=Sampling(logit_bias={10: 1.0})), "logit_bias adds"),
+        (Request(prompt=[1], sampling=SamplingParams(logit_bias={10: 1.0})), "logit_bias adds"),
     ],
     ids=str,
 )
@@ -176,7 +176,7 @@ def test_others_submit_while_one_steps(bundle: Bundle) -> None:
     """And what a real model answers is what it answers alone."""
     backend = load_backend(bundle)
     engine, prompts = Engine(backend, 3, chunk=8), [[n, n + 1, n + 2] * (n + 1) for n in range(1, 9)]
-    sampling, handles = Sampling(max_new_tokens=6, temperature=1.0, seed=5), dict[int, Handle]()
+    sampling, handles = SamplingParams(max_new_tokens=6, temperature=1.0, seed=5), dict[int, Handle]()
 
     def submit(number: int) -> None:
         handles[number] = engine.submit(Request(prompt=prompts[number], sampling=sampling))

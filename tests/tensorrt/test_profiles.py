@@ -45,17 +45,17 @@ def test_shapes_of_the_inputs_follow(bundle: Bundle, profiles: dict[str, Profile
     assert shapes(profiles["prefill"], ports["input_ids"]) == [(1, 1), (1, 100), (2, 100)]
     assert shapes(profiles["decode"], ports["past_key_values.0.key"])[0][2] == 0
     for profile in profiles.values():
-        assert all(isinstance(size, Range) and size.least <= size.best <= size.most for size in profile.values())
+        assert all(isinstance(size, Range) and size.min <= size.opt <= size.max for size in profile.values())
 
 
 def test_the_usual_length_is_16_times_the_training_length(bundle: Bundle) -> None:
     made = make_profiles(BuildConfig(), bundle.manifest)
-    assert made["prefill"]["total_sequence"].most == 16 * bundle.manifest.decoder().training_length
+    assert made["prefill"]["total_sequence"].max == 16 * bundle.manifest.decoder().training_length
 
 
 def test_a_static_cache_bounds_the_length(static_bundle: Bundle) -> None:
     capacity = static_bundle.manifest.export.capacity
     assert capacity
-    assert make_profiles(BuildConfig(), static_bundle.manifest)["decode"]["total_sequence"].most == capacity
+    assert make_profiles(BuildConfig(), static_bundle.manifest)["decode"]["total_sequence"].max == capacity
     with pytest.raises(ConfigError, match=f"room for {capacity}"):
         make_profiles(BuildConfig(max_length=capacity + 1), static_bundle.manifest)

@@ -24,7 +24,7 @@ RECORD: dict[str, Any] = {
     [
         ({"profiles": {}}, "profiles missing"),
         ({"profiles": {"decode": {"batch": [1, 1, 4]}}}, "profiles decode: not those"),
-        ({"profiles": {"decode": {"batch": [4, 1, 1], "total_sequence": [1, 8, 64]}}}, r"\[4, 1, 1\], expected least"),
+        ({"profiles": {"decode": {"batch": [4, 1, 1], "total_sequence": [1, 8, 64]}}}, r"\[4, 1, 1\], expected min"),
         ({"decoder_layers": 0}, "profiles decode: not those"),
         ({"options": {"target": "x" * 5000}}, "expected tensorrt"),
         ({"plan_bytes": "many"}, "plan_bytes"),
@@ -41,7 +41,7 @@ def test_an_impossible_record_is_refused(change: dict[str, Any], message: str, s
 
 def test_a_possible_record_is_read(spoilable: Bundle) -> None:
     bundle = spoilable.add({"engines/x.json": json.dumps(RECORD).encode()})
-    assert records(bundle)[0].most("total_sequence") == 64
+    assert records(bundle)[0].max("total_sequence") == 64
     with pytest.raises(BackendError, match="built from another"):
         newest_engine(bundle)
     (bundle.path / "engines/x.json").unlink()

@@ -20,7 +20,7 @@ Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 
-class Sampling(Checked, frozen=True, kw_only=True):
+class SamplingParams(Checked, frozen=True, kw_only=True):
     """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal prompts equal
     texts.
 
@@ -59,7 +59,7 @@ class Sampling(Checked, frozen=True, kw_only=True):
 class Draw(NamedTuple):
     """What one row's next token depends on beside its logits."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     place: int
     """The position that the token will have."""
     choice: int = 0

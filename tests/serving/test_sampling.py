@@ -7,12 +7,12 @@ import pytest
 
 from fope_export.errors import ConfigError
 from fope_export.generation import generate
-from fope_export.sampling import FEW, Draw, Sampling, adjusted, sample
+from fope_export.serving.sampling import FEW, Draw, SamplingParams, adjusted, sample
 from tests.support import Forgetful
 
 
 def at(places: range, choice: int = 0, **options: Any) -> list[Draw]:
-    sampling = Sampling(**options)
+    sampling = SamplingParams(**options)
     return [Draw(sampling, place, choice) for place in places]
 
 
@@ -82,7 +82,7 @@ def test_rounding_that_swaps_two_candidates_changes_no_other_draw() -> None:
     assert (drawn(logits, 300, top_p=0.9) == drawn(swapped, 300, top_p=0.9)).all()
 
 
-def by_sorting(logits: np.ndarray, place: int, sampling: Sampling) -> int:
+def by_sorting(logits: np.ndarray, place: int, sampling: SamplingParams) -> int:
     """What is drawn, written down plainly: everything sorted, noise for every token."""
     order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
@@ -104,7 +104,7 @@ def by_sorting(logits: np.ndarray, place: int, sampling: Sampling) -> int:
     ids=str,
 )
 def test_it_is_what_sorting_the_whole_vocabulary_gives(size: int, options: dict[str, Any]) -> None:
-    sampling = Sampling(temperature=1.3, seed=5, **options)
+    sampling = SamplingParams(temperature=1.3, seed=5, **options)
     logits = np.random.default_rng(size).normal(size=(40, size)).round(2)  # rounded: with ties
     got = sample(logits, [Draw(sampling, place) for place in range(40)])
     assert got == [by_sorting(row, place, sampling) for place, row in enumerate(logits)]
@@ -130,7 +130,7 @@ def test_min_p_leaves_out_what_is_unlikely_beside_the_likeliest() -> None:
 def test_penalties_and_biases_change_the_logits(options: dict[str, Any], wanted: list[float]) -> None:
     """The prompt has tokens 0 and 3, the answer token 1 three times."""
     logits = np.array([2.0, 3.0, 2.0, -1.0, 0.5])
-    before, draw = logits.copy(), Draw(Sampling(**options), 5, 0, (0, 3, 3), {1: 3})
+    before, draw = logits.copy(), Draw(SamplingParams(**options), 5, 0, (0, 3, 3), {1: 3})
     assert adjusted(logits, draw).tolist() == wanted and (logits == before).all()
     assert sample(logits[None], [draw]) == [int(np.argmax(wanted))]
 
@@ -140,7 +140,7 @@ def test_a_prompt_and_its_answer_are_what_generation_penalizes() -> None:
     backend = Forgetful(lambda feeds: np.broadcast_to(np.arange(9.0, 0, -1), (*feeds.input_ids.shape, 9)), 9)
 
     def made(**options: Any) -> list[int]:
-        return [token for _, token in generate(backend, [[4, 0, 4]], Sampling(max_new_tokens=5, **options))]
+        return [token for _, token in generate(backend, [[4, 0, 4]], SamplingParams(max_new_tokens=5, **options))]
 
     assert made() == [0] * 5
     assert made(repetition_penalty=1e9) == [1, 2, 3, 5, 6]
@@ -151,7 +151,7 @@ def test_a_prompt_and_its_answer_are_what_generation_penalizes() -> None:
 def test_a_bias_of_no_token_is_refused() -> None:
     for bias in ({50: 1.0}, {-1: 1.0}, {3: float("nan")}):
         with pytest.raises(ConfigError, match="logit_bias adds"):
-            Sampling(logit_bias=bias).check(50)
+            SamplingParams(logit_bias=bias).check(50)
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_a_bias_of_no_token_is_refused() -> None:
 )  # fmt: skip
 def test_impossible_settings(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        Sampling(**options)
+        SamplingParams(**options)
