@@ -5,6 +5,7 @@ under the names of its modules, is silent unless a program listens.
 """
 
 import logging
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fope_export.backends.choose import Settings as Settings
     from fope_export.backends.choose import load_backend as load_backend
+    from fope_export.benchmark.run import BenchConfig as BenchConfig
+    from fope_export.benchmark.run import bench as bench
     from fope_export.bundle import Bundle as Bundle
     from fope_export.config import BuildConfig as BuildConfig
     from fope_export.config import ExportConfig as ExportConfig
@@ -28,43 +31,57 @@ if TYPE_CHECKING:
     from fope_export.fope.spectrum import Spectrum as Spectrum
     from fope_export.generation import generate as generate
     from fope_export.generation import generate_text as generate_text
+    from fope_export.generation import log_probabilities as log_probabilities
+    from fope_export.generation import logits as logits
     from fope_export.graph.export import export as export
     from fope_export.graph.module import export_module as export_module
+    from fope_export.graph.optimize import optimize as optimize
     from fope_export.model.checkpoint import load_checkpoint as load_checkpoint
     from fope_export.parity.module import validate_module as validate_module
     from fope_export.parity.run import validate as validate
+    from fope_export.serving.engine import Engine as Engine
+    from fope_export.serving.engine import Request as Request
     from fope_export.serving.sampling import SamplingParams as SamplingParams
     from fope_export.tensorrt.build import build as build
     from fope_export.tokens import Tokenizer as Tokenizer
 
 _HOMES = {
     "BackendError": "errors",
+    "BenchConfig": "benchmark.run",
     "BuildConfig": "config",
     "Bundle": "bundle",
     "BundleError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DocumentError": "errors",
+    "Engine": "serving.engine",
     "ExportConfig": "config",
     "ExportError": "errors",
     "FopeError": "errors",
     "FopeRotary": "fope.rotary",
     "ParityError": "errors",
+    "Request": "serving.engine",
     "SamplingParams": "serving.sampling",
     "Settings": "backends.choose",
     "Spectrum": "fope.spectrum",
     "Tokenizer": "tokens",
-    "build": "engine.build",
-    "generate_text": "generation",
+    "bench": "benchmark.run",
+    "build": "tensorrt.build",
     "export": "graph.export",
     "export_module": "graph.module",
     "generate": "generation",
+    "generate_text": "generation",
     "load_backend": "backends.choose",
     "load_checkpoint": "model.checkpoint",
+    "log_probabilities": "generation",
+    "logits": "generation",
+    "optimize": "graph.optimize",
     "replace_rotary": "fope.replace",
     "validate": "parity.run",
     "validate_module": "parity.module",
 }
+_FORMER = {"Sampling": "SamplingParams", "Text": "Tokenizer", "complete": "generate_text"}
+"""Names of the version before, which work in this one."""
 __all__ = [*_HOMES]
 __version__ = version("fope-export")
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -72,6 +89,9 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 if not TYPE_CHECKING:  # or a type checker takes every name for one of ours
 
     def __getattr__(name: str) -> Any:
+        if now := _FORMER.get(name):
+            warnings.warn(f"fope_export.{name} is called {now}", DeprecationWarning, stacklevel=2)
+            return __getattr__(now)
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

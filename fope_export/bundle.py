@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
 
 MADE = re.compile(
-    r"model(\.cpu|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
+    r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
 )
 """Files that only this program makes, and that it makes again."""
 COPIED = re.compile(
@@ -56,6 +56,14 @@ class Bundle:
                     raise
             time.sleep(PAUSE)
         return cls._read(folder, verify=verify)
+
+    @classmethod
+    def of(cls, bundle: "str | Path | Bundle", *, verify: bool = False) -> "Bundle":
+        """A bundle itself, or the one in a folder. Raises BundleError as `open`."""
+        return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @classmethod
     def _read(cls, folder: Path, *, verify: bool) -> Self:
@@ -114,14 +122,17 @@ class Bundle:
                 now = type(self)._read(self.path, verify=True)
             yield now
 
-    def put(self, files: Mapping[str, bytes | Path]) -> Self:
-        """`add` for who holds the lock, and has the bundle as it is now."""
+    def put(self, files: Mapping[str, bytes | Path], *, without: Collection[str] = ()) -> Self:
+        """`add` for who holds the lock, and has the bundle as it is now. Files `without` which it is to be are removed
+        where there are such.
+        """
         staged = self.path / place.STAGED
         staged.mkdir()
         for name, content in files.items():
             _stage(staged / name, content)
         added = {name: sha256(staged / name) for name in files}
-        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((self.manifest.files | added).items())))
+        kept = {name: digest for name, digest in self.manifest.files.items() if name not in without}
+        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((kept | added).items())))
         _write_manifest(staged, manifest)
         place.flush(staged)
         place.commit(self.path, _settle)

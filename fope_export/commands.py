@@ -214,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Bundle beside PyTorch and peers, on the clock."""
     from fope_export.bench_report import bench_record, print_bench, read_old, write_bench
-    from fope_export.benchmark.run import BenchConfig, benchmark
+    from fope_export.benchmark.run import BenchConfig
+    from fope_export.benchmark.run import bench as bench_bundle
     from fope_export.bundle import Bundle
     from fope_export.config import convert
     from fope_export.terminal import RESULTS, stages
@@ -224,7 +225,7 @@ def bench(args: argparse.Namespace) -> int:
     old = read_old(args.compare) if args.compare else None
     bundle = Bundle.open(args.bundle)
     with stages("bench") as report:
-        result = benchmark(bundle, config, checkpoint=args.checkpoint, stage=report)
+        result = bench_bundle(bundle, config, checkpoint=args.checkpoint, stage=report)
     if args.json:
         _print_json(bench_record(bundle, result))
     else:

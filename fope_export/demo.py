@@ -19,7 +19,8 @@ from fope_export.generation import generate_text
 from fope_export.graph.export import export
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.cases import FACTORS
-from fope_export.parity.run import ParityResult, validate
+from fope_export.parity.results import ParityResult
+from fope_export.parity.run import validate
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 

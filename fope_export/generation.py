@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, Ids, Logits, Slots
 from fope_export.config import Tokens, tokens_of
@@ -69,6 +70,28 @@ def prefill(slots: Slots, slot: int, ids: Ids, chunk: int) -> Logits:
     for start in range(0, len(ids), size):
         logits = slots.prefill(slot, ids[start : start + size], start)
     return logits.reshape(-1)
+
+
+def logits(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> Logits:
+    """Logits [S, V] after each token of a sequence. `chunk` is as for `Engine`.
+
+    Raises ConfigError for no token, and what a backend raises.
+    """
+    if not len(ids):
+        raise ConfigError("there is no token", hint="Give at least one.")
+    size = (backend.chunk if chunk is None else chunk) or len(ids)
+    with closing(backend.slots(1, len(ids))) as slots:
+        starts = range(0, len(ids), size)
+        return np.concatenate([slots.prefill(0, np.array(ids[i : i + size], np.int64), i, last=False) for i in starts])
+
+
+def log_probabilities(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> NDArray[np.float64]:
+    """Of each token of a sequence but the first, after those before it: [S - 1], in nats. Raises as `logits` does."""
+    found = logits(backend, ids, chunk=chunk)[:-1].astype(np.float64)
+    found -= found.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(found, np.array(ids[1:], np.int64)[:, None], axis=-1)[:, 0]
+    scores: NDArray[np.float64] = chosen - np.log(np.exp(found).sum(axis=-1))
+    return scores
 
 
 def generate_text(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -14,14 +14,16 @@ from fope_export.errors import BundleError, ConfigError, DocumentError, cut
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
-OPTIMIZED = "model.cpu.onnx"
+OPTIMIZED = "model.ort.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
 KEPT = "logits_to_keep"
 """Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it
 gets those of the last, -1.
 """
 REPORTS, ENGINES = "reports/", "engines/"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OPTIMIZED_BEFORE = "model.cpu.onnx"
+"""What bundles of format version 1 call OPTIMIZED."""
 AGAIN = "Export the checkpoint again."
 ELEMENTS = frozenset(
     "float float16 bfloat16 double int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
@@ -71,7 +73,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     path: str
-    layout: str = msgspec.field(name="dialect")  # as bundles of format version 1 call it
+    layout: str
     files: dict[Name, Digest]
 
 
@@ -134,6 +136,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigError("export.opset is missing", hint=AGAIN)
         self._check_spectra()
         self._check_ports()
+
+    def having(self, *names: str) -> str:
+        """The first of these names that a file of the bundle has, or nothing."""
+        return next((name for name in names if name in self.files), "")
+
+    @property
+    def optimized(self) -> str:
+        """The name of the optimized file, or nothing where there is none."""
+        return self.having(OPTIMIZED, OPTIMIZED_BEFORE)
 
     def _check_spectra(self) -> None:
         if isinstance(self.model, ModelConfig):
@@ -238,6 +249,14 @@ def judged_files(manifest: Manifest) -> dict[str, str]:
     return {name: digest for name, digest in manifest.files.items() if not name.startswith((REPORTS, ENGINES))}
 
 
+def _of_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """As it would be written now. Files keep their names (`Manifest.having`)."""
+    source = data.get("source")
+    if isinstance(source, dict) and "dialect" in source:
+        source = {"layout": source["dialect"]} | {name: value for name, value in source.items() if name != "dialect"}
+    return data | {"format_version": FORMAT_VERSION, "source": source}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """What the manifest in `folder` says. Raises BundleError where there is none, or it says what cannot be."""
     path = folder / MANIFEST
@@ -245,11 +264,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export`.")
     try:
         data = read_object(path)
-        if (version := data.get("format_version")) != FORMAT_VERSION:
+        if (version := data.get("format_version")) not in (1, FORMAT_VERSION):
             raise BundleError(
-                f"{path}: format version {cut(version)}, this program reads {FORMAT_VERSION}",
+                f"{path}: format version {cut(version)}, this program reads 1 to {FORMAT_VERSION}",
                 hint="Export the checkpoint again with this version.",
             )
-        return as_record(data, Manifest, str(path))
+        return as_record(_of_version_1(data) if version == 1 else data, Manifest, str(path))
     except DocumentError as cause:
         raise BundleError(f"not a valid manifest: {cause}", hint=AGAIN) from cause

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, What
 from fope_export.parity.judge import LIMITS
-from fope_export.parity.run import ParityResult
+from fope_export.parity.results import ParityResult
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
 PALETTE = (GREY, "#1f2937", BLUE, GREEN, "#9ca3af", ORANGE, RED, "#cc79a7", "#56b4e9")

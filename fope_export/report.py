@@ -1,7 +1,7 @@
 """What validation found, for machines (JSON, JUnit), for a browser (one HTML file without links) and for a terminal."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as Xml
@@ -17,27 +17,12 @@ from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, REPORTS, judged_files
-from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, ColumnVerdict, Verdict
-from fope_export.parity.run import ParityResult
+from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, Verdict
+from fope_export.parity.results import MODULE_RATIOS, RATIOS, ControlResult, ParityResult, why
 
 PAGE, JUNIT = "parity.html", "parity.xml"
 UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no way to write: control characters, lone surrogates, two that are no characters."""
-RATIOS = {
-    "rms": "all tokens",
-    "token": "worst token",
-    "logit": "worst logit",
-    "largest": "largest of all",
-    "column": "one logit, all tokens",
-}
-"""Errors in units of rounding, which are judged."""
-MODULE_RATIOS = RATIOS | {
-    "rms": "all rows",
-    "token": "worst row",
-    "logit": "worst value",
-    "column": "one column, all rows",
-}
-"""The same of a module."""
 LABELS = {
     "max_abs": "largest error",
     "relative": "relative error",
@@ -113,19 +98,9 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         }
         for case in result.cases
     ]
-    controls = [
-        {
-            "name": control.name,
-            "passed": control.passed,
-            "skipped": control.skipped or None,
-            "refused_by": control.verdict.failed if control.verdict else [],
-            "ratios": control.verdict.ratios if control.verdict else None,
-            "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
-        }
-        for control in result.controls
-    ]
     return {
         "passed": result.passed,
+        "failures": {encodable(name): encodable(reason) for name, reason in result.failures.items()},
         "backend": result.backend,
         "model_sha256": manifest.files.get(MODEL),
         "files": judged_files(manifest),
@@ -144,7 +119,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             {"name": each.name, "passed": each.verdict.passed} | msgspec.to_builtins(each.verdict)
             for each in result.columns
         ],
-        "controls": controls,
+        "controls": [_control_record(control) for control in result.controls],
         "quantization": _cost_record(result),
         "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
@@ -152,6 +127,17 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "place": msgspec.to_builtins(result.place),
         "tool_version": manifest.tool_version,
         "machine": msgspec.to_builtins(read_machine()),
+    }
+
+
+def _control_record(control: ControlResult) -> dict[str, Any]:
+    return {
+        "name": control.name,
+        "passed": control.passed,
+        "skipped": control.skipped or None,
+        "refused_by": control.verdict.failed if control.verdict else [],
+        "ratios": control.verdict.ratios if control.verdict else None,
+        "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
     }
 
 
@@ -163,7 +149,7 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         result=result,
         figure=plots.as_svg(plots.error_figure(result, trained_at(bundle))) if result.cases else "",
         labels=LABELS,
-        ratios=ratio_labels(result),
+        ratios=result.ratio_labels,
         limits=LIMITS,
         members=MEMBERS,
         more=MORE,
@@ -198,11 +184,6 @@ def trained_at(bundle: Bundle) -> int | None:
     """The training length; nothing for a module, which says nothing about it."""
     model = bundle.manifest.model
     return model.training_length if isinstance(model, ModelConfig) else None
-
-
-def of_module(result: ParityResult) -> bool:
-    """Whether it is about a module: its cases have no positions."""
-    return any(case.positions is None for case in result.cases)
 
 
 def render(template: str, **context: Any) -> str:
@@ -242,37 +223,15 @@ def writable(text: str) -> str:
 
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
-    labels = ratio_labels(result)
-    checks = [(f"case: {c.name}", _why(c.verdict, labels)) for c in result.cases]
-    checks += [(f"every column: {c.name}", _why(c.verdict, labels)) for c in result.columns]
-    checks += [(f"control: {c.name}", "" if c.passed else "a wrong model passed") for c in result.controls]
-    if result.cost:
-        checks += [(f"quantization: {result.cost.kind}", "; ".join(result.cost.failed))]
-    checks += [("backend", result.broken)]
-    checks += [("files", "; ".join(f"{name} {reason}" for name, reason in result.damaged.items()))]
-    failures = sum(bool(reason) for _, reason in checks)
-    counts = {"tests": str(len(checks)), "failures": str(failures)}
+    checks = result.checks
+    counts = {"tests": str(len(checks)), "failures": str(len(result.failures))}
     suite = Xml.Element("testsuite", {"name": writable(f"parity {bundle.path.name}")} | counts)
-    for name, reason in checks:
+    for name, reason in checks.items():
         case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=writable(name))
         if reason:
             Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))
     Xml.indent(suite)
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
-
-
-def ratio_labels(result: ParityResult) -> dict[str, str]:
-    """What the ratios are called."""
-    return MODULE_RATIOS if of_module(result) else RATIOS
-
-
-def _why(verdict: Verdict | ColumnVerdict, labels: Mapping[str, str]) -> str:
-    """What is too large, in words; empty where nothing is."""
-    if isinstance(verdict, ColumnVerdict):
-        name = f"{labels['column']}, number {verdict.logit}"
-        return "" if verdict.passed else f"{name}: {short(verdict.ratio)} > {verdict.limit:g} times rounding"
-    ratios, limits = verdict.ratios, verdict.limits
-    return "; ".join(f"{labels[n]} {short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
 
 
 def _cost_record(result: ParityResult) -> dict[str, Any] | None:
@@ -303,7 +262,7 @@ def place(result: ParityResult) -> str:
     if (first := found.divergence) is not None:
         parts.append(
             f"First module that diverges: {first.module} "
-            f"({ratio_labels(result)[first.ratio]} {short(first.error)} times rounding, allowed {first.allowed:g})."
+            f"({result.ratio_labels[first.ratio]} {short(first.error)} times rounding, allowed {first.allowed:g})."
         )
     for what, names in (
         ("Tensors that differ from the checkpoint", found.tensors),
@@ -331,15 +290,15 @@ def _without_place(result: ParityResult) -> str:
 def parity_table(result: ParityResult) -> Table:
     """The comparisons for a terminal: errors in units of rounding, then plain."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    size, labels = "size" if of_module(result) else "tokens", ratio_labels(result)
+    size, labels = "size" if result.ratio_labels is MODULE_RATIOS else "tokens", result.ratio_labels
     columns = ("case", size, *labels.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
     for case in result.cases:
-        table.add_row(case.name, str(case.length), *_numbers(case.verdict), _said(_why(case.verdict, labels)))
+        table.add_row(case.name, str(case.length), *_numbers(case.verdict), _said(why(case.verdict, labels)))
     for each in result.columns:
-        ratio, why = times(each.verdict.ratio), _why(each.verdict, labels)
-        table.add_row(each.name, *[""] * len(RATIOS), ratio, *[""] * 3, _said(why))
+        ratio, reason = times(each.verdict.ratio), why(each.verdict, labels)
+        table.add_row(each.name, *[""] * len(RATIOS), ratio, *[""] * 3, _said(reason))
     for control in result.controls:
         if control.verdict is None:
             table.add_row(
@@ -376,4 +335,4 @@ def print_parity(result: ParityResult, console: Console) -> None:
     console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 
-assert set(LABELS) == set(METRICS) and set(RATIOS) == set(MODULE_RATIOS) == set(LIMITS)
+assert set(LABELS) == set(METRICS)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Tokenizer:
     Padding and truncation that were left switched on in tokenizer.json are ignored, as transformers ignores them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise BundleError(

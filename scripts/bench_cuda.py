@@ -20,14 +20,15 @@ import numpy as np
 from fope_export.backends.base import feeds_for
 from fope_export.bench_report import bench_record, print_bench
 from fope_export.benchmark.contenders import CUDA
-from fope_export.benchmark.run import BenchConfig, benchmark
+from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.parity.cases import Case, save_inputs
-from fope_export.parity.run import ParityResult, validate
+from fope_export.parity.results import ParityResult
+from fope_export.parity.run import validate
 from fope_export.report import parity_record, write_parity
 from fope_export.terminal import RESULTS, Stages, stages
 
@@ -59,7 +60,7 @@ def measure(shape: str, folder: Path, config: BenchConfig, stage: Stages) -> dic
     feeds = feeds_for(np.random.default_rng(0).integers(1, VOCABULARY, (1, 32)))
     save_inputs(folder / "inputs.json", bundle.manifest, [Case("prompt", feeds, (32,), 32)])
     validated(bundle, load=folder / "inputs.json")
-    result = benchmark(Bundle.open(bundle.path), config, stage=stage)
+    result = bench(Bundle.open(bundle.path), config, stage=stage)
     stage.finish()
     print_bench(result, RESULTS)
     return {"shape": shape, "parameters": parameters} | bench_record(bundle, result)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fope_export.bench_report import bench_record, print_bench
-from fope_export.benchmark.run import BenchConfig, benchmark
+from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
@@ -36,7 +36,7 @@ def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> 
     stage("validating")
     parity = validate(bundle, lengths=(1, 64))
     bundle = write_parity(bundle, parity)
-    result = benchmark(bundle, config, stage=stage)
+    result = bench(bundle, config, stage=stage)
     stage.finish()
     print_bench(result, RESULTS)
     return bench_record(bundle, result)

@@ -26,7 +26,8 @@ from fope_export.demo import NAMES, shipped
 from fope_export.evaluation import loss_by_length
 from fope_export.graph.export import export
 from fope_export.parity.cases import FACTORS
-from fope_export.parity.run import ParityResult, validate
+from fope_export.parity.results import ParityResult
+from fope_export.parity.run import validate
 
 SCORED = 1 << 18
 ROOT = Path(__file__).parent.parent

@@ -80,7 +80,7 @@ def other(rng: Rng, value: Any) -> Any:
 def flipped(rng: Rng, place: Place) -> list[str]:
     """Bytes of an ONNX file that are others, or gone."""
     folder = place.copy("bundle")
-    path = folder / rng.choice(("model.onnx", "model.onnx", "model.cpu.onnx"))
+    path = folder / rng.choice(("model.onnx", "model.onnx", "model.ort.onnx"))
     content = bytearray(path.read_bytes())
     for _ in range(rng.choice((1, 4, 64))):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

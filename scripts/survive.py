@@ -33,8 +33,8 @@ PATIENCE = 10.0
 KEPT = ("timing-", ".ses")
 """Timing caches, and a file that every process with ONNX Runtime in it writes, killed or not."""
 REPORT = "reports/parity.json"
-PLANS = {"build 89": "engines/tensorrt-rtx:sm89.plan", "build 120": "engines/tensorrt-rtx:sm120.plan"}
-PRODUCTS = {"export": "model.onnx", "optimize": "model.cpu.onnx", "validate": REPORT, **PLANS}
+PLANS = {"build 89": "engines/tensorrt-rtx-sm89.plan", "build 120": "engines/tensorrt-rtx-sm120.plan"}
+PRODUCTS = {"export": "model.onnx", "optimize": "model.ort.onnx", "validate": REPORT, **PLANS}
 """Each command, and a file that it writes."""
 
 

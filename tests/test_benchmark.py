@@ -34,7 +34,7 @@ from fope_export.benchmark.contenders import (
 )
 from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
-from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, benchmark, prompt, require_green
+from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, bench, prompt, require_green
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, finish_manifest, sha256
 from fope_export.cli import main
@@ -71,7 +71,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(green: Bundle) -> BenchResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(CONTENDERS, COMPILED)
-        return benchmark(green, SMALL)
+        return bench(green, SMALL)
 
 
 def test_every_contender_is_timed_in_every_round(measured: BenchResult) -> None:
@@ -112,7 +112,7 @@ def test_sittings_begin_in_new_processes(
 
     monkeypatch.setattr(run, "Worker", Counted)
     config = msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), sittings=3)
-    result = benchmark(green, config)
+    result = bench(green, config)
     assert len(begun) == 3 * 3
     assert [(cell.contender, len(cell.first), len(cell.next)) for cell in result.cells] == [
         (name, 6, 6) for name in (EAGER, "onnxruntime", OURS)
@@ -202,7 +202,7 @@ def test_a_wrong_contender_is_not_timed(green: Bundle, tmp_path: Path, uncompile
     (folder / "reports/parity.json").write_text(json.dumps(forged))
     (folder / MANIFEST).unlink()
     finish_manifest(folder, green.manifest)
-    result = benchmark(Bundle.open(folder), msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), rounds=1))
+    result = bench(Bundle.open(folder), msgspec.structs.replace(SMALL, lengths=(8,), batch=(1,), rounds=1))
     entry = next(entry for entry in result.entries if entry.name == "onnxruntime")
     assert entry.refused == "it does not compute what eager PyTorch computes"
     assert entry.allowed is not None and away_of(entry) > entry.allowed
@@ -244,7 +244,7 @@ def test_the_compiled_contender_computes_what_eager_does(length: int, bundle: Bu
 
 def test_torch_compile_takes_the_whole_step(green: Bundle) -> None:
     checked = {"lengths": (run.CHECKED,), "batch": (2,), "decoded": run.ANSWERED - 1}  # no more shapes to compile
-    result = benchmark(green, msgspec.structs.replace(SMALL, rounds=1, **checked))
+    result = bench(green, msgspec.structs.replace(SMALL, rounds=1, **checked))
     entry = next(entry for entry in result.entries if entry.name == COMPILED)
     if "CppCompileError" in entry.refused and "ATEN_CPU_CAPABILITY" in os.environ:
         pytest.skip(
@@ -257,7 +257,7 @@ def test_a_size_without_room_says_so(static_bundle: Bundle, tmp_path: Path, unco
     bundle = Bundle.open(shutil.copytree(static_bundle.path, tmp_path / "bundle"))
     bundle = write_parity(bundle, validate(bundle, lengths=(1, 64)))
     config = msgspec.structs.replace(SMALL, lengths=(8, 250), batch=(1,), rounds=1)
-    result = benchmark(bundle, config)
+    result = bench(bundle, config)
     found = {(cell.contender, cell.length): cell.refused for cell in result.cells}
     assert "there is room for 200" in found["onnxruntime", 250] and not found["onnxruntime", 8]
     assert not found[EAGER, 250] and "room for 200" in bench_page(bundle, result)
@@ -266,7 +266,7 @@ def test_a_size_without_room_says_so(static_bundle: Bundle, tmp_path: Path, unco
 def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: None) -> None:
     pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")
     pytest.importorskip("optimum.onnxruntime", reason="needs fope-export[peers]")
-    result = benchmark(green, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
+    result = bench(green, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
     peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
     assert peers.keys() == {TWIN, f"{OURS}, RoPE twin", "genai", "genai fp32", "genai int4", "optimum fp32"}
     assert {name: entry.refused for name, entry in peers.items()} == dict.fromkeys(peers, "")

@@ -7,12 +7,12 @@ from fope_export.backends.base import Backend, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
-from fope_export.generation import generate, generate_text, pad_left, prefill
+from fope_export.generation import generate, generate_text, log_probabilities, logits, pad_left, prefill
 from fope_export.model.decoder import Decoder
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 from tests.scripted import Scripted
-from tests.support import answers, same_function, truth_of
+from tests.support import EPS, answers, same_function, truth_of
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,20 @@ def test_a_drawn_text_does_not_depend_on_its_place(backend: Backend) -> None:
 def test_room_for_far_more_tokens_than_come_is_not_taken(backend: Backend) -> None:
     steps = generate(backend, [[5]], SamplingParams(max_new_tokens=10**9))
     assert len([next(steps) for _ in range(3)]) == 3
+
+
+@pytest.mark.parametrize("chunk", [None, 0, 3])
+def test_logits_and_log_probabilities_of_a_sequence(chunk: int | None, backend: Backend, decoder: Decoder) -> None:
+    ids = [5, 77, 31, 8, 8, 200, 3]
+    wanted, _ = backend.step(feeds_for(np.array([ids])), backend.empty_cache(1))
+    truth = truth_of(decoder, np.array([ids]))[0]
+    same_function(logits(backend, ids, chunk=chunk), wanted[0], truth)
+    odds = np.exp(truth) / np.exp(truth).sum(-1, keepdims=True)
+    scores = np.log([odds[i, token] for i, token in enumerate(ids[1:])])
+    found = log_probabilities(backend, ids, chunk=chunk)
+    assert found.shape == (6,) and np.abs(found - scores).max() < 64 * EPS * np.abs(truth).max()
+    with pytest.raises(ConfigError, match="there is no token"):
+        logits(backend, [])
 
 
 def test_padding_and_no_prompts() -> None:

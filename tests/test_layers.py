@@ -132,12 +132,18 @@ def test_a_broken_package_is_no_missing_one() -> None:
 
 
 def test_the_public_door_opens_on_every_name() -> None:
-    assert 8 <= len(fope_export.__all__) <= 30
+    assert 8 <= len(fope_export.__all__) <= 40
     for name in fope_export.__all__:
         assert getattr(fope_export, name).__name__ == name
         assert name in dir(fope_export)
     with pytest.raises(AttributeError):
         fope_export.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_former_names_work_for_a_version() -> None:
+    for former, now in {"Sampling": "SamplingParams", "Text": "Tokenizer", "complete": "generate_text"}.items():
+        with pytest.warns(DeprecationWarning, match=f"fope_export.{former} is called {now}"):
+            assert getattr(fope_export, former) is getattr(fope_export, now)
 
 
 def test_type_checkers_see_through_the_door(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from fope_export.bundle import Bundle
 from fope_export.parity.judge import LIMITS
-from fope_export.parity.run import ParityResult, validate
+from fope_export.parity.results import RATIOS, ParityResult
+from fope_export.parity.run import validate
 from fope_export.report import (
     LABELS,
-    RATIOS,
     parity_junit,
     parity_page,
     parity_record,

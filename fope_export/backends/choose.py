@@ -5,8 +5,9 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,11 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, OPTIMIZED, plain_file
+from fope_export.manifest import MODEL, plain_file
 from fope_export.processes import output
 from fope_export.tensorrt import compile
 from fope_export.tensorrt.api import LIBRARIES
-from fope_export.tensorrt.record import BUILD_IT, plan_name, records
+from fope_export.tensorrt.record import BUILD_IT, plan_in, records
 
 if TYPE_CHECKING:  # the doctor has no NumPy
     from fope_export.backends.base import Backend, Limits
@@ -212,19 +213,23 @@ def _portable(bundle: Bundle) -> tuple[str, ...]:
     return _graph(plain_file(bundle.manifest.export), bundle)
 
 
+def _optimized(bundle: Bundle) -> tuple[str, ...]:
+    return _graph(bundle.manifest.optimized, bundle)
+
+
 def _engine(bundle: Bundle) -> tuple[str, ...]:
-    return tuple(plan_name(record.target) for record in records(bundle)[-1:])
+    return tuple(plan_in(bundle, record) for record in records(bundle)[-1:])
 
 
 def _without_optimized(bundle: Bundle) -> BackendError | None:
-    if OPTIMIZED in bundle.manifest.files:
+    if bundle.manifest.optimized:
         return None
     return BackendError(f"{bundle.path} has no optimized file", hint="Make it with `fope-export optimize`.")
 
 
 def _without_half(bundle: Bundle) -> BackendError | None:
     taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
-    if OPTIMIZED in bundle.manifest.files and DTYPES[bundle.manifest.export.dtype] in taken:
+    if bundle.manifest.optimized and DTYPES[bundle.manifest.export.dtype] in taken:
         return None
     return BackendError(
         f"{bundle.path} has no optimized file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
@@ -298,7 +303,7 @@ BACKENDS: dict[str, Row] = {
             Variant(
                 "optimized",
                 _load_ort_optimized,
-                partial(_graph, OPTIMIZED),
+                _optimized,
                 _without_optimized,
                 optimized=True,
                 exact=True,
@@ -311,7 +316,7 @@ BACKENDS: dict[str, Row] = {
     "onnxruntime-cuda": Row(
         "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
-        (Variant("optimized", _load_ort_cuda, partial(_graph, OPTIMIZED), _without_half, optimized=True),),
+        (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True),),
     ),
     "tensorrt": Row(
         "its engine in TensorRT on a GPU",
@@ -366,11 +371,12 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
 
 
 def load_backend(
-    bundle: Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
+    bundle: str | Path | Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
 ) -> "Backend":
     """The chosen backend with `bundle` in it, in the `variant` of that name, or as `Row.variant` chooses one.
 
     Raises BackendError when it cannot run here, has no such variant of the bundle, or does not load it.
     """
+    bundle = Bundle.of(bundle, verify=True)
     row = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)]
     return row.variant(bundle, variant, optimized=settings.optimized).load(bundle, settings)

@@ -11,7 +11,7 @@ from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
-from fope_export.manifest import KEPT, OPTIMIZED
+from fope_export.manifest import KEPT
 
 BLOCK = 256
 """Tokens that a cache grows by at least."""
@@ -213,10 +213,11 @@ class OptimizedOrtBackend:
         Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
-        self.name, self._manifest, self._path = "onnxruntime", bundle.manifest, bundle.path / OPTIMIZED
+        self.name, self._manifest = "onnxruntime", bundle.manifest
+        self._path = bundle.path / bundle.manifest.optimized
         # It would warn that an input has a default value.
         self._session = session_of(
-            bundle, OPTIMIZED, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
+            bundle, bundle.manifest.optimized, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
         )  # fmt: skip
         self.graphs = Graphs(self._session) if cuda_graph else None
         self.device = _device(

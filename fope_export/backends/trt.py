@@ -15,7 +15,7 @@ from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError
 from fope_export.tensorrt import api
 from fope_export.tensorrt.profiles import fitting
-from fope_export.tensorrt.record import EngineRecord, newest_engine, plan_name
+from fope_export.tensorrt.record import EngineRecord, newest_engine, plan_in
 
 
 def limits_of(bundle: Bundle) -> Limits:
@@ -62,7 +62,7 @@ class TrtBackend:
             )
         self._trt = api.load(self.record.library)
         self._log = api.make_log(self._trt)
-        self._engine = self._deserialize((bundle.path / plan_name(self.record.target)).read_bytes())
+        self._engine = self._deserialize((bundle.path / plan_in(bundle, self.record)).read_bytes())
         self._device, self._stream = torch.device("cuda"), torch.cuda.Stream()
         self._contexts = {name: self._context(i) for i, name in enumerate(self.record.profiles)}
         self._dtype = getattr(torch, DTYPES[self.record.dtype].precision)

@@ -25,7 +25,7 @@ from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
 from fope_export.manifest import judged_files
 from fope_export.model.checkpoint import source_of
-from fope_export.parity.run import Tested
+from fope_export.parity.results import Tested
 from fope_export.scratch import scratch
 
 CHECKED = 24
@@ -156,9 +156,9 @@ def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
     return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)
 
 
-def benchmark(
-    bundle: Bundle,
-    config: BenchConfig,
+def bench(
+    bundle: str | Path | Bundle,
+    config: BenchConfig = BenchConfig(),  # noqa: B008 (it is frozen)
     *,
     checkpoint: Path | None = None,
     stage: Stage = lambda text: None,
@@ -168,6 +168,7 @@ def benchmark(
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
     """
+    bundle = Bundle.of(bundle, verify=True)
     tested = {(each.backend, each.variant) for each in require_green(bundle)}
     source_of(bundle, checkpoint)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export

@@ -19,7 +19,7 @@ from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import MODEL, OPTIMIZED
+from fope_export.manifest import MODEL, OPTIMIZED, OPTIMIZED_BEFORE
 from fope_export.place import OURS
 
 FUSIONS: tuple[InPlacePass, ...] = (ShareSeries(), FuseAttention(), KeepLastLogits(), FuseSkipNorm())
@@ -34,7 +34,7 @@ def _save(model: ir.Model, path: Path) -> None:
         ) from cause
 
 
-def optimize(bundle: Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
+def optimize(bundle: str | Path | Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
     """Add the optimized file to a decoder's bundle, and have ONNX Runtime GenAI load it.
 
     `int8_activations` concerns bundles with quantized weights alone. Another writer of the bundle is waited for, for
@@ -42,7 +42,7 @@ def optimize(bundle: Bundle, *, int8_activations: bool = True, lock_timeout: flo
 
     Raises ConfigError for a static cache, ExportError where the file is not as this package writes it.
     """
-    with bundle.changing(lock_timeout) as now:
+    with Bundle.of(bundle, verify=True).changing(lock_timeout) as now:
         return _optimized(now, int8_activations)
 
 
@@ -67,6 +67,7 @@ def _optimized(bundle: Bundle, int8_activations: bool) -> Bundle:
     try:
         _save(model, partial)
         check(partial)
-        return bundle.put({OPTIMIZED: partial, **for_genai(config, export, optimized=True)})
+        added: dict[str, bytes | Path] = {OPTIMIZED: partial, **for_genai(config, export, optimized=True)}
+        return bundle.put(added, without=(OPTIMIZED_BEFORE,))
     finally:
         partial.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.copies import portable
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, divergence_of
-from fope_export.parity.run import CaseResult, ColumnResult, ControlResult, ParityResult, Place, tested_by
+from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place
+from fope_export.parity.run import tested_by
 from fope_export.parity.yardstick import Look, look, moved, neighbours
 
 Arrays = list[NDArray[Any]]
@@ -126,7 +127,7 @@ def validate_module(
     Raises BundleError when it is another module, BackendError without ONNX Runtime, and ParityError where PyTorch
     itself does not run.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
+    bundle = Bundle.of(bundle)
     check_graphs(bundle)
     record, single = _check_source(bundle, module), constant(module)
     cases = _given(bundle, module, inputs) if inputs else list(standard_cases(bundle, seed))

@@ -1,7 +1,7 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -22,10 +22,11 @@ from fope_export.onnx_files import check_graphs
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import CONTROLS, FOLDED, Control
 from fope_export.parity.copies import exact, portable
-from fope_export.parity.extended import Reach, reach_of
-from fope_export.parity.judge import ColumnVerdict, Measure, Noise, Verdict, judge_columns
-from fope_export.parity.localize import Divergence, different_rotations, different_tensors, first_divergence
+from fope_export.parity.extended import reach_of
+from fope_export.parity.judge import Noise, judge_columns
+from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
+from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, Tested
 from fope_export.parity.yardstick import Look, Yardstick
 
 LOCALIZED = 256
@@ -38,96 +39,6 @@ by half of one eps at its end alone, and several times on its way.
 """
 SHORTEST_CONTROL = 32
 """Tokens on which every deliberate mistake shows, however short the training length."""
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One comparison."""
-
-    name: str
-    length: int
-    positions: tuple[int, int] | None
-    """First and last; a module has its own."""
-    steps: int
-    compared: int
-    verdict: Verdict
-    own: Measure
-    """PyTorch's errors: those of one member."""
-    rounded: bool = False
-    """Whether linear layers rounded their inputs here, other than in the other cases."""
-
-
-@dataclass(frozen=True)
-class ColumnResult:
-    """Each logit over all tokens of one file's cases."""
-
-    name: str
-    verdict: ColumnVerdict
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What the cases ran on: a backend, its variant of the bundle, and the hashes of the files that this is made of."""
-
-    backend: str
-    variant: str
-    files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class ControlResult:
-    """One deliberate mistake. `skipped` says why this model cannot show it; else `verdict` must be a failure."""
-
-    name: str
-    skipped: str
-    verdict: Verdict | None
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict is None or not self.verdict.passed
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a failed bundle differs from its checkpoint."""
-
-    divergence: Divergence | None
-    tensors: tuple[str, ...]
-    """Tensors with other values."""
-    rotations: tuple[str, ...]
-    """Modules whose rotation has other settings."""
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """What validation found. `passed` is everything together."""
-
-    backend: str
-    cases: tuple[CaseResult, ...]
-    controls: tuple[ControlResult, ...]
-    damaged: dict[str, str]
-    """Files that are not what they should be, with the reason."""
-    broken: str
-    """Why the backend could not load or run the graph, or nothing; the cases end there."""
-    place: Place | None
-    """Looked for after a failure only."""
-    cost: Cost | None = None
-    """What quantization costs. The cases are then compared with PyTorch on the weights that the file holds."""
-    reach: Reach | None = None
-    """What extending did to the loss by length; stated, and not judged."""
-    dtype: str = FP32.precision
-    """Of PyTorch, whose rounding is the yardstick."""
-    allowance: float = 1.0
-    """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
-    columns: tuple[ColumnResult, ...] = ()
-    tested: tuple[Tested, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        verdicts = [case.verdict.passed for case in self.cases] + [each.verdict.passed for each in self.columns]
-        verdicts += [control.passed for control in self.controls]
-        affordable = self.cost is None or not self.cost.failed
-        return bool(self.cases) and all(verdicts) and affordable and not self.damaged and not self.broken
 
 
 def validate(
@@ -148,7 +59,7 @@ def validate(
     Raises BundleError when the checkpoint is gone or is another one, BackendError when no backend can run here, and
     ParityError when the backend is PyTorch itself, or when inputs or lengths make no sense.
     """
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
+    bundle = Bundle.of(bundle)
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)

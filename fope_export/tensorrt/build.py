@@ -20,12 +20,12 @@ from fope_export.place import OURS
 from fope_export.processes import child, environment, python
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.tensorrt import api, compile, profiles
-from fope_export.tensorrt.record import EngineRecord, plan_name, record_name
+from fope_export.tensorrt.record import EngineRecord, names_before, plan_name, record_name
 from fope_export.tensorrt.worker import PLUGIN_LAYER, Built, Line, Request
 
 
 def build(
-    bundle: Bundle,
+    bundle: str | Path | Bundle,
     config: BuildConfig | None = None,
     *,
     lock_timeout: float = TIMEOUT,
@@ -39,7 +39,7 @@ def build(
 
     Raises BackendError or ConfigError with the first thing that stands in the way; the bundle is then as it was.
     """
-    with bundle.changing(lock_timeout) as now:
+    with Bundle.of(bundle, verify=True).changing(lock_timeout) as now:
         return _built(now, config or BuildConfig(), report)
 
 
@@ -71,7 +71,8 @@ def _built(bundle: Bundle, config: BuildConfig, report: Callable[[str, int, int]
             seconds={name: round(value, 3) for name, value in built.seconds.items()}, options=config,
         )  # fmt: skip
         content = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
-        return bundle.put({plan_name(config.target): plan, record_name(config.target): content}), record
+        added: dict[str, bytes | Path] = {plan_name(config.target): plan, record_name(config.target): content}
+        return bundle.put(added, without=names_before(config.target)), record
 
 
 def _check_numbers(bundle: Bundle, config: BuildConfig) -> None:

@@ -66,13 +66,23 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def plan_name(target: str) -> str:
-    """Where a target's plan lies in a bundle."""
-    return f"{FOLDER}/{target}.plan"
+    """Where a target's plan lies in a bundle. No file system or store of artifacts refuses the name."""
+    return f"{FOLDER}/{target.replace(':', '-')}.plan"
 
 
 def record_name(target: str) -> str:
     """Where its record lies."""
-    return f"{FOLDER}/{target}.json"
+    return f"{FOLDER}/{target.replace(':', '-')}.json"
+
+
+def names_before(target: str) -> tuple[str, str]:
+    """Where bundles of format version 1 have a target's plan and its record, where that is elsewhere."""
+    return f"{FOLDER}/{target}.plan", f"{FOLDER}/{target}.json"
+
+
+def plan_in(bundle: Bundle, record: EngineRecord) -> str:
+    """Where the plan lies in this bundle that a record describes."""
+    return bundle.manifest.having(plan_name(record.target), names_before(record.target)[0]) or plan_name(record.target)
 
 
 def records(bundle: Bundle) -> list[EngineRecord]:
@@ -99,7 +109,7 @@ def newest_engine(bundle: Bundle) -> EngineRecord:
     """
     if not (found := records(bundle)):
         raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
-    record, plan = found[-1], bundle.path / plan_name(found[-1].target)
+    record, plan = found[-1], bundle.path / plan_in(bundle, found[-1])
     if record.model_sha256 != bundle.manifest.files[MODEL]:
         raise BackendError(f"{plan}: the engine was built from another {MODEL}", hint=BUILD_IT)
     if not plan.is_file() or sha256(plan) != record.plan_sha256:

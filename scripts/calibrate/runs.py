@@ -22,7 +22,8 @@ from fope_export.parity.cases import Case, prefill, standard_cases
 from fope_export.parity.controls import CONTROLS
 from fope_export.parity.judge import ColumnVerdict, Verdict, judge_columns
 from fope_export.parity.quantized import place_weights
-from fope_export.parity.run import SHORTEST_CONTROL, CaseResult, _files, _refusals, _round, yardstick_of
+from fope_export.parity.results import CaseResult
+from fope_export.parity.run import SHORTEST_CONTROL, _files, _refusals, _round, yardstick_of
 from fope_export.parity.yardstick import Yardstick
 
 BACKEND = "onnxruntime"

@@ -118,7 +118,9 @@ def test_tensorrt_needs_a_gpu_to_build_and_rtx_does_not() -> None:
 
 def held(dtype: str, *files: str) -> Any:
     """As much of a bundle as the choice looks at."""
-    manifest = SimpleNamespace(files=dict.fromkeys(files, "0"), export=ExportConfig(dtype=dtype))
+    manifest = SimpleNamespace(
+        files=dict.fromkeys(files, "0"), export=ExportConfig(dtype=dtype), optimized=OPTIMIZED * (OPTIMIZED in files)
+    )
     return SimpleNamespace(path="out", manifest=manifest)
 
 
@@ -152,9 +154,9 @@ def test_a_variant_is_chosen_or_the_reason_is_given(backend: str, bundle: Any, o
 
 
 def test_a_variant_is_had_by_its_name_and_knows_its_files() -> None:
-    row, bundle = BACKENDS["onnxruntime"], held("fp32", *FAST, "config.json", "model.cpu.onnx.data")
+    row, bundle = BACKENDS["onnxruntime"], held("fp32", *FAST, "config.json", "model.ort.onnx.data")
     assert row.variant(bundle, "portable").files(bundle) == PLAIN
-    assert row.variant(bundle, "optimized").files(bundle) == (OPTIMIZED, "model.onnx.data", "model.cpu.onnx.data")
+    assert row.variant(bundle, "optimized").files(bundle) == (OPTIMIZED, "model.onnx.data", "model.ort.onnx.data")
     with pytest.raises(BackendError, match="has no optimized file"):
         row.variant(held("fp32", *PLAIN), "optimized")
 

@@ -201,7 +201,7 @@ def test_the_weights_are_not_stored_twice(optimized: Bundle) -> None:
         "model.onnx.data"
     }
     assert not optimized.damaged() and OPTIMIZED in optimized.manifest.files
-    assert '"filename": "model.cpu.onnx"' in (optimized.path / "genai_config.json").read_text()
+    assert '"filename": "model.ort.onnx"' in (optimized.path / "genai_config.json").read_text()
 
 
 def test_nodes_of_a_layer(optimized: Bundle) -> None:

@@ -97,7 +97,3 @@ def test_the_readme_names_every_layout() -> None:
 def test_the_former_name_of_a_checkpoints_layout_works_for_a_version(olmo_fope: Path) -> None:
     with pytest.warns(DeprecationWarning, match="is called layout"):
         assert load_checkpoint(olmo_fope).dialect == "olmo"
-
-
-def test_bundles_call_the_layout_as_before(bundle: Bundle) -> None:
-    assert b'"dialect": "native"' in (bundle.path / "fope_export.json").read_bytes()

@@ -32,7 +32,8 @@ from fope_export.parity.cases import (
 )
 from fope_export.parity.controls import CONTROLS, Control
 from fope_export.parity.judge import ENOUGH
-from fope_export.parity.run import ParityResult, validate
+from fope_export.parity.results import ParityResult
+from fope_export.parity.run import validate
 from fope_export.parity.yardstick import Yardstick
 from fope_export.report import parity_page, parity_record, place, print_parity, write_parity
 from tests.conftest import small_decoder, write_native

@@ -70,13 +70,13 @@ def test_a_timing_cache_only_saves_time(spoil: Callable[[Path], object], tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "_timing_cache", lambda config: made)
         built, _ = build(spoilable, config)
-    assert not Bundle.open(built.path).damaged() and "engines/tensorrt-rtx:sm89.plan" in built.manifest.files
+    assert not Bundle.open(built.path).damaged() and "engines/tensorrt-rtx-sm89.plan" in built.manifest.files
 
 
 def test_float32_builds_too_and_for_one_gpu(spoilable: Bundle) -> None:
     built, record = build(spoilable, BuildConfig(target="tensorrt-rtx:sm89", max_batch=1, max_length=64))
     assert record.plugin_layers == 2 and record.architectures == ("sm89",) and record.dtype == "fp32"
-    assert (built.path / "engines/tensorrt-rtx:sm89.plan").is_file()
+    assert (built.path / "engines/tensorrt-rtx-sm89.plan").is_file()
     assert not list(built.path.glob(".*"))
 
 

@@ -8,15 +8,7 @@ import pytest
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError
 from fope_export.tensorrt.record import newest_engine, records
-
-HASH = "0" * 64
-RECORD: dict[str, Any] = {
-    "target": "tensorrt-rtx", "library": "tensorrt-rtx", "library_version": "1.7", "architectures": ["sm89"],
-    "dtype": "fp32", "cache": "dynamic", "capacity": None, "decoder_layers": 2, "plugin_layers": 2, "layers": {},
-    "profiles": {"decode": {"batch": [1, 1, 4], "total_sequence": [1, 8, 64]}}, "model_sha256": HASH,
-    "plan_sha256": HASH, "plan_bytes": 1, "plugin_sha256": None, "plugin_embedded": False, "compiler": None,
-    "headers": None, "seconds": {}, "options": {},
-}  # fmt: skip
+from tests.tensorrt.an_engine import RECORD
 
 
 @pytest.mark.parametrize(

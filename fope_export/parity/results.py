@@ -1,0 +1,151 @@
+"""What a validation found, and why it failed where it did."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fope_export.dtypes import FP32
+from fope_export.parity.extended import Reach
+from fope_export.parity.judge import LIMITS, ColumnVerdict, Measure, Verdict
+from fope_export.parity.localize import Divergence
+from fope_export.parity.quantized import Cost
+
+RATIOS = {
+    "rms": "all tokens",
+    "token": "worst token",
+    "logit": "worst logit",
+    "largest": "largest of all",
+    "column": "one logit, all tokens",
+}
+"""Errors in units of rounding, which are judged."""
+MODULE_RATIOS = RATIOS | {
+    "rms": "all rows",
+    "token": "worst row",
+    "logit": "worst value",
+    "column": "one column, all rows",
+}
+"""The same of a module."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One comparison."""
+
+    name: str
+    length: int
+    positions: tuple[int, int] | None
+    """First and last; a module has its own."""
+    steps: int
+    compared: int
+    verdict: Verdict
+    own: Measure
+    """PyTorch's errors: those of one member."""
+    rounded: bool = False
+    """Whether linear layers rounded their inputs here, other than in the other cases."""
+
+
+@dataclass(frozen=True)
+class ColumnResult:
+    """Each logit over all tokens of one file's cases."""
+
+    name: str
+    verdict: ColumnVerdict
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the cases ran on: a backend, its variant of the bundle, and the hashes of the files that this is made of."""
+
+    backend: str
+    variant: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """One deliberate mistake. `skipped` says why this model cannot show it; else `verdict` must be a failure."""
+
+    name: str
+    skipped: str
+    verdict: Verdict | None
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is None or not self.verdict.passed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a failed bundle differs from its checkpoint."""
+
+    divergence: Divergence | None
+    tensors: tuple[str, ...]
+    """Tensors with other values."""
+    rotations: tuple[str, ...]
+    """Modules whose rotation has other settings."""
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """What validation found. `passed` is everything together."""
+
+    backend: str
+    cases: tuple[CaseResult, ...]
+    controls: tuple[ControlResult, ...]
+    damaged: dict[str, str]
+    """Files that are not what they should be, with the reason."""
+    broken: str
+    """Why the backend could not load or run the graph, or nothing; the cases end there."""
+    place: Place | None
+    """Looked for after a failure only."""
+    cost: Cost | None = None
+    """What quantization costs. The cases are then compared with PyTorch on the weights that the file holds."""
+    reach: Reach | None = None
+    """What extending did to the loss by length; stated, and not judged."""
+    dtype: str = FP32.precision
+    """Of PyTorch, whose rounding is the yardstick."""
+    allowance: float = 1.0
+    """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
+    columns: tuple[ColumnResult, ...] = ()
+    tested: tuple[Tested, ...] = ()
+
+    @property
+    def ratio_labels(self) -> dict[str, str]:
+        """What the ratios are called; a module's cases have no positions."""
+        return MODULE_RATIOS if any(case.positions is None for case in self.cases) else RATIOS
+
+    @property
+    def checks(self) -> dict[str, str]:
+        """Everything that was checked -> why it failed, or nothing."""
+        labels = self.ratio_labels
+        found = {f"case: {each.name}": why(each.verdict, labels) for each in self.cases}
+        found |= {f"every column: {each.name}": why(each.verdict, labels) for each in self.columns}
+        found |= {f"control: {each.name}": "" if each.passed else "a wrong model passed" for each in self.controls}
+        if self.cost:
+            found[f"quantization: {self.cost.kind}"] = "; ".join(self.cost.failed)
+        files = "; ".join(f"{name} {reason}" for name, reason in self.damaged.items())
+        return found | {"backend": self.broken or ("" if self.cases else "it ran no case"), "files": files}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The checks that failed -> why."""
+        return {name: reason for name, reason in self.checks.items() if reason}
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def why(verdict: Verdict | ColumnVerdict, labels: Mapping[str, str]) -> str:
+    """What is too large, in words; empty where nothing is."""
+    if isinstance(verdict, ColumnVerdict):
+        name = f"{labels['column']}, number {verdict.logit}"
+        return "" if verdict.passed else f"{name}: {_short(verdict.ratio)} > {verdict.limit:g} times rounding"
+    ratios, limits = verdict.ratios, verdict.limits
+    return "; ".join(f"{labels[n]} {_short(ratios[n])} > {limits[n]:g} times rounding" for n in verdict.failed)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}"
+
+
+assert set(RATIOS) == set(MODULE_RATIOS) == set(LIMITS)
