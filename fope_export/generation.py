@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,14 +54,18 @@ def _answers(
     slots = min(max_batch or len(prompts), len(prompts))
     with closing(Engine(backend, slots, room=room, chunk=chunk, budget=0)) as engine:
         ends = tokens_of(eos)
-        handles = [engine.submit(Request(prompt=prompt, sampling=sampling, ends=ends)) for prompt in prompts]
-        more = True
-        while more:
-            more = engine.step()
-            for number, handle in enumerate(handles):
+        left = {
+            number: engine.submit(Request(prompt=prompt, sampling=sampling, ends=ends))
+            for number, prompt in enumerate(prompts)
+        }
+        while left:
+            engine.step()
+            for number, handle in [*islice(left.items(), slots)]:  # who comes first is served first
                 for event in handle.take():
                     if isinstance(event, Failed):
                         raise event.cause
+                    if not isinstance(event, Token):
+                        del left[number]
                     yield number, handle, event.id if isinstance(event, Token) else None
 
 

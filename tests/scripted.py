@@ -44,7 +44,7 @@ class ScriptedSlots:
 
     def prefill(self, slot: int, ids: Ids, start: int, *, last: bool = True) -> Logits:
         self._note(f"prefill {slot} {ids.tolist()} {start}")
-        assert start <= len(self.rows[slot])
+        assert start <= len(self.rows[slot]) and (not self.capacity or start + len(ids) <= self.capacity)
         self.rows[slot], self.said[slot] = [*self.rows[slot][:start], *ids.tolist()], 0
         self.line = {**getattr(self, "line", {}), slot: int(ids[-1]) - 1}
         return self._logits(slot)[None]

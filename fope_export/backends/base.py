@@ -61,17 +61,19 @@ class Slots(Protocol):
     """Tokens that fit in a row; None is no limit but memory."""
 
     def prefill(self, slot: int, ids: Ids, start: int, *, last: bool = True) -> Logits:
-        """Put tokens [S] into a row after its first `start` ones, in the place of what came there, if anything did.
-        Logits [S, V], or of the last token alone [1, V].
+        """Put tokens [S] into a row after its first `start` ones (as many as it has, or fewer), in the place of what
+        came there. Logits [S, V], or of the last token alone [1, V].
+
+        Raises BackendError where they do not fit.
         """
         ...
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
-        """One more token in each of some different rows; logits [N, V]."""
+        """One more token [N] in each of some different rows, which have tokens and room; logits [N, V]."""
         ...
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Have the row `target` be the first `tokens` of the row `source`."""
+        """Have the row `target` be the first `tokens` of another, `source`, which has as many."""
         ...
 
     def free(self, slot: int) -> None:

@@ -76,7 +76,8 @@ class OrtBackend:
             raise failure("run", self._path, cause) from cause
         logits, *present = binding.get_outputs()
         # The static cache's own values, and not their aliases among the outputs: those do not keep its memory alive.
-        wanted = logits.numpy()[:, -int(last) :]
+        wanted = logits.numpy()
+        wanted = wanted[:, -1:].copy() if last else wanted  # a view would keep the others
         return wanted.astype(np.float32, copy=False), cache if static else present
 
     def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002

@@ -107,9 +107,11 @@ class OrtSlots:
         ids[named], past[named] = tokens, self.lengths[named]
         resting = [row for row in range(low, high) if row not in slots and self.lengths[row]]
         firsts = [tensor[resting, :, 0] for tensor in self.tensors] if resting else []
-        logits = self.run(low, ids[low:high, None], past[low:high, None], past[low:high], last=True)
-        for first, tensor in zip(firsts, self.tensors, strict=False):
-            tensor[resting, :, 0] = first
+        try:
+            logits = self.run(low, ids[low:high, None], past[low:high, None], past[low:high], last=True)
+        finally:
+            for first, tensor in zip(firsts, self.tensors, strict=False):
+                tensor[resting, :, 0] = first
         self.lengths[named] += 1
         return logits.reshape(high - low, -1).take([row - low for row in named], axis=0)
 
@@ -143,11 +145,14 @@ class OrtSlots:
         have = self.tensors[0].shape[2]
         if tokens <= have:
             return
+        room, grown = max(-(-tokens // BLOCK) * BLOCK, 2 * have), []
+        for old in self.tensors:
+            new = self._backend.device.zeros((*old.shape[:2], room, old.shape[3]))
+            for row, length in enumerate(self.lengths):
+                new[row, :, :length] = old[row, :, :length]
+            grown.append(new)
         self._release()
-        room = max(-(-tokens // BLOCK) * BLOCK, 2 * have)
-        for i, old in enumerate(self.tensors):
-            self.tensors[i] = new = self._backend.device.zeros((*old.shape[:2], room, old.shape[3]))
-            new[:, :, :have] = old
+        self.tensors[:] = grown
 
     def _release(self) -> None:
         """The next decoding has other rows or another memory."""
@@ -240,6 +245,7 @@ class OptimizedOrtBackend:
                 "the attention mask does not fit the cache",
                 hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
             )
+        slots.lengths[:] = past
         logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
         if new == 1:
             logits[counts > 0] = slots.run(0, feeds.input_ids, feeds.position_ids, past, last=True)[counts > 0]
@@ -252,6 +258,7 @@ class OptimizedOrtBackend:
         return logits, SharedCache(slots, past + counts)
 
     def close(self) -> None:
+        self.graphs = None
         del self._session
 
     def memory(self, rows: int) -> list[Array]:

@@ -78,6 +78,7 @@ class StackedSlots:
         fits = self._rows <= 2 * len(parts) and self._total != self.capacity
         if fits and all(part.cache is self._cache and part.end == self._total for part in parts):
             return parts
+        self._part_with(slots)
         self._rows, self._total = len(parts), widest(parts)
         self._cache = parts[0].cache if parts[0].alone and len(parts) == 1 else self._backend.assemble(parts)
         together = [
@@ -88,6 +89,12 @@ class StackedSlots:
             self._parts[slot] = part
         return together
 
+    def _part_with(self, leaving: Sequence[int]) -> None:
+        """Give a cache of its own to each row that stays behind when these leave the one of all."""
+        for slot, part in enumerate(self._parts):
+            if part and slot not in leaving and part.cache is self._cache and not part.alone:
+                self._parts[slot] = Part(self._first(part, part.length), 0, 0, part.length, alone=True)
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         part = self._parts[source]
         assert part is not None
@@ -95,9 +102,12 @@ class StackedSlots:
 
     def free(self, slot: int) -> None:
         self._parts[slot] = None
+        if not any(part and part.cache is self._cache for part in self._parts):
+            self._cache, self._rows, self._total = None, 0, 0
 
     def close(self) -> None:
-        self._parts, self._cache = [None] * self.count, None
+        for slot in range(self.count):
+            self.free(slot)
 
 
 def fill(array: Any, sources: Sequence[Any], parts: Sequence[Part], width: int) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fope_export.config import Checked, Count, Positive, Size
-from fope_export.errors import ConfigError
+from fope_export.errors import BackendError, ConfigError
 
 BITS = 53
 """Of a random number, as many as a float64 holds."""
@@ -85,6 +85,10 @@ def _next(logits: NDArray[Any], draw: Draw, largest: int) -> int:
     changed = adjusted(logits, draw)
     if changed is not logits:
         largest = int(changed.argmax())
+    if math.isnan(changed[largest]):
+        raise BackendError(
+            "the model gives logits that are no numbers", hint="`fope-export validate` shows where they come from."
+        )
     return largest if draw.sampling.temperature == 0 else _drawn(changed, draw, float(changed[largest]))
 
 

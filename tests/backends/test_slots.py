@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Sequence
+from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from fope_export.backends.base import Backend, Logits, Slots, feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError
 from fope_export.graph.optimize import optimize
@@ -101,6 +104,53 @@ def test_a_row_that_rests_while_others_go_on_is_as_it_was(backend: Backend, deco
     rows.decode([1, 2], [4, 5])
     rows.decode([3], [6])
     rows.decode([3, 2, 1, 0], [1, 2, 3, 4])
+
+
+def test_a_cache_grows_with_what_is_in_it(optimized: Bundle, decoder: Decoder) -> None:
+    rows = Watched(load_backend(optimized).slots(3), decoder)
+    rows.prefill(0, [n % 250 + 1 for n in range(250)], 0)
+    rows.prefill(2, [5, 6, 7], 0)
+    for token in range(8):  # past 256
+        rows.decode([0, 2], [token, token])
+    rows.prefill(1, [9] * 300, 0)
+    rows.prefill(1, [8] * 300, 300)  # past 512
+    rows.decode([0, 1, 2], [1, 2, 3])
+
+
+def test_a_failed_step_leaves_those_that_rest_as_they_were(optimized: Bundle, decoder: Decoder) -> None:
+    backend = load_backend(optimized)
+    assert isinstance(backend, OptimizedOrtBackend)
+    rows, run = Watched(backend.slots(3), decoder), backend.run
+    for slot in range(3):
+        rows.prefill(slot, [slot + 1, 7, 8], 0)
+
+    def failing(*given: Any) -> Logits:
+        run(*given)
+        raise BackendError("out of memory", hint="Ask for less.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "run", failing)
+        with pytest.raises(BackendError, match="out of memory"):
+            rows.slots.decode([0, 2], [9, 9])
+    rows.decode([1], [4])
+
+
+def test_a_cache_grows_whole_or_not(optimized: Bundle, decoder: Decoder) -> None:
+    backend = load_backend(optimized)
+    assert isinstance(backend, OptimizedOrtBackend)
+    rows, made, zeros = Watched(backend.slots(1, 256), decoder), count(1), backend.device.zeros
+
+    def scarce(shape: tuple[int, ...]) -> Any:
+        if next(made) == 3:
+            raise MemoryError
+        return zeros(shape)
+
+    rows.prefill(0, [5] * 250, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend.device, "zeros", scarce)
+        with pytest.raises(MemoryError):
+            rows.slots.prefill(0, np.full(50, 6), 250)
+    rows.prefill(0, [6] * 50, 250)  # there is memory again
 
 
 def test_logits_of_every_token_of_a_prompt(backend: Backend, decoder: Decoder) -> None:

@@ -1,16 +1,19 @@
 """The engine, step by step."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fope_export.backends.base import Ids, Logits
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, ConfigError
-from fope_export.serving.engine import Engine, Event, Failed, Finished, Handle, Request, Token
+from fope_export.serving.engine import Engine, Event, Finished, Handle, Request, Token
 from fope_export.serving.sampling import SamplingParams
-from tests.scripted import Scripted
+from tests.scripted import Scripted, ScriptedSlots
 from tests.support import answers
 
 ENDLESS = [[3], [4], [5], [6]]
@@ -25,6 +28,17 @@ def shown(events: list[Event]) -> list[int | str]:
     return [
         e.id if isinstance(e, Token) else e.reason if isinstance(e, Finished) else f"failed: {e.cause}" for e in events
     ]
+
+
+def rows_of(engine: Engine) -> list[list[int]]:
+    """What the slots hold, as the backend sees it."""
+    assert isinstance(engine._slots, ScriptedSlots) and engine._held == engine._slots.rows
+    return engine._slots.rows
+
+
+def prompts_of(backend: Scripted) -> list[str]:
+    """What was done for prompts."""
+    return [call for call in backend.log if not call.startswith("decode")]
 
 
 def to_the_end(engine: Engine, *handles: Handle) -> list[list[int | str]]:
@@ -69,6 +83,10 @@ def test_a_long_prompt_delays_the_others_by_a_chunk_a_token() -> None:
 
 def test_short_prompts_share_the_budget_of_a_step() -> None:
     engine = Engine(Scripted(ENDLESS), 4, chunk=4)
+    handles = [engine.submit(asked([9, 9, 1])), engine.submit(asked([9, 9, 9, 2]))]
+    engine.step()
+    assert [shown(handle.take()) for handle in handles] == [[3], []]  # 3 and 4 are more than 4
+    engine = Engine(Scripted(ENDLESS), 4, chunk=4)
     handles = [engine.submit(asked([9, number])) for number in (1, 2, 3)]
     engine.step()
     assert [shown(handle.take()) for handle in handles] == [[3], [4], []]
@@ -91,12 +109,60 @@ def test_a_request_is_cancelled_wherever_it_is() -> None:
     assert to_the_end(engine, again) == [[4, "length"]]
 
 
+def test_who_waits_is_told_at_once_when_it_is_cancelled() -> None:
+    engine = Engine(Scripted(ENDLESS), 1)
+    first, second, third = (engine.submit(asked([number], 3)) for number in (1, 2, 3))
+    engine.step()
+    second.cancel()
+    engine.step()
+    assert shown(second.take()) == ["cancelled"] and shown(first.take()) == [3, 3]
+    assert to_the_end(engine, first, third) == [[3, "length"], [5, 5, 5, "length"]]
+
+
+def test_the_caller_may_go_on_with_its_list() -> None:
+    backend, prompt = Scripted(ENDLESS), [9, 1]
+    engine = Engine(backend, 1)
+    handle = engine.submit(Request(prompt=prompt, sampling=SamplingParams(max_new_tokens=3)))
+    prompt[0] = 8
+    assert to_the_end(engine, handle) == [[3, 3, 3, "length"]] and backend.log[0] == "prefill 0 [9, 1] 0"
+
+
 def test_a_failure_ends_that_request_alone() -> None:
     backend = Scripted(ENDLESS, fails="prefill 1")
     engine = Engine(backend, 2)
     good, bad = engine.submit(asked([1], 3)), engine.submit(asked([2], 3))
     assert to_the_end(engine, good, bad) == [[3, 3, 3, "length"], ["failed: prefill 1 [2] 0"]]
     assert "free 1" in backend.log  # what it holds is nobody's
+
+
+def test_what_a_failed_request_left_serves_nobody() -> None:
+    backend, prompt = Scripted(ENDLESS), [*[7] * 20, 1]
+    engine = Engine(backend, 1)
+    failing = engine.submit(asked(prompt, 3))
+    engine.step()
+    backend.fails = "decode"
+    assert to_the_end(engine, failing) == [[3, "failed: decode {0: 3}"]]
+    backend.fails = ""
+    assert to_the_end(engine, engine.submit(asked(prompt, 1))) == [[3, "length"]]
+    assert backend.log[-1] == f"prefill 0 {prompt} 0"
+
+
+def test_one_answer_that_cannot_be_drawn_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ScriptedSlots):
+        def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
+            logits = super().decode(slots, tokens)
+            if 1 in slots:
+                logits[list(slots).index(1)] = np.nan
+            return logits
+
+    backend = Scripted(ENDLESS)
+    monkeypatch.setattr(backend, "slots", lambda count, room: Broken(backend, count))
+    engine = Engine(backend, 2)
+    good, bad = engine.submit(asked([1], 4)), engine.submit(asked([2], 4))
+    assert to_the_end(engine, good, bad) == [
+        [3, 3, 3, 3, "length"], [4, "failed: the model gives logits that are no numbers"]
+    ]  # fmt: skip
+    assert backend.log.count("decode {0: 3}") == 2  # no token was fed twice
 
 
 def test_a_failed_step_ends_what_was_in_it_and_no_more() -> None:
@@ -127,16 +193,32 @@ def test_what_a_slot_holds_serves_who_begins_alike() -> None:
     assert to_the_end(engine, one, other) == [[4, 4, "length"], [4, 4, "length"]]
     few = engine.submit(asked([*prefix[:15], 3], 1))
     assert to_the_end(engine, few) == [[5, "length"]]
+    assert rows_of(engine) == [[*prefix, 1, 3, 2, 4], [*prefix[:15], 3]]
     assert (
-        [call for call in backend.log if not call.startswith("decode")]
+        prompts_of(backend)
         == [
             f"prefill 0 {[*prefix, 1]} 0",
-            "prefill 0 [2] 20",  # in place
-            "copy 0 1 20",  # of one that is at work
-            "prefill 1 [1, 3, 2] 20",
-            f"prefill 0 {[*prefix[:15], 3]} 0",
+            "copy 0 1 20",
+            "prefill 1 [2] 20",
+            "prefill 0 [2] 22",  # in place
+            f"prefill 1 {[*prefix[:15], 3]} 0",  # too few to matter
         ]
     )
+
+
+def test_a_conversation_finds_its_slot_again_and_strangers_take_the_others() -> None:
+    backend, first = Scripted(ENDLESS), [*range(8), *range(8), *range(8), 1]
+    engine = Engine(backend, 3)
+    to_the_end(engine, engine.submit(asked(first, 3)))  # leaves the prompt and two tokens of the answer
+    to_the_end(engine, engine.submit(asked([9, 9, 2], 1)))
+    to_the_end(engine, engine.submit(asked([*range(8), *range(8), 5, 3], 1)))  # begins alike
+    to_the_end(engine, engine.submit(asked([*first, 3, 3, 3, 1], 1)))
+    to_the_end(engine, engine.submit(asked([8, 8, 4], 1)))
+    rows_of(engine)
+    assert prompts_of(backend) == [
+        f"prefill 0 {first} 0", "prefill 1 [9, 9, 2] 0", "copy 0 2 16", "prefill 2 [5, 3] 16", "prefill 0 [3, 1] 27",
+        "prefill 1 [8, 8, 4] 0",
+    ]  # fmt: skip
 
 
 def test_a_prompt_that_a_slot_holds_whole_is_fed_its_last_token() -> None:
@@ -153,6 +235,7 @@ def test_a_prompt_that_a_slot_holds_whole_is_fed_its_last_token() -> None:
         (asked([]), "a prompt is empty"),
         (asked([3, 10]), "token 10 is outside the vocabulary of 10"),
         (asked([-1]), "token -1 is outside"),
+        (asked([1], choice=-1), "choice is -1, expected 0 or more"),
         (Request(prompt=[1], sampling=SamplingParams(logit_bias={10: 1.0})), "logit_bias adds"),
     ],
     ids=str,
@@ -170,6 +253,8 @@ def test_closing_tells_everybody() -> None:
     engine.close()
     assert [shown(handle.take()) for handle in handles] == [[3, "cancelled"], ["cancelled"]]
     assert backend.log[-1] == "close"
+    with pytest.raises(BackendError, match="the engine is closed"):
+        engine.submit(asked([1]))
 
 
 def test_others_submit_while_one_steps(bundle: Bundle) -> None:
@@ -191,9 +276,6 @@ def test_others_submit_while_one_steps(bundle: Bundle) -> None:
     assert got == [[*answers(backend, [prompt], sampling)[0], "length"] for prompt in prompts]
 
 
-def test_the_cause_of_a_failure_is_kept(static_bundle: Bundle) -> None:
-    engine = Engine(load_backend(static_bundle), 1)
-    handle = engine.submit(asked([1] * 201))
-    engine.step()
-    (event,) = handle.take()
-    assert isinstance(event, Failed) and isinstance(event.cause, BackendError)
+def test_a_prompt_longer_than_a_slot_is_refused_when_it_comes(static_bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="201 tokens do not fit: there is room for 200"):
+        Engine(load_backend(static_bundle), 1).submit(asked([1] * 201))
