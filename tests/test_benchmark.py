@@ -246,10 +246,6 @@ def test_torch_compile_takes_the_whole_step(green: Bundle) -> None:
     checked = {"lengths": (run.CHECKED,), "batch": (2,), "decoded": run.ANSWERED - 1}  # no more shapes to compile
     result = bench(green, msgspec.structs.replace(SMALL, rounds=1, **checked))
     entry = next(entry for entry in result.entries if entry.name == COMPILED)
-    if "CppCompileError" in entry.refused and "ATEN_CPU_CAPABILITY" in os.environ:
-        pytest.skip(
-            "PyTorch's compiler writes C++ that does not build where ATEN_CPU_CAPABILITY takes instructions away"
-        )
     assert not entry.refused and {cell.contender for cell in result.cells} == {EAGER, COMPILED, "onnxruntime", OURS}
 
 

@@ -1,5 +1,6 @@
 """Who is timed: a table. A backend of `backends.choose` is a row here without a word; a peer is a row of its own."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,6 +109,8 @@ def _eager(job: Job) -> Loaded:
 def _compiled(cuda_graph: bool, job: Job) -> Loaded:
     from fope_export.benchmark.compiled import Compiled
 
+    # PyTorch's own place is shared with runs under other instructions (ATEN_CPU_CAPABILITY), whose code it takes.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(job.folder) / "inductor")
     model = _model(job)
     size = _read_by_a_token(model.config, sum(p.nbytes for p in model.parameters()), model.embed.weight.itemsize)
     return Loaded(Compiled(model, cuda_graph=cuda_graph), size)

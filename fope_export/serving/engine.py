@@ -24,7 +24,7 @@ SHARED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of an `Engine`: an answer to `prompt`, token ids, that is drawn as `sampling` says, up to one of the
+    """What is asked of an `Engine`: an answer to the token ids `prompt`, drawn as `sampling` says, up to one of the
     tokens `ends`, which belongs to it, or to `sampling.max_new_tokens` of them.
 
     >>> import fope_export as fx
