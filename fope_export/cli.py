@@ -204,7 +204,7 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
         "--optimized", action=argparse.BooleanOptionalAction, default=True, help="use what `optimize` wrote, if it did"
     )
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
-    sub.add_argument("--cuda-graph", action="store_true", help="onnxruntime-cuda captures decoding in a CUDA graph")
+    sub.add_argument("--cuda-graph", action="store_true", help="on a GPU: repeat decoding from a CUDA graph")
     _backend(sub)
 
 
@@ -247,7 +247,7 @@ def _inspect_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--backend", help="onnxruntime, onnxruntime-cuda, tensorrt or torch (default: onnxruntime)")
+    sub.add_argument("--backend", metavar="NAME", help="what runs it (default: onnxruntime); a wrong NAME lists all")
 
 
 def _size(text: str) -> tuple[str, tuple[int, ...]]:

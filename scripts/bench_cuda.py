@@ -19,7 +19,6 @@ import numpy as np
 
 from fope_export.backends.base import feeds_for
 from fope_export.bench_report import bench_record, print_bench
-from fope_export.benchmark.contenders import CUDA
 from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
@@ -35,6 +34,8 @@ from fope_export.terminal import RESULTS, Stages, stages
 OUT = Path(__file__).parent / "results" / "bench_cuda.json"
 SHIPPED = Path(__file__).parent.parent / "fope_export" / "data" / "fope"
 HALF = ExportConfig(dtype="fp16")
+
+CUDA = "onnxruntime-cuda"
 
 
 def exported(checkpoint: Path, out: Path) -> Bundle:

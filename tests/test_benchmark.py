@@ -24,7 +24,6 @@ from fope_export.benchmark.contenders import (
     ALLOWED,
     COMPILED,
     CONTENDERS,
-    CUDA,
     EAGER,
     GRAPH,
     OURS,
@@ -91,6 +90,9 @@ def test_every_variant_of_a_backend_is_a_contender_of_its_own() -> None:
     wanted = {(name, each.name) for name, row in BACKENDS.items() for each in row.variants if name != EAGER}
     assert {*rows.values()} == wanted
     assert [rows["onnxruntime"], rows[OURS]] == [("onnxruntime", "portable"), ("onnxruntime", "optimized")]
+
+
+CUDA = "onnxruntime-cuda"
 
 
 def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:

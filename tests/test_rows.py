@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 import fope_export
+from fope_export.backends.choose import BACKENDS
 from fope_export.dtypes import DTYPES
 from fope_export.quantizations import QUANTIZATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fope_export.__file__).parent
-NAMES = [*QUANTIZATIONS, *DTYPES]
+NAMES = [*QUANTIZATIONS, *DTYPES, *(name for name in BACKENDS if "-" in name)]
+"""The other backends have names of packages."""
 NAME = re.compile(rf"(?<![\w-])({'|'.join(sorted(NAMES, key=len, reverse=True))})(?![\w-])")
 MAY = {
+    "backends/choose.py": "a table",
     "dtypes.py": "a table",
     "quantizations.py": "a table",
     "manifest.py": "int8 is an element type of ONNX there, among all others",

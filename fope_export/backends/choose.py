@@ -130,6 +130,8 @@ class Variant:
     """Why a bundle cannot be run so, or nothing."""
     optimized: bool = False
     """Whether it runs what `fope-export optimize` wrote."""
+    captured: bool = False
+    """Whether its decoding can be captured in a CUDA graph."""
     exact: bool = False
     """Whether it loads a copy of its file that leaves out the rounding of what linear layers read."""
 
@@ -316,7 +318,7 @@ BACKENDS: dict[str, Row] = {
     "onnxruntime-cuda": Row(
         "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
-        (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True),),
+        (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True, captured=True),),
     ),
     "tensorrt": Row(
         "its engine in TensorRT on a GPU",

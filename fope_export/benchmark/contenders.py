@@ -20,7 +20,6 @@ from fope_export.generation import prefill
 from fope_export.quantizations import INT4, QUANTIZATIONS
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
-CUDA = "onnxruntime-cuda"
 GRAPH = ", CUDA graph"
 """Ends the name of a contender that records its decoding in a CUDA graph."""
 ALLOWED = {name: row.apart for name, row in DTYPES.items()} | {name: row.apart for name, row in QUANTIZATIONS.items()}
@@ -224,13 +223,15 @@ def _of_backends() -> Iterator[tuple[str, Row]]:
     for name, row in BACKENDS.items():
         for variant in row.variants if name != EAGER else ():
             plain, alone = variant is row.variants[0], len(row.variants) == 1
-            yield (
-                name if plain else f"{name}, {variant.name}",
-                Row(
-                    row.what if alone else f"{row.what}, {variant.name}", partial(_backend, name, variant.name),
-                    row.missing, backend=name, variant=variant.name,
-                ),
+            own, load = name if plain else f"{name}, {variant.name}", partial(_backend, name, variant.name)
+            made = Row(
+                row.what if alone else f"{row.what}, {variant.name}", load, row.missing, backend=name,
+                variant=variant.name,
             )  # fmt: skip
+            yield own, made
+            if variant.captured:
+                recorded = partial(load, cuda_graph=True)
+                yield own + GRAPH, replace(made, what="the same, decoding recorded", device="cuda", load=recorded)
 
 
 OF_BACKENDS = dict(_of_backends())
@@ -245,10 +246,6 @@ CONTENDERS: dict[str, Row] = {
     ),
     COMPILED + GRAPH: Row("the same, recorded", partial(_compiled, True), device="cuda"),
     **OF_BACKENDS,
-    CUDA + GRAPH: replace(
-        OF_BACKENDS[CUDA], what="the same, decoding recorded", device="cuda",
-        load=partial(_backend, CUDA, OF_BACKENDS[CUDA].variant, cuda_graph=True),
-    ),
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds=FP32.name),
     f"{OURS}, RoPE twin": replace(
         OF_BACKENDS[OURS], what="the twin, exported and optimized as the bundle was", peer="any", twin=True,
