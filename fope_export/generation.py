@@ -92,10 +92,10 @@ def logits(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) ->
 
 def log_probabilities(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> NDArray[np.float64]:
     """Of each token of a sequence but the first, after those before it: [S - 1], in nats. Raises as `logits` does."""
-    found = logits(backend, ids, chunk=chunk)[:-1].astype(np.float64)
-    found -= found.max(axis=-1, keepdims=True)
-    chosen = np.take_along_axis(found, np.array(ids[1:], np.int64)[:, None], axis=-1)[:, 0]
-    scores: NDArray[np.float64] = chosen - np.log(np.exp(found).sum(axis=-1))
+    relative = logits(backend, ids, chunk=chunk)[:-1].astype(np.float64)
+    relative -= relative.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(relative, np.array(ids[1:], np.int64)[:, None], axis=-1)[:, 0]
+    scores: NDArray[np.float64] = chosen - np.log(np.exp(relative).sum(axis=-1))
     return scores
 
 

@@ -69,7 +69,7 @@ def read_machine() -> Machine:
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpus=_gpus(),
-        packages={name: found for name in PACKAGES if (found := _installed(name))},
+        packages={name: installed for name in PACKAGES if (installed := _installed(name))},
         compiler=compiler,
         without_compiler=without_compiler,
     )
@@ -272,8 +272,8 @@ def _load_eager(bundle: Bundle, settings: Settings) -> "Backend":
 
 def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
     for name in ("onnxruntime-gpu", "onnxruntime"):
-        if found := machine.packages.get(name):
-            return too_old(name, found, export)
+        if installed := machine.packages.get(name):
+            return too_old(name, installed, export)
     return "onnxruntime is not installed: pip install 'fope-export[run]'"
 
 

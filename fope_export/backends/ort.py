@@ -175,10 +175,10 @@ def open_session(
     return session
 
 
-def _has(provider: str, found: Sequence[str]) -> None:
-    if provider not in found:
+def _has(provider: str, available: Sequence[str]) -> None:
+    if provider not in available:
         raise BackendError(
-            f"ONNX Runtime has no {provider}, only {', '.join(found)}",
+            f"ONNX Runtime has no {provider}, only {', '.join(available)}",
             hint="pip install onnxruntime-gpu in the place of onnxruntime; it says which CUDA it needs.",
         )
 

@@ -60,15 +60,15 @@ class Bound:
         self._hosts["attention_mask"][:] = (self._places < past[:, None]) | self._new
         self._device.upload(self._hosts, self._inputs)
         self._session.run_with_iobinding(self._binding, self._options)
-        found: Logits
+        logits: Logits
         if self._logits is None:
-            found = self._binding.get_outputs()[-1].numpy()
+            logits = self._binding.get_outputs()[-1].numpy()
         else:
-            found = self._device.read(self._logits)
-            if found is self._logits:  # it is the caller's; the next step's has a place of its own
-                self._logits = np.empty_like(found)
+            logits = self._device.read(self._logits)
+            if logits is self._logits:  # it is the caller's; the next step's has a place of its own
+                self._logits = np.empty_like(logits)
                 self._binding.bind_output(LOGITS, *self._device.binding(self._logits))
-        return found.astype(np.float32, copy=False)
+        return logits.astype(np.float32, copy=False)
 
 
 class Decoding(NamedTuple):
@@ -253,8 +253,8 @@ class OptimizedOrtBackend:
             for row, tokens in enumerate(counts):
                 if tokens:
                     ids, positions = (x[row : row + 1, new - tokens :] for x in (feeds.input_ids, feeds.position_ids))
-                    found = slots.run(row, ids, positions, past[row : row + 1], last=last)
-                    logits[row, -1 if last else -tokens :] = found
+                    kept = slots.run(row, ids, positions, past[row : row + 1], last=last)
+                    logits[row, -1 if last else -tokens :] = kept
         return logits, SharedCache(slots, past + counts)
 
     def close(self) -> None:

@@ -73,12 +73,12 @@ class Handle:
 
     def take(self) -> list[Event]:
         """What happened since the last call; it does not wait."""
-        found: list[Event] = []
+        events: list[Event] = []
         try:
             while True:
-                found.append(self.events.get_nowait())
+                events.append(self.events.get_nowait())
         except Empty:
-            return found
+            return events
 
 
 @dataclass
@@ -245,8 +245,8 @@ class Engine:
             for work in ready:
                 self._end(work, Failed(cause))
             return []
-        for work, found in zip(ready, logits, strict=True):
-            work.logits = found
+        for work, row in zip(ready, logits, strict=True):
+            work.logits = row
             self._held[work.slot].append(work.last)
         return ready
 

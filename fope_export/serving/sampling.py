@@ -99,17 +99,17 @@ def adjusted(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
     counted = draw.made if sampling.presence_penalty or sampling.frequency_penalty else {}
     if not (repeats or counted or sampling.logit_bias):
         return logits
-    found = logits.astype(np.float64)
+    changed = logits.astype(np.float64)
     for token, bias in sampling.logit_bias.items():
-        found[token] += bias
+        changed[token] += bias
     if repeats:
         seen = np.union1d(np.asarray(draw.prompt, np.int64), np.fromiter(draw.made, np.int64))
         factor = sampling.repetition_penalty
-        found[seen] = np.where(found[seen] > 0, found[seen] / factor, found[seen] * factor)
+        changed[seen] = np.where(changed[seen] > 0, changed[seen] / factor, changed[seen] * factor)
     if counted:
         tokens, counts = (np.fromiter(each, np.int64) for each in (counted.keys(), counted.values()))
-        found[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    return found
+        changed[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    return changed
 
 
 def _drawn(logits: NDArray[Any], draw: Draw, largest: float) -> int:
