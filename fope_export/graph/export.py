@@ -37,6 +37,7 @@ from fope_export.quantizations import calibrated
 INLINE_BYTES = 1024
 """Smaller tensors stay in model.onnx; the others go to model.onnx.data."""
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
+INVALID = "Install torch, onnx and onnxscript in the versions that the manifest of a bundle which is valid names."
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 
 
@@ -135,7 +136,7 @@ def check(path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
-        raise ExportError(f"the exported model is not valid ONNX: {cause}", hint="Please report it.") from cause
+        raise ExportError(f"the exported model is not valid ONNX: {cause}", hint=INVALID) from cause
 
 
 def add_plain_file(model: Path, config: ExportConfig) -> None:

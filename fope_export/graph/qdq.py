@@ -164,17 +164,17 @@ class ExactInputs(Pass):
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
-    """See `Way`."""
+    """The pass that rounds weights, and inputs within their `ranges` by layer, as the row `kind` says."""
     return InsertQdq(kind, ranges)
 
 
 def exact() -> list[Pass]:
-    """See `Way`."""
+    """The pass that takes the rounding of inputs out, and leaves that of weights."""
     return [ExactInputs()]
 
 
 def fast() -> list[Pass]:
-    """See `Way`: products of 8 bits are what the file asks for."""
+    """No pass: products of 8 bits are what the file asks for."""
     return []
 
 

@@ -87,7 +87,7 @@ class QuantizeWeights(Pass):
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantizeWeights:  # noqa: ARG001
-    """See `Way`."""
+    """The pass that rounds weights as the row `kind` says; it needs no `ranges`, as inputs stay as they are."""
     return QuantizeWeights(kind)
 
 
@@ -129,12 +129,12 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def exact() -> list[Pass]:
-    """See `Way`."""
+    """Products of rounded weights with inputs that are not rounded."""
     return [SetAccuracyLevel(EXACT)]
 
 
 def fast() -> list[Pass]:
-    """See `Way`."""
+    """Products of rounded weights with inputs that are rounded to 8 bits as they come."""
     return [SetAccuracyLevel(INT8)]
 
 

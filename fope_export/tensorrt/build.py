@@ -144,7 +144,7 @@ def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise BackendError(
             f"{request.config.library} ended its process with {how}: {' '.join(last) or 'it said nothing'}",
-            hint="Is there memory left? Try --no-plugin and a smaller --max-length; if it stays, please report it.",
+            hint="Is there memory left? Try --no-plugin and a smaller --max-length.",
         )
 
 
