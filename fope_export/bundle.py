@@ -97,9 +97,9 @@ class Bundle:
         return loadable(self.path / name, f"{MODEL}.data")
 
     def damaged(self) -> dict[str, str]:
-        """Names of files that are gone, or no longer have the hash in the manifest, each with the reason. Reports are left
-        out, because they can be made again at any time, and so is what another command has replaced and recorded since
-        this bundle was opened.
+        """Names of files that are gone, or no longer have the hash in the manifest, each with the reason. Reports are
+        left out, because they can be made again at any time, and so is what another command has replaced and recorded
+        since this bundle was opened.
         """
         found = _damaged(self.path, self.manifest)
         if found and (now := read_manifest(self.path)) != self.manifest:
@@ -138,8 +138,8 @@ class Bundle:
             yield now
 
     def put(self, files: Mapping[str, bytes | Path], *, without: Collection[str] = ()) -> Self:
-        """Add or replace `files` as `add` does, inside a block of `changing`, which gives the bundle that this is called
-        on. The files named in `without` are removed, where they exist.
+        """Add or replace `files` as `add` does, inside a block of `changing`, which gives the bundle that this is
+        called on. The files named in `without` are removed, where they exist.
         """
         staged = self.path / place.STAGED
         staged.mkdir()

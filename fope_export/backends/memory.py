@@ -20,7 +20,7 @@ class Device(Protocol):
         ...
 
     def placed(self, host: NDArray[Any]) -> Array:
-        """What a graph reads in the place of the array `host`: that itself, or a copy that `upload` brings up to date."""
+        """What a graph reads in the place of the array `host`: itself, or a copy that `upload` renews."""
         ...
 
     def upload(self, hosts: Mapping[str, NDArray[Any]], placed: Mapping[str, Array]) -> None:

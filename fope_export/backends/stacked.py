@@ -29,8 +29,8 @@ class Stackable(Backend, Protocol):
     """A backend that can make a cache out of rows of other caches, so that `StackedSlots` serves requests with it."""
 
     def assemble(self, parts: Sequence[Part]) -> Any:
-        """A new cache with a row for each of `parts`, in their order, padded on the left to the longest. The caches that
-        they are parts of stay as they are.
+        """A new cache with a row for each of `parts`, in their order, padded on the left to the longest. The
+        caches that they are parts of stay as they are.
         """
         ...
 

@@ -42,7 +42,7 @@ class Way(Protocol):
         ...
 
     def read(self, path: Path) -> Iterator[Quantized]:
-        """Every linear layer that the pass has rounded in the ONNX file at `path`, one at a time, as numbers in float64."""
+        """Every linear layer that the pass has rounded in the ONNX file at `path`, one at a time."""
         ...
 
     def exact(self) -> list[Pass]:

@@ -152,8 +152,8 @@ def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
 
 
 def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[str, Backend]:
-    """The backends that every case is run in, by what each adds to the case's name: nothing for the first variant, loaded as
-    it is; its own name for another, of which a copy is loaded that does not round activations.
+    """The backends that every case is run in, by what each adds to the case's name: nothing for the first variant,
+    loaded as it is; its own name for another, of which a copy is loaded that does not round activations.
     """
     first, *others = BACKENDS[chosen].variants_of(bundle)
     found = {"": first.load(bundle, settings)}
