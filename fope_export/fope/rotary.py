@@ -188,6 +188,9 @@ class FopeRotary(nn.Module):
         return normalized(self.sin_coef), normalized(self.cos_coef)
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries q [B, S, H, head_dim] and keys k [B, S, K, head_dim], turned to their positions [B, S]; in their
+        shapes and dtypes. Groups of coefficients divide K, and K divides H.
+        """
         told = contract.settings(self.config).values()
         turned: tuple[Tensor, Tensor] = self.operator(q, k, position_ids, self.freq, *self._coefficients(), *told)
         return turned

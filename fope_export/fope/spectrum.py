@@ -89,7 +89,7 @@ class Spectrum:
         return cls(convert(fields, SpectrumConfig, where="spectrum"), freq, sin_coef, cos_coef)
 
     def describe(self) -> dict[str, Any]:
-        """The numbers as plain data, for a manifest: frequencies, and the SHA-256 of the coefficients, which are long."""
+        """The numbers as plain data, for a manifest: frequencies, and of the long coefficients their SHA-256."""
         digest = {
             f"{name}_sha256": hashlib.sha256(getattr(self, name).tobytes()).hexdigest()
             for name in ("sin_coef", "cos_coef")

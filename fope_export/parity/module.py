@@ -129,9 +129,13 @@ def validate_module(
     itself does not run.
 
     >>> import fope_export as fx, torch
-    >>> rotary = fx.FopeRotary.create(head_dim=16, groups=1, training_length=64).eval()
+    >>> class Rotated(torch.nn.Module):
+    ...     def forward(self, q, k, position_ids):
+    ...         return self.rotary(q, k, position_ids)
+    >>> module = Rotated().eval()
+    >>> module.rotary = fx.FopeRotary.create(head_dim=16, groups=1, training_length=64).eval()
     >>> example = torch.rand(1, 8, 2, 16), torch.rand(1, 8, 1, 16), torch.arange(8)[None]
-    >>> fx.validate_module(fx.export_module(rotary, example, "rotary"), rotary).passed
+    >>> fx.validate_module(fx.export_module(module, example, "rotated"), module).passed
     True
     """
     bundle = Bundle.of(bundle)
