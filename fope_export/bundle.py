@@ -38,8 +38,8 @@ class Bundle:
 
     >>> import fope_export as fx
     >>> bundle = fx.Bundle.open("out")
-    >>> bundle.model.name, bundle.manifest.export.described
-    ('model.onnx', 'opset 23, fp32, dynamic cache')
+    >>> bundle.model.name, bundle.manifest.export.opset
+    ('model.onnx', 23)
     """
 
     path: Path

@@ -183,8 +183,9 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     Raises ConfigError for a value that is not allowed, and for values that exclude each other.
 
     >>> import fope_export as fx
-    >>> fx.ExportConfig(cache="static").resolved(training_length=256).described
-    'opset 24, fp32, static cache of 4096 tokens'
+    >>> resolved = fx.ExportConfig(cache="static").resolved(training_length=256)
+    >>> resolved.opset, resolved.capacity
+    (24, 4096)
     """
 
     opset: Literal[23, 24] | None = None

@@ -64,8 +64,8 @@ def export(
     a quantizer is not installed; then `out` is as it was.
 
     >>> import fope_export as fx
-    >>> fx.export("checkpoint", "exported", fx.ExportConfig(dtype="fp16")).manifest.export.described
-    'opset 23, fp16, dynamic cache'
+    >>> fx.export("checkpoint", "exported", fx.ExportConfig(cache="static")).manifest.export.capacity
+    1024
     """
     out = Path(out)
     check_target(out)

@@ -40,8 +40,8 @@ def optimize(bundle: str | Path | Bundle, *, int8_activations: bool = True, lock
     weights are quantized: then `int8_activations` rounds activations to 8 bits too, which is faster. Another writer of
     the bundle is waited for, for `lock_timeout` seconds.
 
-    Raises ConfigError for a bundle with a static cache or of a module, and ExportError where the portable file is not
-    as this package writes it; then the bundle is as it was.
+    Raises ConfigError for a static cache, BundleError for the bundle of a module, and ExportError where the portable
+    file is not as this package writes it; then the bundle is as it was.
 
     >>> import fope_export as fx
     >>> fx.optimize("out").manifest.optimized
