@@ -1,5 +1,16 @@
 """Language models with FoPE, from PyTorch to ONNX and TensorRT, with proof that they compute what PyTorch computes.
 
+Requests that come and go share the slots of one engine:
+
+>>> import fope_export as fx
+>>> engine = fx.Engine(fx.load_backend("out"), 2)
+>>> handle = engine.submit(fx.Request(prompt=[72, 105], sampling=fx.SamplingParams(max_new_tokens=1)))
+>>> while engine.step():
+...     pass
+>>> handle.take()
+[Token(id=...), Finished(reason='length')]
+>>> engine.close()
+
 Names load on first use, so that importing the package costs nothing; type checkers see them all. What the package logs,
 under the names of its modules, is silent unless a program listens.
 """

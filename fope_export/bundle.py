@@ -33,17 +33,25 @@ PAUSE, READS = 0.1, 50
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with a valid manifest."""
+    """A folder with an exported model, at `path`, and its valid `manifest`, which says what the model is and has the
+    SHA-256 of every file. It is used as a path, too.
+
+    >>> import fope_export as fx
+    >>> bundle = fx.Bundle.open("out")
+    >>> bundle.model.name, bundle.manifest.export.opset
+    ('model.onnx', 23)
+    """
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Self:
-        """Read the bundle in folder `path`, of which every file must be there; `verify` also compares them with their
-        hashes. What a killed writer left is finished or removed first, where that can be done.
+        """Read the bundle in folder `path`. Every file that its manifest lists must be there; with `verify`, each must
+        have the hash that is recorded, too. What a writer that was killed has left is finished or removed first, where
+        that can be done.
 
-        Raises BundleError naming the folder or file, and what to do.
+        Raises BundleError with the folder or file that is wrong.
         """
         folder = Path(path)
         place.repair(folder, _settle)
@@ -59,7 +67,9 @@ class Bundle:
 
     @classmethod
     def of(cls, bundle: "str | Path | Bundle", *, verify: bool = False) -> "Bundle":
-        """A bundle itself, or the one in a folder. Raises BundleError as `open`."""
+        """`bundle` itself where it is one already, else the one in that folder, which is opened with `verify`: so that
+        functions take either. Raises BundleError as `open` does.
+        """
         return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
 
     def __fspath__(self) -> str:
@@ -79,16 +89,17 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        """The portable file, or a copy of its name where that is a link, which libraries refuse."""
+        """The path of the portable ONNX file; where that is a symbolic link, which libraries refuse, of a copy."""
         return self.loadable(MODEL)
 
     def loadable(self, name: str) -> Path:
-        """The ONNX file `name` as libraries load it."""
+        """The path of the ONNX file `name`, to load it from; as for `model`."""
         return loadable(self.path / name, f"{MODEL}.data")
 
     def damaged(self) -> dict[str, str]:
-        """Files that are gone or no longer what the manifest records, with the reason: no reports, which can be made
-        again at any time, and nothing that another command has replaced meanwhile and recorded.
+        """Names of files that are gone, or no longer have the hash in the manifest, each with the reason. Reports are
+        left out, because they can be made again at any time, and so is what another command has replaced and recorded
+        since this bundle was opened.
         """
         found = _damaged(self.path, self.manifest)
         if found and (now := read_manifest(self.path)) != self.manifest:
@@ -97,10 +108,12 @@ class Bundle:
         return found
 
     def add(self, files: Mapping[str, bytes | Path], *, lock_timeout: float = TIMEOUT) -> Self:
-        """Add or replace files, of some content or moved from a path; interrupted anywhere, the bundle is as before or
-        the next command finishes it. Another writer is waited for, and what it wrote stays.
+        """Add or replace files, and give the bundle that has them. `files` has by name the content of each, or a path
+        from which it is moved here. Interrupted anywhere, the bundle is as before, or the next command finishes the
+        work. Another writer is waited for, `lock_timeout` seconds, and what it wrote stays.
 
-        Raises BundleError where this is another model's bundle by now, and OSError where it cannot be written.
+        Raises BundleError where another model was exported to this folder meanwhile, or where the writer does not come
+        to an end; OSError where the folder cannot be written to.
         """
         with self.changing(lock_timeout) as now:
             if _identity(now.manifest) != _identity(self.manifest):
@@ -112,9 +125,11 @@ class Bundle:
 
     @contextmanager
     def changing(self, lock_timeout: float = TIMEOUT) -> Iterator[Self]:
-        """Be the only writer of this bundle; what is given is the bundle as it is now, for `put`.
+        """Be the only writer of this bundle within a `with` block, which is given the bundle as it is now, for `put`.
+        Another writer is waited for, `lock_timeout` seconds.
 
-        Raises BundleError, also where files are no longer what a newer manifest says.
+        Raises BundleError where that one does not come to an end, and where another model was exported to this folder
+        and its files do not have the hashes that its manifest records.
         """
         with place.holding(self.path, lock_timeout, _settle):
             now = type(self)(self.path, read_manifest(self.path))
@@ -123,8 +138,8 @@ class Bundle:
             yield now
 
     def put(self, files: Mapping[str, bytes | Path], *, without: Collection[str] = ()) -> Self:
-        """`add` for who holds the lock, and has the bundle as it is now. Files `without` which it is to be are removed
-        where there are such.
+        """Add or replace `files` as `add` does, inside a block of `changing`, which gives the bundle that this is
+        called on. The files named in `without` are removed, where they exist.
         """
         staged = self.path / place.STAGED
         staged.mkdir()

@@ -1,5 +1,5 @@
-"""What each command does with its parsed arguments: call, print, and an exit code. Heavy imports wait until a command
-needs them.
+"""What each command does with its parsed arguments: call, print, and give an exit code, PASSED or FAILED. With
+`args.json` all print one JSON document. Heavy imports wait until a command needs them.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def perform(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run everything on the shipped models."""
+    """Export and validate the shipped models, and write the page that compares them to folder `args.out`. FAILED where
+    a validation failed.
+    """
     from fope_export.demo import demo_record, demo_table, run_demo
     from fope_export.terminal import RESULTS, stages
 
@@ -47,7 +49,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Describe the machine."""
+    """Print what this machine has, and what it can do or why not. Always PASSED."""
     from fope_export.backends.choose import abilities, read_machine
     from fope_export.terminal import RESULTS, doctor_table, print_sections
 
@@ -68,7 +70,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Checkpoint to bundle."""
+    """Write the bundle of `args.checkpoint` to `args.out`, in the way that the fields of ExportConfig among `args` say.
+    Raises as `export` does.
+    """
     from fope_export.config import ExportConfig, convert
     from fope_export.graph.export import export as export_bundle
     from fope_export.terminal import RESULTS, stages
@@ -90,7 +94,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def optimize(args: argparse.Namespace) -> int:
-    """Bundle to optimized bundle."""
+    """Add the file for ONNX Runtime to the bundle `args.bundle`. Raises as `optimize` does."""
     from fope_export.bundle import Bundle
     from fope_export.graph.optimize import optimize
     from fope_export.manifest import OPTIMIZED
@@ -109,7 +113,9 @@ def optimize(args: argparse.Namespace) -> int:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Bundle to engine."""
+    """Add an engine to the bundle `args.bundle`, built as the fields of BuildConfig among `args` say. Raises as `build`
+    does.
+    """
     from fope_export.bundle import Bundle
     from fope_export.config import BuildConfig, convert
     from fope_export.onnx_files import check_graphs
@@ -136,7 +142,9 @@ def build(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace) -> int:
-    """Bundle against checkpoint."""
+    """Compare the bundle `args.bundle` with its checkpoint, and write reports into it, or where `args.out` and
+    `args.junit` say. FAILED where a comparison failed. Raises as `validate` does.
+    """
     from fope_export.bundle import Bundle
     from fope_export.parity.run import validate as validate_bundle
     from fope_export.report import parity_record, print_parity, write_reports
@@ -161,7 +169,10 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate from a prompt, a batch of prompts, or token ids."""
+    """Print what the bundle `args.bundle` answers to a prompt, to a file of prompts or messages, or to token ids; the
+    fields of SamplingParams among `args` say how. Raises as `load_backend` and `generate_text` do, and ConfigError for
+    arguments that exclude each other.
+    """
     from fope_export.backends.choose import Settings, load_backend
     from fope_export.bundle import Bundle
     from fope_export.config import convert
@@ -212,7 +223,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Bundle beside PyTorch and peers, on the clock."""
+    """Time the bundle `args.bundle` beside PyTorch, as the fields of BenchConfig among `args` say, beside an older
+    result if `args.compare` names one; write the report. Raises as `bench` does.
+    """
     from fope_export.bench_report import bench_record, print_bench, read_old, write_bench
     from fope_export.benchmark.run import BenchConfig
     from fope_export.benchmark.run import bench as bench_bundle
@@ -241,7 +254,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Describe what lies at a path."""
+    """Print what lies at `args.path`: a checkpoint or a bundle. Raises the error that says why it is neither."""
     from fope_export.inspection import inspect as describe
     from fope_export.terminal import print_sections, waiting
 

@@ -169,20 +169,33 @@ else:  # what the tables hold
 
 
 class ExportConfig(Checked, frozen=True, kw_only=True):
-    """How a model is written as ONNX. The defaults are the portable file that every runtime takes.
+    """How a model is written as ONNX. The defaults give the portable file that every runtime takes.
 
-    A static cache has room for `capacity` tokens and is written in place; only it has a capacity, and it needs opset
-    24. What is None is chosen when the model is known (`resolved`).
+    `cache` is "dynamic", which grows with every step, or "static", which has room for `capacity` tokens, is written in
+    place, and needs opset 24. Weights, activations and cache are of `dtype`; angles, series and statistics are float32
+    in any case. `quantize` names how linear layers are rounded: their weights, or weights and calibrated inputs.
+    `extend` changes the frequencies for contexts of `extend_to` tokens, longer than in training. `fold_padding` leaves
+    padded channel pairs unrotated, with their constant factor in the q and k projections.
+
+    An `opset`, `capacity` or `extend_to` of None is chosen by `resolved`, which `export` calls: the lowest opset, and
+    room for 16 times the training length or 8192 tokens, whichever is less, but never less than the training length.
+
+    Raises ConfigError for a value that is not allowed, and for values that exclude each other.
+
+    >>> import fope_export as fx
+    >>> resolved = fx.ExportConfig(cache="static").resolved(training_length=256)
+    >>> resolved.opset, resolved.capacity
+    (24, 4096)
     """
 
     opset: Literal[23, 24] | None = None
     cache: CacheName = "dynamic"
-    dtype: DtypeName = FP32.name  # of weights, activations and cache; angles, series and statistics stay float32
+    dtype: DtypeName = FP32.name
     capacity: Count | None = None
-    extend: Literal["pi", "yarn"] | None = None  # frequencies changed for contexts longer than in training
-    extend_to: Count | None = None  # tokens
-    quantize: QuantizationName | None = None  # linear layers: their weights, or weights and calibrated inputs
-    fold_padding: bool = False  # leave padded channel pairs unrotated, their constant in the q and k projections
+    extend: Literal["pi", "yarn"] | None = None
+    extend_to: Count | None = None
+    quantize: QuantizationName | None = None
+    fold_padding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,22 +216,22 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
 
     @property
     def calibrated(self) -> bool:
-        """Whether linear layers round their inputs too."""
+        """Whether linear layers round not only their weights, but their inputs too, as calibration found."""
         return self.quantization is not None and self.quantization.calibrated
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are rounded, if they are."""
+        """The row of the table that `quantize` names; None where linear layers are not rounded."""
         return QUANTIZATIONS[self.quantize] if self.quantize else None
 
     @property
     def precision(self) -> str:
-        """The dtype by its whole name."""
+        """The whole name of the dtype, such as "float32"."""
         return DTYPES[self.dtype].precision
 
     @property
     def described(self) -> str:
-        """In a few words."""
+        """What was chosen, in a few words for people to read."""
         room = f" of {self.capacity} tokens" if self.capacity else ""
         rounded = "layers" if self.calibrated else "weights"
         weights = f", {self.quantize} {rounded}" if self.quantize else ""
@@ -227,7 +240,9 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
-        """With nothing left open: the lowest opset, and room for the usual length."""
+        """The same with an opset, and a capacity or `extend_to` where they apply, in the place of None; for a model
+        that was trained on `training_length` tokens.
+        """
         static = self.cache == "static"
         room = usual_length(training_length) if static else None
         opset = self.opset or (24 if static else 23)
@@ -236,17 +251,33 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
 
 
 class BuildConfig(Checked, frozen=True, kw_only=True):
-    """How an engine is built. `target` is a library, and for TensorRT-RTX the GPUs: "tensorrt-rtx:sm86,sm89"."""
+    """How a TensorRT engine is built.
+
+    `target` is "tensorrt", which builds for the GPU at hand, or "tensorrt-rtx", which builds for the GPUs behind a
+    colon ("tensorrt-rtx:sm86,sm89") without one. With `plugin` the rotation is one fused kernel, else what TensorRT
+    makes of the graph. The engine takes at most `max_batch` rows of `max_length` tokens, prompt and answer together
+    (None: a static cache's capacity, or the usual length). `sizes` are for the bundle of a module: by name, the least,
+    the usual and the largest value of each size. `timing_cache` keeps what was measured for the next build. `tf32` lets
+    products of float32 matrices be rounded to 10 bits. `refit` makes weights exchangeable, and `strip` leaves them out,
+    to be put in later. `version_compatible` and `hardware_compatible` are for other versions and other GPUs than those
+    of the build, where the library can do that.
+
+    Raises ConfigError for a target of another form, and for sizes that do not ascend.
+
+    >>> import fope_export as fx
+    >>> fx.BuildConfig(target="tensorrt-rtx:sm89,sm120").architectures
+    ('sm89', 'sm120')
+    """
 
     target: str = "tensorrt-rtx"
-    plugin: bool = True  # the rotation as one fused kernel, instead of the function's body
+    plugin: bool = True
     max_batch: Count = 4
-    max_length: Count | None = None  # tokens, prompt and answer; None: a static cache's capacity, or the usual length
-    sizes: dict[str, tuple[Count, Count, Count]] = {}  # of a module's bundle, by name: min, opt and max
-    timing_cache: bool = True  # keep what was measured for the next build
-    tf32: bool = False  # round float32 matrix products to 10 bits
+    max_length: Count | None = None
+    sizes: dict[str, tuple[Count, Count, Count]] = {}
+    timing_cache: bool = True
+    tf32: bool = False
     refit: bool = False
-    strip: bool = False  # leave the weights out, to be refitted
+    strip: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
 
@@ -263,12 +294,12 @@ class BuildConfig(Checked, frozen=True, kw_only=True):
 
     @property
     def library(self) -> str:
-        """The library's name on PyPI."""
+        """The library that builds the engine, by its name on PyPI."""
         return self.target.partition(":")[0]
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The GPUs to build for; none means the one at hand."""
+        """The GPUs to build for, such as "sm89"; none means the one at hand."""
         named = self.target.partition(":")[2]
         return tuple(named.split(",")) if named else ("sm86", "sm89", "sm120") if self.library != "tensorrt" else ()
 

@@ -6,10 +6,12 @@ from typing import Protocol
 
 
 class Named(Protocol):
-    """A row of a table."""
+    """A row of a table that people choose from, such as a dtype or a quantization."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the row is called on the command line and in the manifest."""
+        ...
 
 
 def either(rows: Iterable[Named]) -> str:

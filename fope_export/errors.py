@@ -21,8 +21,17 @@ def _middle_out(text: str, most: int) -> str:
 
 
 class FopeError(Exception):
-    """One message that says where, what was expected and what came; `hint` is the next step. Neither is ever long, or
-    holds what a terminal would obey.
+    """What all errors of this package are: who catches it catches everything that a user can act on.
+
+    `message` says where, what was expected and what came, in at most MESSAGE characters; `hint` says what to do next,
+    in at most HINT. Neither holds what a terminal would obey.
+
+    >>> import fope_export as fx
+    >>> try:
+    ...     fx.Bundle.open("nowhere")
+    ... except fx.FopeError as error:
+    ...     print(f"{error}. {error.hint}")
+    nowhere is not a bundle: it has no fope_export.json. Make one with `fope-export export`.
     """
 
     def __init__(self, message: str, *, hint: str) -> None:
@@ -31,31 +40,83 @@ class FopeError(Exception):
 
 
 class DocumentError(FopeError):
-    """A file from outside that is not the document it should be."""
+    """A file from outside that is not the document it should be: not there, not JSON, too long, of other fields.
+
+    >>> from pathlib import Path
+    >>> from fope_export.documents import read_json
+    >>> size = Path("broken.json").write_text("[1, 2")
+    >>> read_json(Path("broken.json"))
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.DocumentError: broken.json...
+    """
 
 
 class ConfigError(FopeError):
-    """A configuration that no model can have."""
+    """A configuration that no model, export, engine or request can have: a value that is not allowed, alone or beside
+    the others.
+
+    >>> import fope_export as fx
+    >>> fx.ExportConfig(cache="static", opset=23)
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.ConfigError: a static cache needs opset 24, not 23
+    """
 
 
 class CheckpointError(FopeError):
-    """A checkpoint that cannot be read, or that contradicts itself."""
+    """A checkpoint that cannot be read, or that contradicts itself.
+
+    >>> import fope_export as fx
+    >>> fx.load_checkpoint("nowhere")
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.CheckpointError: nowhere does not exist; a checkpoint is a folder
+    """
 
 
 class ExportError(FopeError):
-    """A model that cannot be written as ONNX."""
+    """A model that cannot be written as ONNX.
+
+    >>> import fope_export as fx, torch
+    >>> fx.export_module(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), "linear")
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.ExportError: Linear has no FopeRotary inside
+    """
 
 
 class BundleError(FopeError):
-    """A folder that is not, or no longer, the bundle its manifest describes."""
+    """A folder that is not, or no longer, the bundle that its manifest describes.
+
+    >>> import fope_export as fx
+    >>> fx.Bundle.open("checkpoint")
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.BundleError: checkpoint is not a bundle: it has no fope_export.json
+    """
 
 
 class BackendError(FopeError):
-    """A backend that cannot run here, or a request it cannot serve."""
+    """A backend that cannot run here, or a request that it cannot serve; also a package that is not installed.
+
+    >>> import fope_export as fx
+    >>> fx.load_backend("out", "abacus")
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.BackendError: there is no backend 'abacus'
+    """
 
 
 class ParityError(FopeError):
-    """A comparison that could not be made. (One that was made and failed is a result, not an error.)"""
+    """A comparison that could not be made. (One that was made and failed is a result, not an error.)
+
+    >>> import fope_export as fx
+    >>> fx.validate("out", backend="torch")
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.ParityError: PyTorch is the yardstick; it proves nothing about itself
+    """
 
 
 def missing(module: str, extra: str) -> BackendError:

@@ -27,12 +27,20 @@ def generate(
     chunk: int | None = None,
     max_batch: int = 0,
 ) -> Generator[tuple[int, int]]:
-    """Yield (number of a prompt, its next token) for each token, one of `eos` included, which ends an answer.
+    """Answer `prompts` of token ids: yield (number of a prompt, its next token) for each token of each answer.
 
-    `max_batch` prompts are at work at once (0: all), and when one ends another takes its place. `chunk` is as for
-    `Engine`. What a prompt draws does not depend on the prompts beside it (`sampling.sample`).
+    An answer ends with one of the tokens `eos`, which is yielded too, or after `sampling.max_new_tokens`. `max_batch`
+    prompts are at work at once (0: all), and when one ends another takes its place. A prompt is fed `chunk` tokens at a
+    time (None: as the backend is fastest; 0: all at once). What a prompt draws does not depend on the prompts beside
+    it.
 
-    Raises ConfigError for an empty prompt, or a bias of a token that there is not, and what a backend raises.
+    Raises ConfigError for no prompt, an empty one, or a token outside the vocabulary, and what a backend raises.
+
+    >>> import fope_export as fx
+    >>> sampling = fx.SamplingParams(max_new_tokens=2)
+    >>> answers = fx.generate(fx.load_backend("out"), [[72, 105], [33]], sampling)
+    >>> sorted(number for number, token in answers)
+    [0, 0, 1, 1]
     """
     for number, _, token in _answers(backend, prompts, sampling, eos, chunk, max_batch):
         if token is not None:
@@ -78,9 +86,14 @@ def prefill(slots: Slots, slot: int, ids: Ids, chunk: int) -> Logits:
 
 
 def logits(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> Logits:
-    """Logits [S, V] after each token of a sequence. `chunk` is as for `Engine`.
+    """Logits [S, V] after each of a sequence of token ids [S], which is fed `chunk` tokens at a time (None: as the
+    backend is fastest; 0: all at once).
 
     Raises ConfigError for no token, and what a backend raises.
+
+    >>> import fope_export as fx
+    >>> fx.logits(fx.load_backend("out"), [72, 105, 33]).shape
+    (3, 256)
     """
     if not len(ids):
         raise ConfigError("there is no token", hint="Give at least one.")
@@ -91,7 +104,14 @@ def logits(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) ->
 
 
 def log_probabilities(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> NDArray[np.float64]:
-    """Of each token of a sequence but the first, after those before it: [S - 1], in nats. Raises as `logits` does."""
+    """The logarithm of the probability, in nats, that a backend gives each of a sequence of token ids [S] after those
+    before it: [S - 1], as the first has none before it. `chunk` and what is raised are as for `logits`.
+
+    >>> import fope_export as fx
+    >>> scores = fx.log_probabilities(fx.load_backend("out"), [72, 105, 33])
+    >>> scores.shape, bool((scores < 0).all())
+    ((2,), True)
+    """
     relative = logits(backend, ids, chunk=chunk)[:-1].astype(np.float64)
     relative -= relative.max(axis=-1, keepdims=True)
     chosen = np.take_along_axis(relative, np.array(ids[1:], np.int64)[:, None], axis=-1)[:, 0]
@@ -111,10 +131,18 @@ def generate_text(
     max_batch: int = 0,
     special: bool = True,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (number of a prompt, text that became certain, perhaps none) for every token.
+    """Answer `prompts` of text: yield (number of a prompt, text that became certain, perhaps none) for every token.
 
-    A text ends with one of the tokens `eos` (None: those that the bundle names), and before a `stop` string. `special`
-    is as for `Tokenizer.encode`.
+    `text` is the tokenizer of the bundle that `backend` runs. An answer ends before one of the strings `stop`, with one
+    of the tokens `eos` (None: those that the bundle names), which is not shown, or after `sampling.max_new_tokens`.
+    With `special`, prompts get the tokens that the tokenizer puts around every text. `chunk` and `max_batch` are as for
+    `generate`, and so is what is raised; ConfigError also for an empty `stop`, and for a prompt that is no text.
+
+    >>> import fope_export as fx
+    >>> text, backend = fx.Tokenizer("out"), fx.load_backend("out")
+    >>> pieces = fx.generate_text(backend, text, ["def "], fx.SamplingParams(max_new_tokens=2))
+    >>> {number for number, piece in pieces}
+    {0}
     """
     ends = text.ends if eos is None else tokens_of(eos)
     streams = [text.stream(stop) for _ in prompts]

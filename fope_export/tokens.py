@@ -46,9 +46,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """A bundle's tokenizer, and the tokens that end a text. Raises BundleError when the folder has none.
+    """The tokenizer of the bundle or checkpoint in `folder`; `ends` are the tokens that end a text. Padding and
+    truncation that were left switched on in tokenizer.json are ignored, as transformers ignores them.
 
-    Padding and truncation that were left switched on in tokenizer.json are ignored, as transformers ignores them.
+    Raises BundleError when the folder has no tokenizer, or one that cannot be read, and ConfigError when
+    generation_config.json names what are no token ids.
+
+    >>> import fope_export as fx
+    >>> text = fx.Tokenizer("out")
+    >>> text.encode("FoPE"), text.decode([70, 111, 80, 69])
+    ([70, 111, 80, 69], 'FoPE')
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
@@ -87,12 +94,14 @@ class Tokenizer:
         return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of token ids, without that of special tokens."""
         stream = self.stream()
         return "".join((*(stream.push(token) for token in ids), stream.flush()))
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
-        """A decoder for tokens that arrive one by one. Raises ConfigError for an empty stop string."""
+        """A decoder for tokens that arrive one by one; its text ends before any of the strings `stop`. Raises
+        ConfigError where one of these is empty.
+        """
         return TextStream(self.tokenizer, stop, special=self._special, cleans=self._cleans)
 
 

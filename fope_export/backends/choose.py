@@ -105,14 +105,17 @@ def _gpus() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a backend is to run."""
+    """How a backend is to run: `optimized`, with the file that `fope-export optimize` wrote, where the bundle has it;
+    with so many `threads` for one operator (0: as many as the backend likes); and on a GPU in ONNX Runtime with
+    decoding captured in a `cuda_graph`.
+
+    >>> import fope_export as fx
+    >>> backend = fx.load_backend("out", settings=fx.Settings(optimized=False, threads=1))
+    """
 
     optimized: bool = True
-    """With what `fope-export optimize` wrote, where the bundle has it."""
     threads: int = 0
-    """For one operator; 0 leaves it to the backend."""
     cuda_graph: bool = False
-    """ONNX Runtime on a GPU captures decoding in a CUDA graph."""
 
 
 USUALLY = Settings()
@@ -375,9 +378,15 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
 def load_backend(
     bundle: str | Path | Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
 ) -> "Backend":
-    """The chosen backend with `bundle` in it, in the `variant` of that name, or as `Row.variant` chooses one.
+    """A backend with `bundle` in it, ready to run. `wanted` is its name, one of those that `fope-export doctor` lists
+    (None: ONNX Runtime on the CPU). `variant` names one of the ways in which it runs a bundle, such as "portable"; by
+    default it is the fastest that the bundle has a file for and that `settings` allow.
 
-    Raises BackendError when it cannot run here, has no such variant of the bundle, or does not load it.
+    Raises BackendError when the backend cannot run here, has no such variant of the bundle, or does not load it.
+
+    >>> import fope_export as fx
+    >>> fx.load_backend("out", variant="portable").name
+    'onnxruntime'
     """
     bundle = Bundle.of(bundle, verify=True)
     row = BACKENDS[choose(wanted, read_machine(), bundle.manifest.export)]

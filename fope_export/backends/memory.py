@@ -13,26 +13,26 @@ Binding = tuple[str, int, Any, tuple[int, ...], int]
 
 
 class Device(Protocol):
-    """Makes arrays of one kind of number, and says where they lie."""
+    """The memory of one processor, in which arrays of one kind of number (a cache's) are made and bound to a graph."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A new array of this device's kind."""
+        """A new array of zeros in this memory."""
         ...
 
     def placed(self, host: NDArray[Any]) -> Array:
-        """What a graph reads in the place of `host`: itself, or a copy that `upload` renews."""
+        """What a graph reads in the place of the array `host`: itself, or a copy that `upload` renews."""
         ...
 
     def upload(self, hosts: Mapping[str, NDArray[Any]], placed: Mapping[str, Array]) -> None:
-        """Have `placed` arrays say what their hosts say now."""
+        """Copy what `hosts` hold now to the arrays that `placed` made of them, by the same names."""
         ...
 
     def read(self, array: Array) -> NDArray[Any]:
-        """The numbers on the host: the array itself where it lies there."""
+        """An array of this memory as NumPy's: itself where it lies on the host, else a copy."""
         ...
 
     def binding(self, array: Array) -> Binding:
-        """An array as ONNX Runtime's bindings take it."""
+        """Where an array lies, as ONNX Runtime's bindings are told."""
         ...
 
 

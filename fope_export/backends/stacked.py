@@ -26,10 +26,12 @@ class Part(NamedTuple):
 
 
 class Stackable(Backend, Protocol):
-    """A backend that makes a cache of parts of others."""
+    """A backend that can make a cache out of rows of other caches, so that `StackedSlots` serves requests with it."""
 
     def assemble(self, parts: Sequence[Part]) -> Any:
-        """A new cache with a row for each part, padded on the left to the longest."""
+        """A new cache with a row for each of `parts`, in their order, padded on the left to the longest. The
+        caches that they are parts of stay as they are.
+        """
         ...
 
 

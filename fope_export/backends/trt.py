@@ -162,7 +162,7 @@ class TrtBackend:
     def _failure(self, what: str) -> BackendError:
         return BackendError(
             f"{self.record.library} refuses {what}: {self._log.errors()}",
-            hint="Build the engine again with `fope-export build`; if it stays, please report it.",
+            hint="Build the engine again with `fope-export build`, or choose another --backend.",
         )
 
 

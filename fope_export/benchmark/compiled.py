@@ -42,7 +42,6 @@ class Compiled(Greedy):
         return logits
 
     def begin(self, prompts: Ids, new: int) -> Logits:
-        """See `Contender`."""
         (batch, length), config = prompts.shape, self._model.config
         self._length, self._mask = 0, torch.zeros(batch, length + new, dtype=torch.int64, device=self._device)
         shape = (batch, config.num_kv_heads, length + new, config.spectrum.head_dim)
@@ -59,7 +58,6 @@ class Compiled(Greedy):
         return zeros
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
         return self._advance(tokens[:, None])
 
     @torch.inference_mode()

@@ -1,4 +1,6 @@
-"""Who is timed: a table. A backend of `backends.choose` is a row here without a word; a peer is a row of its own."""
+"""The table of contenders, which is who a benchmark times. The backends in `backends.choose` become rows by themselves;
+PyTorch and other libraries (the peers) have rows written here.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +25,7 @@ EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
 GRAPH = ", CUDA graph"
 """Ends the name of a contender that records its decoding in a CUDA graph."""
 ALLOWED = {name: row.apart for name, row in DTYPES.items()} | {name: row.apart for name, row in QUANTIZATIONS.items()}
-"""How far a contender may be from eager PyTorch, by what its arithmetic rounds to."""
+"""How far a contender may be from eager PyTorch (`greedy.distance`), by the dtype or quantization of its arithmetic."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +64,6 @@ class Slotted(Greedy):
         self._slots: Slots | None = None
 
     def begin(self, prompts: Ids, new: int) -> Logits:
-        """See `Contender`."""
         if self._slots:
             self._slots.close()
         batch, length = prompts.shape
@@ -70,7 +71,6 @@ class Slotted(Greedy):
         return np.stack([prefill(slots, row, ids, self._backend.chunk) for row, ids in enumerate(prompts)])
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
         assert self._slots
         return self._slots.decode(range(len(tokens)), tokens)
 
@@ -82,7 +82,6 @@ class Stepping(Greedy):
         self._backend = backend
 
     def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002 (its cache grows)
-        """See `Contender`."""
         feeds, self._cache = feeds_for(prompts), self._backend.empty_cache(len(prompts))
         self._mask, size = feeds.attention_mask, self._backend.chunk
         for start in range(0, prompts.shape[1], size):
@@ -91,7 +90,6 @@ class Stepping(Greedy):
         return logits[:, -1]
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
         self._mask = np.ones((len(tokens), self._mask.shape[1] + 1), np.int64)
         logits, self._cache = self._backend.step(feeds_for(tokens[:, None], self._mask), self._cache, last=True)
         return logits[:, -1]

@@ -9,42 +9,46 @@ from fope_export.backends.base import Ids, Logits
 
 
 class Contender(Protocol):
-    """Greedy decoding of B rows of equal length. It keeps its cache; a new prompt begins anew."""
+    """Greedy decoding of B rows of equal length, to be timed. It keeps its own cache between calls, for one batch of
+    prompts at a time. What fails, fails with an exception of the library that runs it.
+    """
 
     def begin(self, prompts: Ids, new: int) -> Logits:
-        """Logits [B, V] after prompts [B, S]; room for `new` tokens will be enough."""
+        """Forget what was there, and read prompts [B, S]; make room for `new` tokens more in each row. Logits [B, V] of
+        the token to come.
+        """
         ...
 
     def feed(self, tokens: Ids) -> Logits:
-        """Logits [B, V] after one more token in each row [B]."""
+        """Read one more token in each row [B]. Logits [B, V] of the token to come."""
         ...
 
     def first(self, prompts: Ids, new: int) -> Ids:
-        """`begin`, and the likeliest token of each row [B]: what is timed."""
+        """`begin`, and the likeliest token of each row [B]. This call is timed as the time to the first token."""
         ...
 
     def next(self) -> Ids:
-        """The likeliest after the one given last [B]."""
+        """`feed` the tokens that `first` or `next` gave last, and the likeliest ones after them [B]. This call is timed
+        as the time of a token.
+        """
         ...
 
 
 class Greedy(ABC):
-    """`first` and `next` by `begin` and `feed`."""
+    """`first` and `next` of a contender that has `begin` and `feed`."""
 
     @abstractmethod
     def begin(self, prompts: Ids, new: int) -> Logits:
-        """See `Contender`."""
+        """Read prompts [B, S], with room for `new` tokens more; logits [B, V]."""
 
     @abstractmethod
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
+        """Read one more token in each row [B]; logits [B, V]."""
 
     def first(self, prompts: Ids, new: int) -> Ids:
-        """See `Contender`."""
         return self._choose(self.begin(prompts, new))
 
     def next(self) -> Ids:
-        """See `Contender`."""
         return self._choose(self.feed(self._tokens))
 
     def _choose(self, logits: Logits) -> Ids:

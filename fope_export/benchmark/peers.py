@@ -43,12 +43,11 @@ class GenAI:
         self._model = self._genai.Model(config)
 
     def begin(self, prompts: Ids, new: int) -> Logits:
-        """See `Contender`."""
         self._append(prompts, new)
         return self._logits()
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`. A generator with several rows goes on with its own choice only.
+        """A generator with several rows goes on with its own choice only.
 
         Raises BackendError where that is another than `tokens`.
         """
@@ -57,12 +56,10 @@ class GenAI:
         return self._logits()
 
     def first(self, prompts: Ids, new: int) -> Ids:
-        """See `Contender`."""
         self._append(prompts, new)
         return self.next()
 
     def next(self) -> Ids:
-        """See `Contender`."""
         self._generator.generate_next_token()
         tokens: Ids = self._generator.get_next_tokens().astype(np.int64)
         return tokens
@@ -90,12 +87,10 @@ class Optimum(Greedy):
         self._model = optimum.ORTModelForCausalLM.from_pretrained(folder, session_options=options)
 
     def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002
-        """See `Contender`."""
         self._length, self._past = 0, None
         return self._advance(prompts)
 
     def feed(self, tokens: Ids) -> Logits:
-        """See `Contender`."""
         return self._advance(tokens[:, None])
 
     def _advance(self, ids: Ids) -> Logits:

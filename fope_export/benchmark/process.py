@@ -12,6 +12,7 @@ from fope_export.processes import child, environment, python
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 SHOWN = 300
 """Characters of a failure that are told."""
+LEFT_OUT = "Measure without it: --backends names those to be timed, and --peers libraries beside them."
 
 
 class Worker:
@@ -31,12 +32,10 @@ class Worker:
             self._process.stdin.write(json.dumps({"do": do} | what) + "\n")
             self._process.stdin.flush()
         if not (line := self._process.stdout.readline()):
-            raise BackendError(
-                f"its process ended with {self._process.wait()}: {self._last_words()}", hint="See there."
-            )
+            raise BackendError(f"its process ended with {self._process.wait()}: {self._last_words()}", hint=LEFT_OUT)
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise BackendError(reply["error"][:SHOWN], hint="See there.")
+            raise BackendError(reply["error"][:SHOWN], hint=LEFT_OUT)
         return reply
 
     def _last_words(self) -> str:

@@ -39,17 +39,33 @@ Stage = Callable[[str], None]
 
 
 class BenchConfig(Checked, frozen=True, kw_only=True):
-    """What is measured: prompts of these lengths in batches of these rows, and `decoded` tokens after each."""
+    """What is measured, and beside what.
+
+    Prompts are of each of `lengths`, in tokens, with each number of rows in `batch`; after each prompt, `decoded`
+    tokens are generated. Everybody is timed once in each of `rounds`; and all that again in each of `sittings`, which
+    begin with new processes, because a process keeps the memory that it was given, and its luck with it. A contender
+    has `threads` threads (None: one for each core). PyTorch runs on `device`. `backends` names those to be timed (none:
+    all that this machine can run), `peers` other libraries beside them: "genai", "optimum".
+
+    Raises ConfigError for names that there are not, and where `lengths` or `batch` is empty.
+
+    >>> import fope_export as fx
+    >>> fx.BenchConfig(peers=("abacus",))
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.ConfigError: peers: there is no 'abacus'
+    >>> fx.BenchConfig(lengths=(64,), rounds=2).sittings
+    1
+    """
 
     lengths: tuple[Count, ...] = (128, 1024)
     batch: tuple[Count, ...] = (1,)
-    rounds: Count = 5  # of a sitting
+    rounds: Count = 5
     sittings: Count = 1
-    """How often all begin anew, in new processes: one keeps the memory that it was given, and its luck with it."""
     decoded: Count = 24
-    threads: Count | None = None  # None: one for each core
-    device: Literal["cpu", "cuda"] = "cpu"  # of PyTorch
-    backends: tuple[str, ...] = ()  # none: all that the machine can run
+    threads: Count | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    backends: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,10 +179,20 @@ def bench(
     checkpoint: Path | None = None,
     stage: Stage = lambda text: None,
 ) -> BenchResult:
-    """Time a bundle beside its checkpoint in PyTorch, and the peers that `config` asks for.
+    """Time a bundle beside its checkpoint in PyTorch, and the peers that `config` asks for: in seconds to the first
+    token and for each one after it. The bundle must have the report of a validation that passed; who computes something
+    else than eager PyTorch is refused, and not timed.
+
+    `checkpoint` is the folder where the checkpoint is now (None: where it was exported from); `stage` is told what is
+    done next.
 
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
+
+    >>> import fope_export as fx
+    >>> result = fx.bench("out", fx.BenchConfig(lengths=(8,), rounds=1, decoded=1, backends=("onnxruntime",)))
+    >>> [cell.contender for cell in result.cells if cell.median("next") > 0]
+    ['torch', ...'onnxruntime']
     """
     bundle = Bundle.of(bundle, verify=True)
     tested = {(each.backend, each.variant) for each in require_green(bundle)}
@@ -177,18 +203,13 @@ def bench(
     bandwidth = {"read": 0.0, "copy": 0.0}
     sittings: list[list[Cell]] = []
     with scratch() as folder:
-        place = str(checkpoint) if checkpoint else None
         jobs = [
             Job(
-                contender=name,
-                bundle=str(bundle.path),
-                checkpoint=place,
-                folder=str(folder),
-                threads=threads,
-                device=config.device,
+                contender=name, bundle=str(bundle.path), checkpoint=str(checkpoint) if checkpoint else None,
+                folder=str(folder), threads=threads, device=config.device,
             )
             for name in _chosen(config)
-        ]
+        ]  # fmt: skip
         if config.peers:
             write_twin(model, jobs[0].twin)
         for _ in range(config.sittings):

@@ -23,17 +23,24 @@ def replace_rotary(
     inputs: Sequence[Tensor] | Mapping[str, Tensor] | None = None,
     same: bool = True,
 ) -> int:
-    """Put `make(part)` in the place of every submodule that is an `old`, or that `old` says yes to; how many they were.
+    """Put `make(part)` in the place of every submodule of `module` that is an `old`, or that `old` says yes to; how
+    many were replaced.
 
-    What is made is called as the part was: a FopeRotary, or a module around one that brings the tensors into its
+    What `make` gives is called as the part was: a FopeRotary, or a module around one that brings the tensors into its
     shapes. A part that stands in several places is made once.
 
     Both are called with the same numbers and must give the same results, in float32: with random queries, keys and
     positions of several lengths, in every layout that the part takes; or, where `inputs` of the whole `module` are
     given, as it calls its parts. `same=False` leaves that out, for a model that is to be trained anew.
 
-    Raises ConfigError where there is none, or where one computes something else or cannot be compared; then `module` is
-    as it was.
+    Raises ConfigError where there is no such part, or where one computes something else or cannot be compared; then
+    `module` is as it was.
+
+    >>> import fope_export as fx, torch
+    >>> rotary = fx.FopeRotary.create(head_dim=16, groups=1, training_length=64)
+    >>> model = torch.nn.ModuleDict({"rotary": rotary})
+    >>> fx.replace_rotary(model, fx.FopeRotary, lambda part: fx.FopeRotary.from_spectrum(part.spectrum))
+    1
     """
     wanted = old if not isinstance(old, type) else lambda part: isinstance(part, old)
     found = places(module, wanted)

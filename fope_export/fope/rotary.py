@@ -119,6 +119,12 @@ class FopeRotary(nn.Module):
     around them is cast. Construct it with `create` to train, or from a checkpoint's spectrum with `from_spectrum`.
 
     `learnable` trains the coefficients (the paper freezes them); `normalize` divides them by their sum over D.
+
+    >>> import fope_export as fx, torch
+    >>> rotary = fx.FopeRotary.create(head_dim=16, groups=2, training_length=64)
+    >>> q, k = rotary(torch.rand(1, 5, 4, 16), torch.rand(1, 5, 2, 16), torch.arange(5)[None])
+    >>> q.shape, k.shape
+    (torch.Size([1, 5, 4, 16]), torch.Size([1, 5, 2, 16]))
     """
 
     freq: Tensor
@@ -139,9 +145,12 @@ class FopeRotary(nn.Module):
         init: str = "eye_xavier_norm", gain: float = 0.3, pairing: str = "half",
         learnable: bool = False, normalize: bool = False, generator: torch.Generator | None = None,
     ) -> Self:  # fmt: skip
-        """A fresh FoPE as the authors start it, for `groups` heads (1: shared) and sequences of `training_length`.
+        """A fresh FoPE as the authors start it, for `groups` key-value heads with coefficients of their own (1: all
+        share them) and training on sequences of `training_length` tokens.
 
-        Keeps the D frequencies that complete a period in `training_length` and rotates F = min(D, head_dim / 4) pairs.
+        Of the frequencies theta ** (-2i / head_dim) it keeps the D that complete a period in `training_length`, and
+        rotates F = min(D, head_dim / 4) pairs of channels. `init` names how coefficients are drawn, from `generator`,
+        and `gain` how far from those of RoPE; `pairing` is as for `Spectrum.rope`.
 
         Raises ConfigError for an unknown `init`, or where nothing is left to rotate.
         """
@@ -159,7 +168,9 @@ class FopeRotary(nn.Module):
 
     @classmethod
     def from_spectrum(cls, spectrum: Spectrum, *, learnable: bool = False, normalize: bool = False) -> Self:
-        """The module that rotates by `spectrum`, with its own copy of the numbers."""
+        """The module that rotates as `spectrum` says, with its own copy of the numbers; `learnable` and `normalize` are
+        as for the class.
+        """
         module = cls(spectrum.config, learnable=learnable, normalize=normalize)
         with torch.no_grad():
             for port in contract.NUMBERS:
@@ -177,6 +188,9 @@ class FopeRotary(nn.Module):
         return normalized(self.sin_coef), normalized(self.cos_coef)
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries q [B, S, H, head_dim] and keys k [B, S, K, head_dim], turned to their positions [B, S]; in their
+        shapes and dtypes. Groups of coefficients divide K, and K divides H.
+        """
         told = contract.settings(self.config).values()
         turned: tuple[Tensor, Tensor] = self.operator(q, k, position_ids, self.freq, *self._coefficients(), *told)
         return turned

@@ -16,13 +16,18 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """One layer's position embedding, whole.
+    """One layer's position embedding, whole: its settings, `config`, and its numbers.
 
     freq      [D]        float32, radians per token, not negative and not ascending
-    sin_coef  [G, D, F]  float32
-    cos_coef  [G, D, F]  float32
+    sin_coef  [G, D, F]  float32, how much of each frequency's sine is in that of each rotated channel pair
+    cos_coef  [G, D, F]  float32, the same for the cosine
 
     Raises ConfigError when the numbers do not have the shapes that `config` states, or are not finite.
+
+    >>> import fope_export as fx, numpy as np
+    >>> spectrum = fx.Spectrum.rope(np.float32([1, 0.1, 0.01, 0]), head_dim=8)
+    >>> spectrum.freq.shape, spectrum.sin_coef.shape
+    ((3,), (1, 3, 3))
     """
 
     config: SpectrumConfig
@@ -46,9 +51,12 @@ class Spectrum:
 
     @classmethod
     def rope(cls, freq: Floats, head_dim: int, *, scale: float = 1.0, pairing: str = "half") -> Self:
-        """RoPE with `freq` [head_dim / 2], zeros last if any: each pair turns with its own frequency.
+        """RoPE with `freq` [head_dim / 2], in radians per token and descending: each pair of channels turns with its
+        own frequency, and stays where that is 0.
 
-        `scale` multiplies sine and cosine (the attention factor of Hugging Face's YARN).
+        `scale` multiplies sine and cosine (the attention factor of Hugging Face's YARN). `pairing` says which channels
+        are a pair: "half", one of the first half and one of the second, or "interleaved", neighbours. Raises
+        ConfigError as the class does.
         """
         kept = np.ascontiguousarray(freq[freq != 0], dtype=np.float32)
         eye = (np.eye(len(kept), dtype=np.float32) * np.float32(scale))[None]
@@ -56,12 +64,15 @@ class Spectrum:
 
     @classmethod
     def nope(cls, head_dim: int) -> Self:
-        """No position embedding: nothing is rotated."""
+        """No position embedding, for heads of `head_dim` channels: nothing is rotated."""
         return cls.rope(np.zeros(0, np.float32), head_dim)
 
     @classmethod
     def fope(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
-        """The authors' FoPE: sine and cosine of the unrotated pairs are both 1. `fields` override the configuration."""
+        """The authors' FoPE, with `freq` [D], `sin_coef` and `cos_coef` [G, D, F], for heads of `head_dim` channels:
+        sine and cosine of the unrotated pairs are both 1. `fields` are other settings of SpectrumConfig, by name.
+        Raises ConfigError as the class does.
+        """
         return cls._of(freq, sin_coef, cos_coef, head_dim, **{"sin_pad": 1.0, "cos_pad": 1.0} | fields)
 
     @classmethod
@@ -78,7 +89,7 @@ class Spectrum:
         return cls(convert(fields, SpectrumConfig, where="spectrum"), freq, sin_coef, cos_coef)
 
     def describe(self) -> dict[str, Any]:
-        """The numbers as plain data; the coefficients, which are long, by their SHA-256."""
+        """The numbers as plain data, for a manifest: frequencies, and of the long coefficients their SHA-256."""
         digest = {
             f"{name}_sha256": hashlib.sha256(getattr(self, name).tobytes()).hexdigest()
             for name in ("sin_coef", "cos_coef")

@@ -37,6 +37,7 @@ from fope_export.quantizations import calibrated
 INLINE_BYTES = 1024
 """Smaller tensors stay in model.onnx; the others go to model.onnx.data."""
 LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
+INVALID = "Install torch, onnx and onnxscript in the versions that the manifest of a bundle which is valid names."
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 
 
@@ -52,12 +53,19 @@ def export(
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
-    A bundle that stands there is replaced; the same checkpoint gives the same bytes. Another writer is waited for, for
-    `lock_timeout` seconds. `report` is told each stage, and `progress` the bytes of weights that are written, and of
-    all. `calibration` is a file with text or token ids for what is calibrated, in place of Python's standard library.
+    A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `calibration` is a
+    file of text or token ids, on which ranges are measured where `config` rounds inputs of linear layers; without it,
+    the source of Python's standard library is. Another writer of `out` is waited for, for `lock_timeout` seconds.
+    `report` is told each stage as it begins, and `progress` how many bytes of weights are written, and how many there
+    are.
 
-    Raises CheckpointError, ConfigError, BundleError, ExportError, or BackendError where a quantizer is not installed;
-    then `out` is as it was.
+    Raises CheckpointError where the checkpoint cannot be read, ConfigError where it and `config` do not go together,
+    BundleError where `out` holds something else, ExportError where the model cannot be written, and BackendError where
+    a quantizer is not installed; then `out` is as it was.
+
+    >>> import fope_export as fx
+    >>> fx.export("checkpoint", "exported", fx.ExportConfig(cache="static")).manifest.export.capacity
+    1024
     """
     out = Path(out)
     check_target(out)
@@ -110,14 +118,15 @@ def require_space(out: Path, needed: int) -> None:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Of all tensors in the graph."""
+    """Bytes of all tensors in the graph."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Write a model and the file with its tensors; `progress` is told the bytes written, and of all.
+    """Write `model` to `path`, and its large tensors to a file beside it whose name ends with ".data"; `progress` is
+    told how many bytes of tensors are written, and how many there are.
 
-    Raises ExportError where that fails.
+    Raises ExportError where the disk refuses.
     """
     total = weight_bytes(model)
 
@@ -131,15 +140,17 @@ def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] = lam
 
 
 def check(path: Path) -> None:
-    """ONNX's own checker, on the file. Raises ExportError with what it says."""
+    """Run ONNX's own checker on the file at `path`. Raises ExportError with what it says against it."""
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as cause:
-        raise ExportError(f"the exported model is not valid ONNX: {cause}", hint="Please report it.") from cause
+        raise ExportError(f"the exported model is not valid ONNX: {cause}", hint=INVALID) from cause
 
 
 def add_plain_file(model: Path, config: ExportConfig) -> None:
-    """Write what `plain_file` names beside a portable file, where that is not the same. Raises as `check` does."""
+    """Write a copy of the portable file `model` for runtimes that do not have its dtype, under the name that
+    `plain_file` gives; nothing where all have it. Raises ExportError where the copy is not valid.
+    """
     if edits := passes.widening(config):
         check(passes.rewritten(model, model.with_name(plain_file(config)), edits))
 
@@ -157,7 +168,9 @@ def manifest_of(
     what: ModelConfig | ModuleRecord,
     spectra: list[dict[str, Any]],
 ) -> Manifest:
-    """The manifest of a bundle with `model` in it; `finish_manifest` adds the files."""
+    """The manifest of a bundle with the graph `model`, which was made of `source`; `what` is the decoder or module that
+    it computes, `spectra` its position embeddings as plain data. `finish_manifest` adds the files.
+    """
     return Manifest(
         format_version=FORMAT_VERSION,
         tool_version=version("fope-export"),
@@ -178,10 +191,10 @@ def _port(value: ir.Value) -> Port:
 
 
 def to_onnx(model: Decoder, config: ExportConfig, ranges: Mapping[str, Ranges] | None = None) -> ir.Model:
-    """The decoder as an ONNX model with the contract's names, symbolic in batch, sequence and past.
+    """The decoder as an ONNX graph with the contract's names for inputs and outputs; batch, new tokens and past may be
+    of any size. `ranges` are those of `calibrate`, where `config` rounds inputs.
 
-    Weights stay where `model` has them; they are read when the result is saved, or here if only they are to be
-    quantized. `ranges` are those of `calibrate`.
+    Weights are not copied: they are read from `model` when the result is saved, or here where they are quantized.
     """
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]
@@ -205,8 +218,12 @@ def lower(
     outputs: Sequence[str],
     dimensions: Callable[[ir.Model], Mapping[str, str]],
 ) -> ir.Model:
-    """What torch traced, as an ONNX model: translated, optimized, its rotations calls of one function, with these names
-    for inputs and outputs, and for the sizes that `dimensions` finds in the translated model.
+    """What torch traced, as an ONNX model: translated, optimized, and with every rotation a call of one function.
+
+    Inputs and outputs get these names, in order. `dimensions` is given the translated model and says which of torch's
+    symbols gets which name as a size.
+
+    Raises ExportError where the model writes to a buffer of its own.
     """
     onnx_program = torch.onnx.export(
         program,
@@ -240,9 +257,10 @@ def lower(
 
 
 def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
-    """torch.export with symbolic sizes, and a static cache if it has a `capacity`.
+    """What torch.export makes of the decoder: batch, new tokens and past may be of any size; with a `capacity`, in
+    tokens, the cache is static and as long as that.
 
-    The example's sizes are all different, so that none is taken for another.
+    The sizes of the example are all different, so that none is taken for another.
     """
     batch, sequence, past, config = 2, 3, 5, model.config
     model = model.sharing()

@@ -51,16 +51,22 @@ def export_module(
     config: ExportConfig | None = None,
     lock_timeout: float = TIMEOUT,
 ) -> Bundle:
-    """Write the bundle of a module that is in eval mode and has a FopeRotary inside, whole or not at all.
+    """Write the bundle of a `module`, which is in eval mode and has a FopeRotary inside, to folder `out`, whole or not
+    at all. It is exported in the dtype that it has, and left as it is.
 
     `example_inputs` and `dynamic_shapes` are what torch.export takes; the names of its `Dim`s become the graph's.
-    Inputs are named after the forward's parameters and outputs after a dictionary's keys, where no names are given. The
-    smallest and largest value of each example is recorded: `validate_module` draws its inputs between them.
+    Without `input_names`, inputs are called as the forward's parameters are; without `output_names`, outputs as the
+    keys of a dictionary. The smallest and largest value of each example is recorded: `validate_module` draws its inputs
+    between them. Of `config` only the opset counts. Another writer of `out` is waited for, for `lock_timeout` seconds.
 
-    The module is exported in the dtype that it has, and left as it is; of `config` only the opset counts. Another
-    writer of `out` is waited for, for `lock_timeout` seconds.
+    Raises ExportError where the module cannot be traced or written, ConfigError for names or settings that it cannot
+    have, and BundleError where `out` holds something else; then `out` is as it was.
 
-    Raises ExportError, ConfigError or BundleError; then `out` is as it was.
+    >>> import fope_export as fx, torch
+    >>> rotary = fx.FopeRotary.create(head_dim=16, groups=1, training_length=64).eval()
+    >>> example = torch.rand(1, 8, 2, 16), torch.rand(1, 8, 1, 16), torch.arange(8)[None]
+    >>> fx.export_module(rotary, example, "rotary").manifest.model.arguments
+    ['q', 'k', 'position_ids']
     """
     out = Path(out)
     check_target(out)

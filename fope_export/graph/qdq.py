@@ -74,7 +74,7 @@ class InsertQdq(Pass):
                 self._round_weight(builder.within(f"{module}/weight", before=node), node, weight, self._ranges[module])
                 self._round_input(builder.within(module, before=node), node, self._ranges[module])
         optimizer = require("modelopt", "modelopt")
-        model.metadata_props["fope.quantizer"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
+        model.metadata_props["fope.quantiser"] = f"nvidia-modelopt {optimizer.__version__}, {self._row.name}"
         return PassResult(model, modified=True)
 
     def _round_input(self, builder: GraphBuilder, node: ir.Node, ranges: Ranges) -> None:
@@ -164,17 +164,17 @@ class ExactInputs(Pass):
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
-    """See `Way`."""
+    """The pass that rounds weights, and inputs within their `ranges` by layer, as the row `kind` says."""
     return InsertQdq(kind, ranges)
 
 
 def exact() -> list[Pass]:
-    """See `Way`."""
+    """The pass that takes the rounding of inputs out, and leaves that of weights."""
     return [ExactInputs()]
 
 
 def fast() -> list[Pass]:
-    """See `Way`: products of 8 bits are what the file asks for."""
+    """No pass: products of 8 bits are what the file asks for."""
     return []
 
 

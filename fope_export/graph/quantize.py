@@ -58,7 +58,7 @@ class QuantizeWeights(Pass):
                 self._replace(node, weight, builder)
         model.opset_imports[MICROSOFT] = 1
         library = require("onnxruntime", "run")
-        model.metadata_props["fope.quantizer"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
+        model.metadata_props["fope.quantiser"] = f"onnxruntime {library.__version__}, {self._kind}, blocks of {BLOCK}"
         return PassResult(model, modified=True)
 
     def _replace(self, node: ir.Node, weight: ir.Value, builder: GraphBuilder) -> None:
@@ -87,7 +87,7 @@ class QuantizeWeights(Pass):
 
 
 def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantizeWeights:  # noqa: ARG001
-    """See `Way`."""
+    """The pass that rounds weights as the row `kind` says; it needs no `ranges`, as inputs stay as they are."""
     return QuantizeWeights(kind)
 
 
@@ -129,12 +129,12 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def exact() -> list[Pass]:
-    """See `Way`."""
+    """Products of rounded weights with inputs that are not rounded."""
     return [SetAccuracyLevel(EXACT)]
 
 
 def fast() -> list[Pass]:
-    """See `Way`."""
+    """Products of rounded weights with inputs that are rounded to 8 bits as they come."""
     return [SetAccuracyLevel(INT8)]
 
 

@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 class Way(Protocol):
-    """The module that a row of `QUANTIZATIONS` names as its home."""
+    """One way to round linear layers: the functions of the module that a row of `QUANTIZATIONS` names as its `home`."""
 
     def write(self, kind: str, ranges: Mapping[str, Ranges]) -> Pass:
         """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
@@ -42,7 +42,7 @@ class Way(Protocol):
         ...
 
     def read(self, path: Path) -> Iterator[Quantized]:
-        """Every layer of an ONNX file that the pass has rounded, one at a time."""
+        """Every linear layer that the pass has rounded in the ONNX file at `path`, one at a time."""
         ...
 
     def exact(self) -> list[Pass]:

@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was read and found consistent. `model` is a float32 decoder in eval mode."""
+    """A folder that was read and found consistent, its `layout` by name. `model` is a float32 decoder in eval mode."""
 
     path: Path
     layout: str
@@ -53,9 +53,16 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the checkpoint in folder `path`.
+    """Read the checkpoint in folder `path`, whose layout is recognized by what lies there. No code of it is executed,
+    and every tensor must be there, in its shape, with none left over.
 
-    Raises CheckpointError or ConfigError with the file, what was expected, what was found and what to do.
+    Raises CheckpointError where files are missing or contradict each other, and ConfigError for a configuration that no
+    model can have; both name the file.
+
+    >>> import fope_export as fx
+    >>> checkpoint = fx.load_checkpoint("checkpoint")
+    >>> checkpoint.layout, checkpoint.config.num_layers
+    ('native', 2)
     """
     folder = Path(path)
     name, layout = recognize(folder)

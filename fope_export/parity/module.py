@@ -118,14 +118,25 @@ def validate_module(
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> ParityResult:
-    """Compare a bundle in ONNX Runtime with the module that it was exported from, on each of `inputs`.
+    """Run a bundle in ONNX Runtime, and compare its outputs with those of the `module` that it was exported from, on
+    each of `inputs`; `passed` and `failures` of the result are as for `validate`.
 
-    Without them, on random ones between the smallest and largest value of each input's example, with every size that
-    may change at its smallest, odd, and nearly four times as large; name ranges that make sense by exporting with
-    examples that do.
+    Without `inputs`, random ones drawn by `seed` are taken: between the smallest and the largest value of each input's
+    example at export, and with every size that may change at its smallest, odd, and nearly four times the example's.
+    `report` is as for `validate`.
 
     Raises BundleError when it is another module, BackendError without ONNX Runtime, and ParityError where PyTorch
     itself does not run.
+
+    >>> import fope_export as fx, torch
+    >>> class Rotated(torch.nn.Module):
+    ...     def forward(self, q, k, position_ids):
+    ...         return self.rotary(q, k, position_ids)
+    >>> module = Rotated().eval()
+    >>> module.rotary = fx.FopeRotary.create(head_dim=16, groups=1, training_length=64).eval()
+    >>> example = torch.rand(1, 8, 2, 16), torch.rand(1, 8, 1, 16), torch.arange(8)[None]
+    >>> fx.validate_module(fx.export_module(module, example, "rotated"), module).passed
+    True
     """
     bundle = Bundle.of(bundle)
     check_graphs(bundle)

@@ -16,7 +16,7 @@ from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
 from fope_export.manifest import MANIFEST, MODEL, plain_file
-from fope_export.model.checkpoint import source_of
+from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.onnx_files import check_graphs
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
@@ -52,21 +52,45 @@ def validate(
     save: Path | None = None,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> ParityResult:
-    """Compare a bundle with its checkpoint in PyTorch, in the standard cases, with prefills of `lengths` if given.
+    """Run a bundle, and compare its logits with those of its checkpoint in PyTorch; `passed` of the result says whether
+    every difference is one of rounding, and `failures` what is wrong.
 
-    `load` replaces the cases by inputs saved as Polygraphy's JSON, `save` writes them; `report` follows progress.
+    The cases are prefills of many lengths and steps with a cache; with `lengths`, in tokens, the prefills are of these
+    instead. `seed` draws their tokens. `load` is a file with inputs, saved as Polygraphy's JSON, that are compared in
+    the place of all these; `save` is one that the inputs are written to. `checkpoint` is the folder where the
+    checkpoint is now (None: where it was exported from), `backend` what runs the bundle (None: ONNX Runtime on the
+    CPU). `report` is told what is compared next, how many comparisons are done, and how many there are.
 
-    Raises BundleError when the checkpoint is gone or is another one, BackendError when no backend can run here, and
-    ParityError when the backend is PyTorch itself, or when inputs or lengths make no sense.
+    Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
+    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, or when a length is not
+    positive or has no room.
+
+    >>> import fope_export as fx
+    >>> result = fx.validate("out", lengths=(7,))
+    >>> result.passed, result.failures
+    (True, {})
     """
     bundle = Bundle.of(bundle)
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
-    source, exported, limits = source_of(bundle, checkpoint), bundle.manifest.export, BACKENDS[chosen].limits(bundle)
+    source, limits = source_of(bundle, checkpoint), BACKENDS[chosen].limits(bundle)
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
+    return _compared(bundle, source, chosen, cases, seed, report)
+
+
+def _compared(
+    bundle: Bundle,
+    source: Checkpoint,
+    chosen: str,
+    cases: Sequence[Case],
+    seed: int,
+    report: Callable[[str, int, int], None],
+) -> ParityResult:
+    """Run the cases in the backend `chosen`, and deliberate mistakes in one drawn by `seed`; judge both."""
+    exported = bundle.manifest.export
     model = source.model.converted(exported)
     yardstick = yardstick_of(bundle, model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
@@ -103,7 +127,7 @@ def validate(
 
 
 def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
-    """Every variant in which `backend` runs the bundle."""
+    """The variants in which `backend` runs the bundle, each with the SHA-256 of its files: what a report is about."""
     hashes = bundle.manifest.files
     return tuple(
         Tested(backend, each.name, {name: hashes[name] for name in each.files(bundle)})
@@ -112,22 +136,25 @@ def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
 
 
 def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
-    """The first cases in which any file fails."""
+    """The first cases in which any file fails, LOCALIZED_CASES at most."""
     failing = {case.name: case for case, each in judged if not each.verdict.passed}
     return [*failing.values()][:LOCALIZED_CASES]
 
 
 def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
-    """For a checkpoint's `model`, converted as it was exported, in the arithmetic that `backend` computes in.
+    """What `backend` is held against: `model`, which is the checkpoint's decoder converted as it was exported, in the
+    arithmetic that the backend computes in and in float64.
 
-    A quantized bundle's yardstick has the checkpoint's own weights until `_quantize`.
+    For a quantized bundle both have the checkpoint's weights at first; `_quantize` gives them those of the file.
     """
     single = model.sharing().to(getattr(torch, BACKENDS[backend].arithmetic(bundle)))
     return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
 
 
 def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[str, Backend]:
-    """What the cases are run on, by what it adds to their names: the first variant as it is, others unrounded."""
+    """The backends that every case is run in, by what each adds to the case's name: nothing for the first variant,
+    loaded as it is; its own name for another, of which a copy is loaded that does not round activations.
+    """
     first, *others = BACKENDS[chosen].variants_of(bundle)
     found = {"": first.load(bundle, settings)}
     for each in others:
@@ -137,7 +164,7 @@ def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[st
 
 
 def _itself(bundle: Bundle, chosen: str, yardstick: Yardstick, case: Case) -> list[CaseResult]:
-    """A comparison of the portable file where the backend runs a copy of it that was made at export."""
+    """A comparison of the portable file itself, where the other cases run a copy of it in another dtype; else none."""
     row = BACKENDS[chosen]
     if not row.widens or plain_file(bundle.manifest.export) == MODEL:
         return []
@@ -147,13 +174,13 @@ def _itself(bundle: Bundle, chosen: str, yardstick: Yardstick, case: Case) -> li
 
 
 def _compare(case: Case, look: Look, tested: Backend, name: str) -> CaseResult:
-    """Hold a backend against the truth of one case."""
+    """Run one case in `tested`, and hold what it gives against the case's `look`."""
     got = case.run(tested)
     return CaseResult(name, case.length, case.positions, len(case.steps), len(got), look.judge(got), look.own)
 
 
 def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Yardstick) -> ColumnResult:
-    """Pool one file's cases."""
+    """Judge each logit over all cases of one file, whose names end with `which`."""
 
     def again() -> list[Noise]:
         return [yardstick.look(case).again() for case, _ in judged]
@@ -162,7 +189,7 @@ def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Y
 
 
 def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
-    """Hold PyTorch after folding against PyTorch before it, in float32."""
+    """Hold the decoder with folded padding against the same one without, both in PyTorch in float32."""
     folded, model = (
         trained.converted(msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=fold))
         for fold in (True, False)
@@ -173,9 +200,11 @@ def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
 
 
 def _quantize(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
-    """What quantization costs, taken against the yardstick; which has the weights that the file holds from then on.
+    """Measure what quantization costs, as the difference between `tested` and the yardstick; then give the yardstick
+    the rounded weights that the file holds.
 
-    The checkpoint's own model keeps its weights: it is what the file's other tensors are compared with.
+    The yardstick gets a model of its own for that: the checkpoint's keeps its weights, because the file's other tensors
+    are compared with them.
     """
     cost = cost_of(bundle, yardstick.single.model, tested)
     yardstick.single.model = yardstick.single.model.sharing()
@@ -188,11 +217,12 @@ def _quantize(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
 def _round(
     yardstick: Yardstick, bundle: Bundle, chosen: str, tested: Backend, case: Case
 ) -> tuple[list[CaseResult], Yardstick, Backend]:
-    """A comparison of the bundle that rounds its linear layers' inputs, and by what and on what the others are made.
+    """For a bundle whose linear layers round their inputs: a comparison of it as it is, if a copy without that rounding
+    can be made; then the yardstick and the backend for all other cases.
 
-    Which of two steps a number falls to is chance where the last digit decides, and one such flip outweighs all other
-    errors: two computations that round are no measure of each other. So float64 does not round, and the noise is the
-    error of members with rounded inputs. As that hides small faults, what can does not round in the other cases.
+    Where the last digit decides, it is chance which of two steps an input is rounded to, and one such flip outweighs
+    all other errors. So this comparison's float64 truth does not round, and its noise is that of members which do. That
+    noise would hide small faults; in the other cases, therefore, neither side rounds inputs where a copy was made.
     """
     model = yardstick.single.model.sharing()
     round_inputs(bundle, model)
@@ -208,7 +238,7 @@ def _round(
 def _refusals(
     mistakes: Sequence[Control], case: Case, yardstick: Yardstick, report: Callable[[str, int], None]
 ) -> tuple[ControlResult, ...]:
-    """What the rule says to deliberate mistakes in one case."""
+    """Make each mistake in PyTorch in one case, and let the rule judge it. A mistake that passes is a failure."""
     look, found = yardstick.look(case), []
     for done, control in enumerate(mistakes):
         report(control.name, done)
@@ -217,7 +247,9 @@ def _refusals(
 
 
 def _refuse(control: Control, case: Case, yardstick: Yardstick, look: Look) -> ControlResult:
-    """Hold a deliberate mistake against the truth, where the model can make it, and shows it."""
+    """The verdict on one deliberate mistake; or why it is left out: the model cannot make it, or it changes less than
+    rounding does.
+    """
     if reason := control.reason(yardstick.single.model):
         return ControlResult(control.name, reason, None)
     with control.applied(yardstick.single.model) as wrong:
@@ -231,7 +263,9 @@ def _refuse(control: Control, case: Case, yardstick: Yardstick, look: Look) -> C
 
 
 def contradictions(bundle: Bundle, model: Decoder) -> dict[str, str]:
-    """What the manifest says and the converted `model` does not, as a reason against the manifest."""
+    """Where the manifest describes another model than the converted `model`: the manifest's name, and the fields that
+    differ; empty where all agree.
+    """
     manifest = bundle.manifest
     spectra = [attention.rotary.spectrum.describe() for attention in model.attentions()]
     said = msgspec.to_builtins(manifest.decoder()) | {"spectra": manifest.spectra}
@@ -241,6 +275,7 @@ def contradictions(bundle: Bundle, model: Decoder) -> dict[str, str]:
 
 
 def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence[Case], cost: Cost | None) -> Place:
+    """Where a failed bundle differs from its checkpoint: tensors, rotations, and the first node in one of the cases."""
     tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
     tensors += cost.strays if cost else ()
     found = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)

@@ -21,33 +21,37 @@ Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 
 class SamplingParams(Checked, frozen=True, kw_only=True):
-    """How the next token is drawn. The default is greedy; with a temperature, equal seeds give equal prompts equal
-    texts.
+    """How the next token is chosen, and how many there may be. By default it is the likeliest; with a `temperature`
+    above 0 it is drawn, and equal prompts with equal seeds get equal texts.
 
-    In this order: `logit_bias` is added, repetition, frequency and presence are penalized, the temperature divides, and
-    `top_k`, `top_p` and `min_p` leave tokens out.
+    In this order: `logit_bias` is added to logits, by token id; `repetition_penalty` divides those above 0, and
+    multiplies those below, of tokens in the prompt or the answer; `frequency_penalty` is taken from those of tokens in
+    the answer, as often as they are there, and `presence_penalty` once. `temperature` divides them all. Then only the
+    `top_k` likeliest tokens stay (0: all); of these the fewest whose probabilities reach `top_p`; of these what is at
+    least `min_p` times as likely as the likeliest. An answer has at most `max_new_tokens`.
+
+    Raises ConfigError for a value that is not allowed.
+
+    >>> import fope_export as fx
+    >>> fx.SamplingParams(temperature=0.8, top_p=0.95, seed=7).max_new_tokens
+    128
     """
 
     max_new_tokens: Count = 128
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     top_k: Size = 0
-    """Draw from the k likeliest tokens only; 0 means all."""
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    """Draw from the fewest tokens whose probabilities reach p."""
     min_p: Probability = 0.0
-    """Leave out what is less likely than p times the likeliest token."""
     repetition_penalty: Positive = 1.0
-    """Divides the logits above 0, and multiplies those below, of tokens in the prompt or the answer."""
     presence_penalty: Penalty = 0.0
-    """Taken from the logits of tokens in the answer."""
     frequency_penalty: Penalty = 0.0
-    """Taken from them as often as they are there."""
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
-    """What is added to the logits of some tokens, by their ids."""
     seed: Size = 0
 
     def check(self, vocab_size: int) -> None:
-        """Raises ConfigError where `logit_bias` names a token that there is not, or adds what is no number."""
+        """Raises ConfigError where `logit_bias` names a token that a vocabulary of `vocab_size` does not have, or adds
+        a number that is not finite.
+        """
         for token, bias in self.logit_bias.items():
             if not (0 <= token < vocab_size and math.isfinite(bias)):
                 raise ConfigError(

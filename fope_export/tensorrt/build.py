@@ -31,13 +31,20 @@ def build(
     lock_timeout: float = TIMEOUT,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Bundle, EngineRecord]:
-    """Build an engine from a bundle's ONNX file and add it; `report` is told phase, steps done and steps in all.
+    """Build a TensorRT engine from a bundle's portable file, and add it with its record to the bundle; both the bundle
+    that has it and the record. With the plugin, every rotation must become one layer of the plugin, and without it
+    none.
 
-    Another writer of the bundle is waited for, for `lock_timeout` seconds.
+    Another writer of the bundle is waited for, for `lock_timeout` seconds. `report` is told the phase, how many of its
+    steps are done, and how many there are.
 
-    With the plugin, every FopeRotary node must become one plugin layer; without it, none may.
+    Raises ConfigError where `config` and the bundle do not go together, and BackendError where the library or the
+    compiler is not installed, or refuses; the bundle is then as it was.
 
-    Raises BackendError or ConfigError with the first thing that stands in the way; the bundle is then as it was.
+    >>> import fope_export as fx
+    >>> bundle, record = fx.build("out", fx.BuildConfig(plugin=False, max_batch=1, max_length=64))
+    >>> record.described
+    '2 decoder layers, no plugin, up to 1 rows and 64 tokens, for sm86, sm89, sm120'
     """
     with Bundle.of(bundle, verify=True).changing(lock_timeout) as now:
         return _built(now, config or BuildConfig(), report)
@@ -144,7 +151,7 @@ def _work(request: Request, report: Callable[[str, int, int], None]) -> Built:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise BackendError(
             f"{request.config.library} ended its process with {how}: {' '.join(last) or 'it said nothing'}",
-            hint="Is there memory left? Try --no-plugin and a smaller --max-length; if it stays, please report it.",
+            hint="Is there memory left? Try --no-plugin and a smaller --max-length.",
         )
 
 

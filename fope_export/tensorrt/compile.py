@@ -160,7 +160,7 @@ def build_plugin(
     toolchain: Toolchain, architectures: tuple[str, ...] = ARCHITECTURES,
     *, cache: Path | None = None, flags: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
-    """The TensorRT plugin as a shared library. See `build`."""
+    """The TensorRT plugin as a shared library, for some GPUs ("86"); `cache` and `flags` are as for `build`."""
     return build(PLUGIN, toolchain, architectures, cache=cache, flags=flags)
 
 

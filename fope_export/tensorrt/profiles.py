@@ -32,10 +32,13 @@ GROWTH = 4
 
 
 def make_profiles(config: BuildConfig, manifest: Manifest) -> dict[str, Profile]:
-    """A profile for prompts (or parts of them) and one for single tokens, both to `max_length` tokens in total; for a
-    module, one with the sizes of `config` and of its example.
+    """The profiles to build an engine with, by name. For a decoder: `prefill`, for prompts or parts of them, and
+    `decode`, for one token at a time; both take 1 to `max_batch` rows of at most `max_length` tokens, past and new
+    together. For a module there is one, `module`: each of its sizes has the range that `config` gives, or one around
+    the size of the example that it was exported with.
 
-    Raises ConfigError where a static cache has less room, and for sizes that the graph does not have.
+    Raises ConfigError where `max_length` is more than a static cache has room for, where `config` names a size that
+    the graph does not have, and where a range goes beyond what was traced.
     """
     if isinstance(manifest.model, ModuleRecord):
         return {"module": _module_profile(config, manifest.model)}
@@ -89,15 +92,16 @@ def _known(record: ModuleRecord) -> str:
 
 
 def shapes(profile: Profile, port: Port) -> list[tuple[int, ...]]:
-    """Min, opt and max shape of an input."""
+    """The shapes that `profile` gives the input `port`: the smallest, the one to tune for, and the largest."""
     ends = ("min", "opt", "max")
     return [port.at({name: getattr(size, end) for name, size in profile.items()}) for end in ends]
 
 
 def fitting(profiles: Mapping[str, Profile], sizes: Mapping[str, int]) -> str:
-    """The name of the narrowest profile that holds a request's `sizes`.
+    """The name of the profile to run a request in, whose `sizes` are by symbolic name: of those that hold them all, the
+    one that is made for the fewest tokens at once.
 
-    Raises BackendError with what lies outside of each.
+    Raises BackendError where none does, with what is too small or too large for each.
     """
     outside = {name: _outside(profile, sizes) for name, profile in profiles.items()}
     for name in sorted(outside, key=lambda name: profiles[name]["sequence"].max):

@@ -66,29 +66,29 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def plan_name(target: str) -> str:
-    """Where a target's plan lies in a bundle. No file system or store of artifacts refuses the name."""
+    """The name of the plan for `target` within a bundle; one that every file system and artifact store takes."""
     return f"{FOLDER}/{target.replace(':', '-')}.plan"
 
 
 def record_name(target: str) -> str:
-    """Where its record lies."""
+    """The name of that plan's record within a bundle."""
     return f"{FOLDER}/{target.replace(':', '-')}.json"
 
 
 def names_before(target: str) -> tuple[str, str]:
-    """Where bundles of format version 1 have a target's plan and its record, where that is elsewhere."""
+    """The names of a target's plan and of its record in bundles of format version 1, which had colons in them."""
     return f"{FOLDER}/{target}.plan", f"{FOLDER}/{target}.json"
 
 
 def plan_in(bundle: Bundle, record: EngineRecord) -> str:
-    """Where the plan lies in this bundle that a record describes."""
+    """The name within this bundle of the plan that `record` describes; format version 1 had other names."""
     return bundle.manifest.having(plan_name(record.target), names_before(record.target)[0]) or plan_name(record.target)
 
 
 def records(bundle: Bundle) -> list[EngineRecord]:
-    """Of every engine in the bundle, the one built last at the end.
+    """The records of all engines in the bundle, in the order in which they were built.
 
-    Raises BackendError for a record that is none.
+    Raises BackendError where a file that should be a record is not one.
     """
     names = [name for name in bundle.manifest.files if name.startswith(f"{FOLDER}/") and name.endswith(".json")]
     paths, found = [bundle.path / name for name in names], []
@@ -103,9 +103,10 @@ def records(bundle: Bundle) -> list[EngineRecord]:
 
 
 def newest_engine(bundle: Bundle) -> EngineRecord:
-    """The record of the bundle's engine, of the one built last where there are several.
+    """The record of the engine that was built last.
 
-    Raises BackendError where there is none, or where plan and record belong to another model or to each other not.
+    Raises BackendError where the bundle has no engine, where that one was built from another model, or where the plan
+    is not the one that the record describes.
     """
     if not (found := records(bundle)):
         raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
