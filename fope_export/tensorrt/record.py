@@ -91,15 +91,15 @@ def records(bundle: Bundle) -> list[EngineRecord]:
     Raises BackendError for a record that is none.
     """
     names = [name for name in bundle.manifest.files if name.startswith(f"{FOLDER}/") and name.endswith(".json")]
-    paths, found = [bundle.path / name for name in names], []
+    paths, engines = [bundle.path / name for name in names], []
     for path in paths:
         check_file(path, raises=BackendError, hint=BUILD_IT)
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:
-            found.append(read_record(path, EngineRecord))
+            engines.append(read_record(path, EngineRecord))
         except DocumentError as cause:
             raise BackendError(f"not an engine's record: {cause}", hint=BUILD_IT) from cause
-    return found
+    return engines
 
 
 def newest_engine(bundle: Bundle) -> EngineRecord:
@@ -107,9 +107,9 @@ def newest_engine(bundle: Bundle) -> EngineRecord:
 
     Raises BackendError where there is none, or where plan and record belong to another model or to each other not.
     """
-    if not (found := records(bundle)):
+    if not (engines := records(bundle)):
         raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
-    record, plan = found[-1], bundle.path / plan_in(bundle, found[-1])
+    record, plan = engines[-1], bundle.path / plan_in(bundle, engines[-1])
     if record.model_sha256 != bundle.manifest.files[MODEL]:
         raise BackendError(f"{plan}: the engine was built from another {MODEL}", hint=BUILD_IT)
     if not plan.is_file() or sha256(plan) != record.plan_sha256:
