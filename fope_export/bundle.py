@@ -101,11 +101,11 @@ class Bundle:
         left out, because they can be made again at any time, and so is what another command has replaced and recorded
         since this bundle was opened.
         """
-        found = _damaged(self.path, self.manifest)
-        if found and (now := read_manifest(self.path)) != self.manifest:
+        reasons = _damaged(self.path, self.manifest)
+        if reasons and (now := read_manifest(self.path)) != self.manifest:
             still = _damaged(self.path, now)
-            found = {name: why for name, why in found.items() if name in still}
-        return found
+            reasons = {name: why for name, why in reasons.items() if name in still}
+        return reasons
 
     def add(self, files: Mapping[str, bytes | Path], *, lock_timeout: float = TIMEOUT) -> Self:
         """Add or replace files, and give the bundle that has them. `files` has by name the content of each, or a path
@@ -155,15 +155,15 @@ class Bundle:
 
 
 def _damaged(folder: Path, manifest: Manifest) -> dict[str, str]:
-    found = {}
+    reasons = {}
     for name, recorded in manifest.files.items():
         if name.startswith(REPORTS):
             continue
         if not (folder / name).is_file():
-            found[name] = "is missing"
+            reasons[name] = "is missing"
         elif sha256(folder / name) != recorded:
-            found[name] = "differs from the hash in the manifest"
-    return found
+            reasons[name] = "differs from the hash in the manifest"
+    return reasons
 
 
 def _identity(manifest: Manifest) -> Manifest:
@@ -175,10 +175,10 @@ def _identity(manifest: Manifest) -> Manifest:
 def _stamp(folder: Path) -> tuple[int, ...]:
     """Changes when a writer puts another manifest in place."""
     try:
-        found = (folder / MANIFEST).stat()
+        status = (folder / MANIFEST).stat()
     except OSError:
         return ()
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_whole(folder: Path, manifest: Manifest) -> None:
@@ -221,14 +221,14 @@ def check_target(out: Path) -> None:
     """
     if not out.exists():
         return
-    found = _found(out) if out.is_dir() else ["."]
-    if found and MANIFEST not in found:
+    present = _files_in(out) if out.is_dir() else ["."]
+    if present and MANIFEST not in present:
         raise BundleError(
             f"{out} exists and would be lost; nothing was written: it has no {MANIFEST}",
             hint="Choose another folder, or remove it.",
         )
     known = _listed(out)
-    others = [name for name in found if name not in known | {MANIFEST} and not Path(name).name.startswith(".")]
+    others = [name for name in present if name not in known | {MANIFEST} and not Path(name).name.startswith(".")]
     if others := [name for name in others if not (MADE.fullmatch(name) or (not known and COPIED.fullmatch(name)))]:
         raise BundleError(
             f"{out} holds {others[0]}, which is not the bundle's and would be lost; nothing was written",
@@ -236,7 +236,7 @@ def check_target(out: Path) -> None:
         )
 
 
-def _found(folder: Path) -> list[str]:
+def _files_in(folder: Path) -> list[str]:
     """Files in a folder, but for those of a writer."""
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
     return [path.as_posix() for path in paths if not path.parts[0].startswith(place.OURS)]
@@ -253,7 +253,7 @@ def _listed(folder: Path) -> set[str]:
 
 def finish_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write `manifest` with the hashes of all files of `folder`: the last write of a bundle."""
-    names = [name for name in _found(folder) if name != MANIFEST]
+    names = [name for name in _files_in(folder) if name != MANIFEST]
     manifest = msgspec.structs.replace(manifest, files={name: sha256(folder / name) for name in names})
     _write_manifest(folder, manifest)
     return manifest
@@ -264,7 +264,7 @@ def _settle(folder: Path) -> None:
     file is listed that is not there, whole.
     """
     staged = folder / place.COMMITTED
-    names = [name for name in _found(staged) if name != MANIFEST]
+    names = [name for name in _files_in(staged) if name != MANIFEST]
     if (staged / MANIFEST).is_file():
         new, old = _listed(staged), _listed(folder)
         for name in old - new:

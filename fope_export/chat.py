@@ -66,16 +66,16 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str]:
     path = folder / "chat_template.jinja"
     if path.exists():
         return path, read_text(path, raises=BundleError)
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        named = {each["name"]: each["template"] for each in found if isinstance(each, dict) and each.keys() == NAMED}
-        found = named.get("default")
-    if not isinstance(found, str):
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template if isinstance(each, dict) and each.keys() == NAMED}
+        template = named.get("default")
+    if not isinstance(template, str):
         raise BundleError(
             f"{folder} has no chat template, in chat_template.jinja or tokenizer_config.json",
             hint="Leave out --chat: the model continues text. Or put the template beside the checkpoint and export.",
         )
-    return folder / "tokenizer_config.json", found
+    return folder / "tokenizer_config.json", template
 
 
 def rendered(template: str, messages: Sequence[Message], names: Mapping[str, Any]) -> str:
@@ -129,10 +129,10 @@ def _as_json(
 def read_messages(path: Path) -> list[Message]:
     """A list of {"role", "content"} in a JSON file. Raises ConfigError where it is none."""
     hint = 'As [{"role": "user", "content": "Hello"}].'
-    found = read_json(path, raises=ConfigError, hint=hint)
-    if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
+    messages = read_json(path, raises=ConfigError, hint=hint)
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise ConfigError(f"{path}: expected a list of messages with a role", hint=hint)
-    return found
+    return messages
 
 
 def main() -> None:

@@ -156,8 +156,8 @@ def tokens_of(written: Tokens) -> tuple[int, ...]:
 
 def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
     """Tokens as configurations write them."""
-    found = tuple(dict.fromkeys(tokens))
-    return found if len(found) > 1 else found[0] if found else None
+    distinct = tuple(dict.fromkeys(tokens))
+    return distinct if len(distinct) > 1 else distinct[0] if distinct else None
 
 
 CacheName: TypeAlias = Literal["dynamic", "static"]

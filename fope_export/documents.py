@@ -62,15 +62,15 @@ def check_file(path: Path, *, raises: type[FopeError] = DocumentError, hint: str
     Raises `raises` with what lies there instead.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise raises(f"{path} is {_kind(found.st_mode)}, expected a file", hint=hint)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise raises(f"{path} is {_kind(status.st_mode)}, expected a file", hint=hint)
         start = _first(path, len(POINTER))
     except (OSError, ValueError) as cause:  # ValueError: a null character in the name
         raise raises(f"{path} cannot be read: {getattr(cause, 'strerror', cause)}", hint=hint) from cause
     if start == POINTER:
         raise raises(f"{path} is a pointer of git-lfs and not the file itself", hint=PULL)
-    return found.st_size
+    return status.st_size
 
 
 def _first(path: Path, count: int) -> bytes:
@@ -107,10 +107,10 @@ def read_object(
     path: Path, *, most: int = TEXT, raises: type[FopeError] = DocumentError, hint: str = COMPLETE
 ) -> dict[str, Any]:
     """The object in a JSON file. Raises `raises` as for `read_json`, and where it is something else."""
-    found = read_json(path, most=most, raises=raises, hint=hint)
-    if not isinstance(found, dict):
-        raise raises(f"{path}: expected a JSON object, found {type(found).__name__}", hint=hint)
-    return found
+    document = read_json(path, most=most, raises=raises, hint=hint)
+    if not isinstance(document, dict):
+        raise raises(f"{path}: expected a JSON object, found {type(document).__name__}", hint=hint)
+    return document
 
 
 def read_json_lines(path: Path, *, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> list[Any]:
@@ -147,7 +147,7 @@ def read_yaml(path: Path, *, raises: type[FopeError] = DocumentError, hint: str 
     text = read_text(path, most=YAML, raises=raises, hint=hint)
     _check_parts(text, "[{:,\n", YAML_PARTS, str(path), raises=raises, hint=hint)
     try:
-        found = yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader that knows less)
+        document = yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader that knows less)
     except RecursionError as cause:
         raise raises(f"{path}: nested deeper than {DEPTH}", hint=hint) from cause
     except (
@@ -158,8 +158,8 @@ def read_yaml(path: Path, *, raises: type[FopeError] = DocumentError, hint: str 
         AttributeError,
     ) as cause:  # explicit tags raise the rest
         raise raises(f"{path}: not valid YAML: {cut(' '.join(str(cause).split()))}", hint=hint) from cause
-    _check(found, str(path), raises=raises, hint=hint)
-    return found
+    _check(document, str(path), raises=raises, hint=hint)
+    return document
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -180,20 +180,20 @@ class _PlainLoader(yaml.SafeLoader):
 def _parsed(text: str, where: str, *, raises: type[FopeError], hint: str) -> Any:
     _check_parts(text, "[{:", PARTS, where, raises=raises, hint=hint)
     try:
-        found = DECODER.decode(text)
+        document = DECODER.decode(text)
     except RecursionError as cause:
         raise raises(f"{where}: nested deeper than {DEPTH}", hint=hint) from cause
     except ValueError as cause:
         raise raises(f"{where}: not valid JSON: {cut(cause)}", hint=hint) from cause
-    _check(found, where, raises=raises, hint=hint)
-    return found
+    _check(document, where, raises=raises, hint=hint)
+    return document
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError(f"{cut(_twice(key for key, _ in pairs))} is given twice")
-    return found
+    return members
 
 
 def _twice(keys: Iterable[str]) -> str:

@@ -127,10 +127,10 @@ def _described(note: bytes) -> str:
 
 def _kind(folder: Path) -> str:
     """The file system's name."""
-    found, path = ("", "unknown"), folder.resolve()
+    mount, path = ("", "unknown"), folder.resolve()
     with suppress(OSError, IndexError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, place, kind, *_ = line.split()
-            if path.is_relative_to(place.replace("\\040", " ")) and len(place) >= len(found[0]):
-                found = place, kind
-    return found[1]
+            if path.is_relative_to(place.replace("\\040", " ")) and len(place) >= len(mount[0]):
+                mount = place, kind
+    return mount[1]

@@ -50,12 +50,12 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def names(self) -> set[str]:
         """The symbolic sizes that its shape is made of. Raises ConfigError where a size is no sum of terms."""
-        found = set()
+        names = set()
         for size in (size for size in self.shape if isinstance(size, str)):
             if not SUM.fullmatch(size):
                 raise ConfigError(f"{cut(self.name)} has the size {cut(size)}, expected a sum as past + 1", hint=AGAIN)
-            found |= {name for _, _, name in TERM.findall(size) if not name.isdigit()}
-        return found
+            names |= {name for _, _, name in TERM.findall(size) if not name.isdigit()}
+        return names
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the symbolic sizes have these values."""
@@ -152,9 +152,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         else:
             configs = list(self.model.rotations.values())
         freqs = [each["freq"] if each.keys() == SPECTRUM else None for each in self.spectra]
-        found = [len(freq) if isinstance(freq, list) else None for freq in freqs]
-        if found != (wanted := [config.frequencies for config in configs]):
-            raise ConfigError(f"spectra has {cut(found)} frequencies, expected {cut(wanted)}", hint=AGAIN)
+        counts = [len(freq) if isinstance(freq, list) else None for freq in freqs]
+        if counts != (wanted := [config.frequencies for config in configs]):
+            raise ConfigError(f"spectra has {cut(counts)} frequencies, expected {cut(wanted)}", hint=AGAIN)
 
     def _check_ports(self) -> None:
         model = self.model
@@ -220,13 +220,13 @@ def decoder_outputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port 
 
 def _compare(what: str, ports: list[Port], wanted: Mapping[str, Port | None]) -> None:
     """Raises ConfigError unless `ports` are those that are wanted, each once."""
-    found = {port.name: port for port in ports}
-    if not ports or len(found) < len(ports) or found.keys() != wanted.keys():
-        different = sorted(found.keys() ^ wanted.keys()) or [*found, "any"]
+    by_name = {port.name: port for port in ports}
+    if not ports or len(by_name) < len(ports) or by_name.keys() != wanted.keys():
+        different = sorted(by_name.keys() ^ wanted.keys()) or [*by_name, "any"]
         raise ConfigError(f"{what} has or lacks {cut(different[0])}", hint=AGAIN)
     for name, expected in wanted.items():
-        if expected is not None and expected != found[name]:
-            raise ConfigError(f"{what} has {cut(found[name])}, expected {expected}", hint=AGAIN)
+        if expected is not None and expected != by_name[name]:
+            raise ConfigError(f"{what} has {cut(by_name[name])}, expected {expected}", hint=AGAIN)
 
 
 def _stays(name: str) -> bool:

@@ -108,9 +108,9 @@ def check_graphs(bundle: Bundle) -> None:
     and outputs than the manifest says.
     """
     graph = check_onnx(bundle.model).graph
-    found = {value.name: _extents(value) for value in (*graph.input, *graph.output)}
+    shapes = {value.name: _extents(value) for value in (*graph.input, *graph.output)}
     for port in (*bundle.manifest.inputs, *bundle.manifest.outputs):
-        sizes = found.get(port.name)
+        sizes = shapes.get(port.name)
         wanted = [size if isinstance(size, int) else None for size in port.shape]
         if sizes != wanted:
             raise BundleError(

@@ -212,13 +212,13 @@ def times(ratio: float) -> str:
 
 def machine_line(machine: Machine) -> str:
     """The machine in one line."""
-    packages = ", ".join(f"{name} {found}" for name, found in machine.packages.items())
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     return f"{machine.system}, {machine.cores} cores, Python {machine.python}; {packages}"
 
 
 def writable(text: str) -> str:
     """Text with \\x1b and \\ud800 in the place of characters that XML 1.0 has no way to write."""
-    return UNWRITABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNWRITABLE.sub(lambda character: character[0].encode("unicode_escape").decode(), text)
 
 
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
@@ -256,17 +256,17 @@ def cost_line(result: ParityResult) -> str:
 
 def place(result: ParityResult) -> str:
     """Where a failed bundle first differs, in words; empty for one that passed."""
-    if (found := result.place) is None:
+    if (where := result.place) is None:
         return ""
     parts = [result.broken] if result.broken else []
-    if (first := found.divergence) is not None:
+    if (first := where.divergence) is not None:
         parts.append(
             f"First module that diverges: {first.module} "
             f"({result.ratio_labels[first.ratio]} {short(first.error)} times rounding, allowed {first.allowed:g})."
         )
     for what, names in (
-        ("Tensors that differ from the checkpoint", found.tensors),
-        ("Rotations with other settings", found.rotations),
+        ("Tensors that differ from the checkpoint", where.tensors),
+        ("Rotations with other settings", where.rotations),
     ):
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -305,8 +305,8 @@ def parity_table(result: ParityResult) -> Table:
                 f"control: {control.name}", *[""] * (len(RATIOS) + 4), f"[dim]not possible: {control.skipped}[/]"
             )
         else:
-            found = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
-            table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), found)
+            outcome = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
+            table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), outcome)
     return table
 
 
@@ -330,8 +330,8 @@ def print_parity(result: ParityResult, console: Console) -> None:
         console.print(line)
     for name, reason in result.damaged.items():
         console.print(f"[red]FAIL[/] {name} {reason}")
-    if found := place(result):
-        console.print(found, markup=False, style="red")
+    if where := place(result):
+        console.print(where, markup=False, style="red")
     console.print("[bold green]passed[/]" if result.passed else "[bold red]FAILED[/]")
 
 

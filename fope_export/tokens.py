@@ -111,11 +111,11 @@ def ends_of(folder: Path) -> tuple[int, ...]:
     Raises ConfigError where they are no token ids.
     """
     path = folder / GENERATION
-    found = read_object(path).get("eos_token_id")
-    listed = found if isinstance(found, list) else [] if found is None else [found]
+    ends = read_object(path).get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if any(type(token) is not int or token < 0 for token in listed):
         raise ConfigError(
-            f"{path}: eos_token_id is {cut(found)}, expected a token id or a list of them",
+            f"{path}: eos_token_id is {cut(ends)}, expected a token id or a list of them",
             hint="Null means none.",
         )
     return tokens_of(listed)
@@ -181,9 +181,9 @@ class TextStream:
 
     def _certain(self) -> str:
         held = "".join(letter for letter, _ in self._held)
-        if found := [at for stop in self._stop if (at := held.find(stop)) >= 0]:
+        if stops := [at for stop in self._stop if (at := held.find(stop)) >= 0]:
             self.stopped = True
-            return self._take(min(found))
+            return self._take(min(stops))
         ends = (n for stop in self._stop for n in range(1, len(stop)) if held.endswith(stop[:n]))
         return self._take(len(held) - max(ends, default=0))
 

@@ -50,8 +50,8 @@ def main() -> None:
                 started = time.perf_counter()
                 bundle, record = build(bundle, BuildConfig(plugin=plugin))
                 seconds = round(time.perf_counter() - started, 2)
-                found = {"dtype": dtype, "cache": cache, "plugin_layers": record.plugin_layers, "seconds": seconds}
-                rows.append(found | {"phases": record.seconds, "plan_MB": round(record.plan_bytes / 1e6, 1)})
+                measured = {"dtype": dtype, "cache": cache, "plugin_layers": record.plugin_layers, "seconds": seconds}
+                rows.append(measured | {"phases": record.seconds, "plan_MB": round(record.plan_bytes / 1e6, 1)})
     machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
     result = {
         "machine": machine, "shape": args.shape, "gpus": BuildConfig().architectures,

@@ -164,8 +164,8 @@ def main() -> None:
             status.update(f"sitting {turn + 1} of {args.sittings}")
             command = [sys.executable, __file__, "--rounds", str(args.rounds), "--sit", name, str(turn)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            for case, found in json.loads(done.stdout).items():
-                for backend, seconds in found.items():
+            for case, by_backend in json.loads(done.stdout).items():
+                for backend, seconds in by_backend.items():
                     pooled.setdefault(case, {}).setdefault(backend, []).extend(seconds)
     seconds, peak = (statistics.median(values) for values in zip(*exports, strict=True))
     machine = msgspec.to_builtins(read_machine())
@@ -180,7 +180,7 @@ def main() -> None:
         },
         "sittings": args.sittings,
         "rounds": args.sittings * args.rounds,
-        "inference": {case: summary(found) for case, found in pooled.items()},
+        "inference": {case: summary(by_backend) for case, by_backend in pooled.items()},
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -199,10 +199,11 @@ def show(record: dict[str, Any]) -> None:
         "folded / FoPE",
         box=None,
     )
-    for case, found in record["inference"].items():
-        times = [f"{value:.1f} ms" for value in found["milliseconds"].values()]
+    for case, measured in record["inference"].items():
+        times = [f"{value:.1f} ms" for value in measured["milliseconds"].values()]
         ratios = [
-            f"{found[name]:.2f}" for name in ("speed_over_eager_fope", "time_fope_over_rope", "time_folded_over_fope")
+            f"{measured[name]:.2f}"
+            for name in ("speed_over_eager_fope", "time_fope_over_rope", "time_folded_over_fope")
         ]
         table.add_row(case, *times, *ratios)
     Console().print(table)

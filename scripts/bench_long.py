@@ -90,14 +90,14 @@ def main() -> None:
         sizes = ["--length", str(args.length), "--chunk", str(args.chunk)]
         command = [sys.executable, __file__, "--measure", f"{name}/out", *sizes]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout)
-    print(found)
-    if found["peak_MiB"] > found["bound_MiB"]:
+    measured = json.loads(done.stdout)
+    print(measured)
+    if measured["peak_MiB"] > measured["bound_MiB"]:
         raise SystemExit("more memory than the bound")
-    if not found["finite"] or found["largest_difference_from_whole"] > SAME:
+    if not measured["finite"] or measured["largest_difference_from_whole"] > SAME:
         raise SystemExit("chunks give other logits than the whole")
     machine = msgspec.to_builtins(read_machine())
-    record = {"machine": machine, "file": OPTIMIZED, "tokens": args.length, "chunk": args.chunk} | found
+    record = {"machine": machine, "file": OPTIMIZED, "tokens": args.length, "chunk": args.chunk} | measured
     args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -63,19 +63,19 @@ def size(bundle: Bundle) -> float:
 
 def quality(folder: Path) -> dict[str, Any]:
     """Perplexity, its growth over fp32's, divergence and size of the shipped model, by kind."""
-    text, found, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], {}, 0.0
+    text, kinds, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], {}, 0.0
     for kind, config in KINDS.items():
         bundle = export(shipped("fope"), folder / f"shipped {kind}", config)
         trained, backend = source_of(bundle).config.training_length, load_backend(bundle)
         perplexity = math.exp(loss_by_length(backend, text, [trained])[trained])
         plain = plain or perplexity
         growth = round(100 * (perplexity / plain - 1), 3)
-        found[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
+        kinds[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
         if config.quantize:
             model = source_of(bundle).model.converted(config)
-            found[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
+            kinds[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
     loss = loss_by_length(EagerBackend(source_of(bundle).model), text, [trained])[trained]
-    return {"scored_bytes": SCORED, "context": trained, "pytorch_perplexity": round(math.exp(loss), 5), "kinds": found}
+    return {"scored_bytes": SCORED, "context": trained, "pytorch_perplexity": round(math.exp(loss), 5), "kinds": kinds}
 
 
 def rounded(bundle: Bundle, out: Path) -> Bundle:
@@ -117,16 +117,16 @@ def main() -> None:
     args = parser.parse_args()
     bench_export.DECODED = args.decoded
     with tempfile.TemporaryDirectory() as name, Console(stderr=True).status("perplexity") as status:
-        found = quality(Path(name))
+        measured = quality(Path(name))
         status.update("speed")
         timed = speed(Path(name), args.shape, args.rounds)
     machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
     machine["load"] = [round(load, 1) for load in os.getloadavg()]  # of 1, 5 and 15 minutes
-    record = {"machine": machine, "block_size": BLOCK, "shipped": found, "speed": timed}
+    record = {"machine": machine, "block_size": BLOCK, "shipped": measured, "speed": timed}
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n")
     quality_table = Table("shipped model", "perplexity", "growth, %", "mean KL", "MB", box=None)
-    for kind, each in found["kinds"].items():
+    for kind, each in measured["kinds"].items():
         names = ("perplexity", "growth_percent", "mean_kl_nats", "model_MB")
         quality_table.add_row(kind, *(str(each.get(column, "")) for column in names))
     speed_table = Table(args.shape, *timed["tasks"][TASKS[0]]["milliseconds"], box=None)

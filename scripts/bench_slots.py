@@ -54,19 +54,19 @@ class Round:
 
 def measure(bundle: Bundle, rows: int, past: int, rounds: int, threads: int) -> dict[str, dict[str, dict[str, float]]]:
     """Of every variant that the bundle has."""
-    found = {}
+    variants = {}
     for variant in BACKENDS[USUAL].variants_of(bundle):
         one = Round(variant.load(bundle, Settings(threads=threads)), rows, past, rounds)
         one.times()
         taken = [one.times() for _ in range(rounds)]
-        found[variant.name] = {
+        variants[variant.name] = {
             name: {
                 "ms": round(statistics.median(each[name] for each in taken), 2),
                 "of a step": round(statistics.median(each[name] / each["a step"] for each in taken), 3),
             }
             for name in taken[0]
         }
-    return found
+    return variants
 
 
 def main() -> None:
@@ -76,12 +76,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bench_slots.json")
     args = parser.parse_args()
-    found = measure(Bundle.open(args.bundle), args.rows, args.past, args.rounds, args.threads)
-    for variant, rows in found.items():
+    variants = measure(Bundle.open(args.bundle), args.rows, args.past, args.rounds, args.threads)
+    for variant, rows in variants.items():
         for name, row in rows.items():
             print(f"{variant:10} {name:28} {row['ms']:8.2f} ms, {row['of a step']:6.3f} of a step")
     sizes = {name: getattr(args, name) for name in ("rows", "past", "rounds", "threads")}
-    args.out.write_text(json.dumps({"processor": processor(), **sizes, "variants": found}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"processor": processor(), **sizes, "variants": variants}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def print_table(record: dict[str, Any]) -> None:
     }
     for kind, rows in TABLE.items():
         for label, name in rows.items():
-            found = [[cells[shape, kind, name, n][what] for n in lengths] for shape, what, lengths in COLUMNS]
-            told = [" / ".join(f"{x:,}" if isinstance(x, int) else f"{x:.2f}" for x in pair) for pair in found]
+            pairs = [[cells[shape, kind, name, n][what] for n in lengths] for shape, what, lengths in COLUMNS]
+            told = [" / ".join(f"{x:,}" if isinstance(x, int) else f"{x:.2f}" for x in pair) for pair in pairs]
             print("|", " | ".join([label, *told]), "|")
 
 
@@ -122,7 +122,7 @@ def picture(losses: dict[str, dict[str, dict[int, float]]], parity: ParityResult
     with rc_context(plots.STYLE):
         figure = Figure(figsize=(12, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(5, 6))
-        plots.draw_loss(left, {label: found["onnxruntime"] for label, found in losses.items()}, trained)
+        plots.draw_loss(left, {label: by_backend["onnxruntime"] for label, by_backend in losses.items()}, trained)
         left.set_title("Loss far beyond the training length, from the exported ONNX", fontsize=11, loc="left")
         plots.draw_error(right, parity, trained)
         right.set_title("Error against float64: ours, and deliberately wrong models", fontsize=11, loc="left", pad=40)

@@ -66,15 +66,15 @@ class Outcome:
 
 def listing(place: Place) -> dict[str, tuple[int, int]]:
     """Size and time of every file of a place that is not in OUT."""
-    found = {}
+    files = {}
     for folder, _, names in os.walk(place.root):
         if Path(folder) == place.out or place.out in Path(folder).parents or Path(folder) == place.logs:
             continue
         for name in names:
             entry, known = Path(folder, name).lstat(), str(Path(folder, name).relative_to(place.root))
             if not known.startswith(CACHES):
-                found[known] = entry.st_size, entry.st_mtime_ns
-    return found
+                files[known] = entry.st_size, entry.st_mtime_ns
+    return files
 
 
 def start(args: argparse.Namespace, number: int, root: Path, sources: Path) -> Trial:
@@ -168,7 +168,7 @@ def faults_of(trial: Trial, code: int, said: str, printed: str) -> list[str]:
         f"{told} messages": code == 2 and told != 1,
         "no next step": code == 2 and "hint: " not in said and "usage: " not in said,
     }
-    return [fault for fault, found in wrong.items() if found]
+    return [fault for fault, seen in wrong.items() if seen]
 
 
 def last_line(said: str) -> str:

@@ -172,7 +172,7 @@ def put(rng: Rng, path: Path, raw: str, *, as_key: bool = False) -> None:
     """Write `raw` into a document, in the place of one of its values, as a key, or of the whole."""
     text = path.read_text()
     data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    places = [found for found in spots(data) if not as_key or isinstance(found[0], dict)]
+    places = [spot for spot in spots(data) if not as_key or isinstance(spot[0], dict)]
     if rng.random() < 0.2 or not places:
         path.write_text(f"{{{raw}: 1}}" if as_key else raw)
         return
@@ -186,7 +186,7 @@ def put(rng: Rng, path: Path, raw: str, *, as_key: bool = False) -> None:
 
 def spots(data: Any) -> list[tuple[Any, Any]]:
     """Every place in a document, as what holds it and its key or index."""
-    found = []
+    places = []
     for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
-        found += [(data, key), *spots(value)]
-    return found
+        places += [(data, key), *spots(value)]
+    return places

@@ -80,11 +80,11 @@ class Server:
 
     def children(self) -> list[str]:
         """Command lines of living processes that commands started."""
-        found, deadline = [""], time.monotonic() + PATIENCE
-        while found and time.monotonic() < deadline:
-            found = list(_marked(f"SURVIVE={self.token}"))
+        alive, deadline = [""], time.monotonic() + PATIENCE
+        while alive and time.monotonic() < deadline:
+            alive = list(_marked(f"SURVIVE={self.token}"))
             time.sleep(0.05)
-        return found
+        return alive
 
     def close(self) -> None:
         self._asked.close()
@@ -148,8 +148,8 @@ class Trial:
     def clean(self, servers: list[Server], what: str) -> None:
         """Nothing is left by anybody."""
         listed = self.whole(what).keys() | {"fope_export.json"}
-        found = {path.relative_to(self.out).as_posix() for path in self.out.rglob("*") if path.is_file()}
-        self.expect(found == listed, f"{what}: in OUT {sorted(found ^ listed)}")
+        present = {path.relative_to(self.out).as_posix() for path in self.out.rglob("*") if path.is_file()}
+        self.expect(present == listed, f"{what}: in OUT {sorted(present ^ listed)}")
         beside = [path.name for path in self.home.iterdir() if path != self.out]
         self.expect(not beside, f"{what}: beside OUT {beside}")
         for server in servers:

@@ -52,10 +52,10 @@ def answers(
     backend: Backend, prompts: Sequence[Sequence[int]], sampling: SamplingParams, **options: Any
 ) -> list[list[int]]:
     """What `generate` makes of each prompt."""
-    found: list[list[int]] = [[] for _ in prompts]
+    sequences: list[list[int]] = [[] for _ in prompts]
     for number, token in generate(backend, prompts, sampling, **options):
-        found[number].append(token)
-    return found
+        sequences[number].append(token)
+    return sequences
 
 
 def tokens(batch: int, length: int) -> NDArray[np.int64]:

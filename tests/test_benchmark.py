@@ -256,9 +256,9 @@ def test_a_size_without_room_says_so(static_bundle: Bundle, tmp_path: Path, unco
     bundle = write_parity(bundle, validate(bundle, lengths=(1, 64)))
     config = msgspec.structs.replace(SMALL, lengths=(8, 250), batch=(1,), rounds=1)
     result = bench(bundle, config)
-    found = {(cell.contender, cell.length): cell.refused for cell in result.cells}
-    assert "there is room for 200" in found["onnxruntime", 250] and not found["onnxruntime", 8]
-    assert not found[EAGER, 250] and "room for 200" in bench_page(bundle, result)
+    refusals = {(cell.contender, cell.length): cell.refused for cell in result.cells}
+    assert "there is room for 200" in refusals["onnxruntime", 250] and not refusals["onnxruntime", 8]
+    assert not refusals[EAGER, 250] and "room for 200" in bench_page(bundle, result)
 
 
 def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: None) -> None:

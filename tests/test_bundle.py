@@ -94,11 +94,11 @@ def test_adding_that_is_cut_short_is_undone_or_finished(
     with monkeypatch.context() as patch, suppress(Cut):
         cut_at(patch, Path, "replace", moves)
         before.add({"reports/a.json": b"new", "config.json": b"new"})
-    found = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
-    assert moves == 3 or len(found) == 1
+    contents = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
+    assert moves == 3 or len(contents) == 1
     opened = Bundle.open(spoilable.path)
-    found = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
-    assert found == {b"old" if moves == 0 else b"new"}
+    contents = {(spoilable.path / name).read_bytes() for name in ("config.json", "reports/a.json")}
+    assert contents == {b"old" if moves == 0 else b"new"}
     assert {p.relative_to(opened.path).as_posix() for p in opened.path.rglob("*") if p.is_file()} == {
         *opened.manifest.files, MANIFEST,
     }  # fmt: skip

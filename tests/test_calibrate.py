@@ -61,8 +61,8 @@ def test_it_goes_on_where_it_stopped(
     calibrate_parity.main(["--power", "--places", *where])
     calibrate_parity.main(["--count", "--power", "--places", "--summary", *where])
     assert len(asked) == 2
-    found = list(records.of_rule(out, records.rule()))
-    judged = [line for line in found if "ratios" in line]
+    lines = list(records.of_rule(out, records.rule()))
+    judged = [line for line in lines if "ratios" in line]
     assert [line["file"] for line in judged] == [*runs.FILES] * 2
     assert all(not line["failed"] and 0 < line["ratios"]["rms"] < 2.5 for line in judged)
     plain = validate(tmp_path / "work/count 0, float32", seed=0)
@@ -70,9 +70,9 @@ def test_it_goes_on_where_it_stopped(
         same = [case.verdict for case in plain.cases if case.name.endswith("optimized") == bool(which)]
         wanted = {name: max(verdict.ratios[name] for verdict in same) for name in same[0].ratios}
         assert recorded["ratios"] == pytest.approx(wanted | {"column": columns.verdict.ratio}, rel=6e-3)
-    tried = [line for line in found if "power" in line]
+    tried = [line for line in lines if "power" in line]
     assert len(tried) == 2 and all(1e-8 < line["least"] < 0.1 and line["raised"] >= line["former"] for line in tried)
-    (place,) = (line for line in found if "place" in line)
+    (place,) = (line for line in lines if "place" in line)
     assert place["sound"] == "none" and place["clear"] == "right"
     assert row(capsys.readouterr().out, "all")[:4] == ["all", "4", "1", "0"]
 
@@ -109,10 +109,10 @@ def test_the_bound_is_over_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted"), [([1.0] * 19 + [5.0], 1.0), ([1.0] * 18 + [5.0, None], 5.0), ([None], None)]
+    ("strengths", "wanted"), [([1.0] * 19 + [5.0], 1.0), ([1.0] * 18 + [5.0, None], 5.0), ([None], None)]
 )
-def test_a_fault_is_seen_when_19_of_20_seeds_are_refused(found: list[float | None], wanted: float | None) -> None:
-    assert summary.quantile(found) == wanted
+def test_a_fault_is_seen_when_19_of_20_seeds_are_refused(strengths: list[float | None], wanted: float | None) -> None:
+    assert summary.quantile(strengths) == wanted
 
 
 def test_other_words_are_the_same_rule_and_other_numbers_are_not(
@@ -142,8 +142,8 @@ def test_records_of_another_rule_do_not_count(tmp_path: Path) -> None:
 def test_the_former_rule_allows_three_times_pytorchs_error() -> None:
     rng = np.random.default_rng(0)
     truth, error = rng.standard_normal((64, 32)), 1e-3 * rng.standard_normal((64, 32))
-    found = today.shares(truth, truth + error, truth + 3 * error)
-    assert all(found[name] == pytest.approx(1, rel=1e-2) for name in ("max_abs", "relative", "cosine", "kl"))
+    shares = today.shares(truth, truth + error, truth + 3 * error)
+    assert all(shares[name] == pytest.approx(1, rel=1e-2) for name in ("max_abs", "relative", "cosine", "kl"))
     raised = today.shares(truth, truth + error, truth + 6 * error)
     assert raised["kl"] == pytest.approx(2, rel=2e-2)
 

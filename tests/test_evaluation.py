@@ -16,8 +16,8 @@ from tests.support import Forgetful
 def test_it_is_the_cross_entropy_of_the_windows() -> None:
     model = small_decoder()
     tokens = np.random.default_rng(0).integers(0, 256, 65)
-    found = loss_by_length(EagerBackend(model), tokens, [16, 64])
-    for length, loss in found.items():
+    losses = loss_by_length(EagerBackend(model), tokens, [16, 64])
+    for length, loss in losses.items():
         windows = torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in range(0, 64, length)]))
         mask, positions = torch.ones_like(windows[:, 1:]), torch.arange(length).expand(len(windows), -1)
         logits, _ = model(windows[:, :-1], mask, positions, model.empty_cache(len(windows)))

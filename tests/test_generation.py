@@ -114,10 +114,10 @@ def test_a_stop_string_ends_its_own_text_alone(bundle: Bundle, backend: Backend)
     options = SamplingParams(max_new_tokens=40, temperature=1.0, seed=3)
 
     def texts(*stop: str) -> list[str]:
-        found = ["", ""]
+        whole = ["", ""]
         for row, piece in generate_text(backend, text, prompts, options, stop=stop):
-            found[row] += piece
-        return found
+            whole[row] += piece
+        return whole
 
     whole = texts()
     stop = next(whole[0][i : i + 3] for i in range(10, 30) if whole[0][i : i + 3] not in whole[1])
@@ -152,8 +152,8 @@ def test_logits_and_log_probabilities_of_a_sequence(chunk: int | None, backend: 
     same_function(logits(backend, ids, chunk=chunk), wanted[0], truth)
     odds = np.exp(truth) / np.exp(truth).sum(-1, keepdims=True)
     scores = np.log([odds[i, token] for i, token in enumerate(ids[1:])])
-    found = log_probabilities(backend, ids, chunk=chunk)
-    assert found.shape == (6,) and np.abs(found - scores).max() < 64 * EPS * np.abs(truth).max()
+    got = log_probabilities(backend, ids, chunk=chunk)
+    assert got.shape == (6,) and np.abs(got - scores).max() < 64 * EPS * np.abs(truth).max()
     with pytest.raises(ConfigError, match="there is no token"):
         logits(backend, [])
 

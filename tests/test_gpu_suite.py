@@ -124,10 +124,10 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch, launch: cases.Launch, tmp_path: Path) -> program.Suite:
     """A suite on a GPU that is the CPU, with few cases; nothing is compiled."""
-    found = {"name": "Pretended", "total_memory": 1, "L2_cache_size": dry.CACHE, "multi_processor_count": 1}
+    properties = {"name": "Pretended", "total_memory": 1, "L2_cache_size": dry.CACHE, "multi_processor_count": 1}
     fakes: dict[str, Any] = dict.fromkeys(("CUDAGraph", "Event", "Stream"), Pretended) | {
         "get_device_capability": lambda _: (9, 0),
-        "get_device_properties": lambda _: SimpleNamespace(**found, major=9, minor=0),
+        "get_device_properties": lambda _: SimpleNamespace(**properties, major=9, minor=0),
         **dict.fromkeys(("graph", "stream"), lambda _: contextlib.nullcontext()),
         **dict.fromkeys(("synchronize", "_sleep", "current_stream", "empty_cache"), lambda *_: None),
     }

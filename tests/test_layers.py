@@ -71,11 +71,11 @@ def test_no_module_imports_itself_by_way_of_others(tmp_path: Path) -> None:
 
 def test_no_test_is_imported_by_another() -> None:
     tests = modules((ROOT, ROOT / "tests"))
-    found = {
+    borrowed = {
         name: [each for each in imported(path) if each.rpartition(".")[2].startswith("test_")]
         for name, path in tests.items()
     }
-    assert {name: others for name, others in found.items() if others} == {}
+    assert {name: others for name, others in borrowed.items() if others} == {}
 
 
 @pytest.mark.parametrize("code", ["import fope_export", "from fope_export.cli import main; main(['--help'])"])
@@ -162,8 +162,8 @@ def test_type_checkers_see_through_the_door(tmp_path: Path) -> None:
         for file in (right, wrong)
     }
     assert "Success" in done[right], done[right]
-    found = [line.rpartition("[")[2] for line in done[wrong].splitlines() if "error" in line and "[" in line]
-    assert found == ["attr-defined]", "call-arg]", "arg-type]", "attr-defined]"], done[wrong]
+    codes = [line.rpartition("[")[2] for line in done[wrong].splitlines() if "error" in line and "[" in line]
+    assert codes == ["attr-defined]", "call-arg]", "arg-type]", "attr-defined]"], done[wrong]
 
 
 def test_the_package_runs_as_a_program() -> None:

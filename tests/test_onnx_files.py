@@ -16,8 +16,8 @@ NESTED = {"TensorTypeProto": "TypeProto.Tensor", "DimensionProto": "TensorShapeP
 
 def descriptor(name: str) -> Descriptor:
     outer, _, inner = NESTED.get(name, name).partition(".")
-    found = getattr(onnx, outer).DESCRIPTOR
-    return found.nested_types_by_name[inner] if inner else found
+    message = getattr(onnx, outer).DESCRIPTOR
+    return message.nested_types_by_name[inner] if inner else message
 
 
 @pytest.mark.parametrize("name", MESSAGES)

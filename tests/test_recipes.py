@@ -26,9 +26,9 @@ def test_the_files_of_a_recipe_exist(recipe: str) -> None:
 
 
 def test_what_a_recipe_says_is_in_a_file_is_there() -> None:
-    found = [pair for text in RECIPES.values() for pair in NAMED.findall(text)]
-    assert len(found) >= 6
-    for name, path in found:
+    pairs = [pair for text in RECIPES.values() for pair in NAMED.findall(text)]
+    assert len(pairs) >= 6
+    for name, path in pairs:
         assert re.search(rf"^(class |def )?{name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{name} in {path}"
 
 

@@ -22,8 +22,8 @@ def test_everybody_runs_once_in_every_round() -> None:
         ran.append(name)
         return len(ran)
 
-    found = in_turn({name: partial(run, name) for name in "ab"}, 3, begin=begun.append)
-    assert "".join(ran) == "abbaab" and found == {"a": [1, 4, 5], "b": [2, 3, 6]} and begun == [0, 1, 2]
+    results = in_turn({name: partial(run, name) for name in "ab"}, 3, begin=begun.append)
+    assert "".join(ran) == "abbaab" and results == {"a": [1, 4, 5], "b": [2, 3, 6]} and begun == [0, 1, 2]
 
 
 def test_one_slow_round_moves_no_median() -> None:

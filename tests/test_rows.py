@@ -36,9 +36,9 @@ def names_in(file: Path) -> set[str]:
 
 
 def test_no_other_file_knows_a_row() -> None:
-    found = {str(file.relative_to(PACKAGE)): names_in(file) for file in PACKAGE.rglob("*.py")}
-    assert {file: names for file, names in found.items() if names and file not in MAY} == {}
-    assert all(found[file] for file in MAY), "an exception that none needs any more"
+    known = {str(file.relative_to(PACKAGE)): names_in(file) for file in PACKAGE.rglob("*.py")}
+    assert {file: names for file, names in known.items() if names and file not in MAY} == {}
+    assert all(known[file] for file in MAY), "an exception that none needs any more"
 
 
 def test_a_name_is_found_as_a_whole_word(tmp_path: Path) -> None:

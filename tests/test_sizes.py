@@ -26,7 +26,7 @@ def test_no_file_is_long() -> None:
 
 @pytest.mark.parametrize("folder", ["fope_export", "scripts", "tests"])
 def test_no_function_is_long(folder: str) -> None:
-    found = {name: n for path in (ROOT / folder).rglob("*.py") for name, n in functions(path).items()}
-    assert found and {name: lines for name, lines in found.items() if lines > FUNCTION} == {}
+    lengths = {name: n for path in (ROOT / folder).rglob("*.py") for name, n in functions(path).items()}
+    assert lengths and {name: lines for name, lines in lengths.items() if lines > FUNCTION} == {}
     if folder == "fope_export":
-        assert statistics.median(found.values()) <= MEDIAN
+        assert statistics.median(lengths.values()) <= MEDIAN

@@ -80,8 +80,8 @@ def _byte_fallback() -> Tokenizer:
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    found: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return found
+    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
+    return merges
 
 
 def llama2() -> Tokenizer:

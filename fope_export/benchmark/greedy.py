@@ -66,9 +66,9 @@ def answer(contender: Contender, prompts: Ids, new: int) -> Ids:
 
 def scores(contender: Contender, prompts: Ids, answers: Ids) -> Logits:
     """Logits [B, N, V] that a contender gives for each of the tokens of answers [B, N], whoever chose them."""
-    found = [contender.begin(prompts, answers.shape[1])]
-    found += [contender.feed(tokens) for tokens in answers.T[:-1]]
-    return np.stack(found, axis=1)
+    steps = [contender.begin(prompts, answers.shape[1])]
+    steps += [contender.feed(tokens) for tokens in answers.T[:-1]]
+    return np.stack(steps, axis=1)
 
 
 def distance(reference: Logits, got: Logits, answers: Ids) -> float:

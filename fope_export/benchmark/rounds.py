@@ -24,13 +24,13 @@ def in_turn(
     begin: Callable[[int], None] = lambda number: None,
 ) -> dict[K, list[T]]:
     """What each task gives in every round, with `pause` seconds after it; `begin` is told a round's number."""
-    found: dict[K, list[T]] = {name: [] for name in tasks}
+    results: dict[K, list[T]] = {name: [] for name in tasks}
     for number, order in enumerate(turns([*tasks], rounds)):
         begin(number)
         for name in order:
-            found[name].append(tasks[name]())
+            results[name].append(tasks[name]())
             time.sleep(pause)
-    return found
+    return results
 
 
 def medians(times: Mapping[K, Sequence[float]], digits: int, *, unit: float = 1.0) -> dict[K, float]:

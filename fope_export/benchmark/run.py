@@ -295,18 +295,18 @@ def _compare(worker: Worker, referee: Worker, vocabulary: int, folder: str) -> f
     """Let the referee score what the worker answers."""
     prompts = prompt(2, CHECKED, vocabulary)
     tokens = worker.ask("answer", prompts=prompts, new=ANSWERED)["tokens"]
-    found = []
+    logits = []
     for name, each in (("reference", referee), ("got", worker)):
         file = f"{folder}/{name}.npy"
         each.ask("scores", prompts=prompts, tokens=tokens, file=file)
-        found.append(np.load(file))
-    return distance(found[0], found[1], np.array(tokens))
+        logits.append(np.load(file))
+    return distance(logits[0], logits[1], np.array(tokens))
 
 
 def prompt(batch: int, length: int, vocabulary: int) -> list[list[int]]:
     """Random tokens, the same for everyone; not 0, which may be padding."""
-    found: list[list[int]] = np.random.default_rng(0).integers(1, vocabulary, (batch, length)).tolist()
-    return found
+    tokens: list[list[int]] = np.random.default_rng(0).integers(1, vocabulary, (batch, length)).tolist()
+    return tokens
 
 
 def _measure(

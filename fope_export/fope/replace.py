@@ -43,20 +43,20 @@ def replace_rotary(
     1
     """
     wanted = old if not isinstance(old, type) else lambda part: isinstance(part, old)
-    found = places(module, wanted)
-    if not found:
+    chosen = places(module, wanted)
+    if not chosen:
         kinds = sorted({type(part).__name__ for part in module.modules()})
         raise ConfigError(
             f"no part of {type(module).__name__} is {getattr(old, '__name__', old)}",
             hint=f"It is made of {', '.join(kinds)}.",
         )
-    made = {part: make(part).train(part.training) for part in dict.fromkeys(part for *_, part in found)}
+    made = {part: make(part).train(part.training) for part in dict.fromkeys(part for *_, part in chosen)}
     if same:
         paths = {part: path for path, part in module.named_modules()}
         calls = None if inputs is None else seen_calls(module, list(made), inputs)
         for part, new in made.items():
             _compare(paths[part], part, new, drawn_calls(part, new) if calls is None else calls[part])
-    for parent, name, part in found:
+    for parent, name, part in chosen:
         parent.register_module(name, made[part])
     return len(made)
 
@@ -65,12 +65,12 @@ def _compare(path: str, part: nn.Module, new: nn.Module, calls: Iterable[Call]) 
     """Raises ConfigError where the two differ, or where no call is taken by both."""
     old, made, compared = alone(part), alone(new), 0
     for call in calls:
-        if (found := difference(old, made, call)) is None:
+        if (deviation := difference(old, made, call)) is None:
             continue
         compared += 1
-        if found.excess > 1:
+        if deviation.excess > 1:
             raise ConfigError(
-                f"{path}: what replaces {type(part).__name__} is not the same: {found.described}",
+                f"{path}: what replaces {type(part).__name__} is not the same: {deviation.described}",
                 hint="Compare pads, pairing, sign, the order of heads and axes, and positions. With `inputs` only the "
                 "module's own calls count, with same=False none.",
             )
@@ -83,8 +83,8 @@ def _compare(path: str, part: nn.Module, new: nn.Module, calls: Iterable[Call]) 
 
 def places(parent: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, part) of every part that is wanted; inside such a part nothing more is looked for."""
-    found = []
+    parts = []
     for name, part in parent._modules.items():
         if part is not None:
-            found += [(parent, name, part)] if wanted(part) else places(part, wanted)
-    return found
+            parts += [(parent, name, part)] if wanted(part) else places(part, wanted)
+    return parts

@@ -133,11 +133,11 @@ def _numbers(part: nn.Module, length: int) -> list[dict[str, Any]]:
     """What parameters of each role may be: positions of each row [B, S], or of all rows [S]. One is enough for a part
     that has none.
     """
-    found = []
+    choices = []
     for start in STARTS:
         positions = torch.arange(length) + start * torch.tensor([[1], [20]])
-        found += [{POSITIONS: each, START: start, LENGTH: length} for each in (positions, positions[0])]
-    return found if any(_role(name) in ROLES for name in _parameters(part)) else found[:1]
+        choices += [{POSITIONS: each, START: start, LENGTH: length} for each in (positions, positions[0])]
+    return choices if any(_role(name) in ROLES for name in _parameters(part)) else choices[:1]
 
 
 def _calls(

@@ -97,10 +97,10 @@ def _same(node: ir.Node, kind: str, inputs: Sequence[ir.Value | None], attribute
 
 def reader(value: ir.Value, op_type: str) -> ir.Node:
     """The one node of its kind that reads `value`. Raises PreconditionError where it is none or several."""
-    found = [node for node, _ in value.uses() if node.op_type == op_type]
-    if len(found) != 1:
-        raise PreconditionError(f"{value.name} is read by {len(found)} {op_type} nodes, expected one")
-    return found[0]
+    readers = [node for node, _ in value.uses() if node.op_type == op_type]
+    if len(readers) != 1:
+        raise PreconditionError(f"{value.name} is read by {len(readers)} {op_type} nodes, expected one")
+    return readers[0]
 
 
 def maker(value: ir.Value | None, *op_types: str) -> ir.Node:

@@ -60,8 +60,8 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
                 measured = optimizer.quantize(copy.deepcopy(model).float(), recipe, forward_loop=run)
         except AssertionError as cause:  # how it refuses what is not finite
             raise ExportError(f"Model Optimizer cannot calibrate the model: {cause}", hint=HINT) from cause
-    found = {name: _ranges(part) for name, part in measured.named_modules() if isinstance(part, nn.Linear)}
-    return {name: each for name, each in found.items() if each}
+    ranges = {name: _ranges(part) for name, part in measured.named_modules() if isinstance(part, nn.Linear)}
+    return {name: each for name, each in ranges.items() if each}
 
 
 def _ranges(layer: Any) -> Ranges | None:
@@ -107,13 +107,13 @@ def _sampled(checkpoint: Path, text: bytes, length: int) -> NDArray[np.int64]:
 
 def _read_ids(file: Path) -> NDArray[np.int64]:
     if file.suffix == ".npy":
-        found = read_array(file, hint=HINT)
+        ids = read_array(file, hint=HINT)
     else:
         listed = read_json(file, most=LISTING, raises=ConfigError, hint=HINT)
         try:
-            found = np.asarray(listed)
+            ids = np.asarray(listed)
         except ValueError as cause:  # lists of different lengths
             raise ConfigError(f"{file}: {cut(cause)}", hint=HINT) from cause
-    if not np.issubdtype(found.dtype, np.integer):
-        raise ConfigError(f"{file} holds {found.dtype}, expected integers", hint=HINT)
-    return found.astype(np.int64).ravel()
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ConfigError(f"{file} holds {ids.dtype}, expected integers", hint=HINT)
+    return ids.astype(np.int64).ravel()

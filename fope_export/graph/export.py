@@ -297,13 +297,13 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
         TOTAL: ("attention_mask", 1),
         PAST: ("past_key_values.0.key", 2),
     }
-    found = {}
+    symbols = {}
     for name, (value, axis) in where.items():
         shape = inputs[value]
         assert shape is not None
         if not isinstance(shape[axis], int):
-            found[str(shape[axis])] = name
-    return found
+            symbols[str(shape[axis])] = name
+    return symbols
 
 
 @contextmanager

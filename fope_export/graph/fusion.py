@@ -61,13 +61,13 @@ def _sizes(split: ir.Node) -> list[int]:
 
 def attentions(graph: ir.Graph) -> list[Attention]:
     """All of a decoder's. Raises PreconditionError where there is none, or its cache is not the graph's."""
-    found = [Attention.around(node) for node in graph if node.op_type == "Attention"]
-    if not found:
+    layers = [Attention.around(node) for node in graph if node.op_type == "Attention"]
+    if not layers:
         raise PreconditionError("the model has no attention")
-    for cache in (cache for each in found for cache in each.caches):
+    for cache in (cache for each in layers for cache in each.caches):
         if cache.inputs[0] not in graph.inputs or cache.outputs[0] not in graph.outputs:
             raise PreconditionError(f"{cache.name} does not join an input of the model to an output")
-    return found
+    return layers
 
 
 class FuseAttention(Pass):
@@ -172,8 +172,8 @@ class FuseSkipNorm(Pass):
                 raise PreconditionError(f"{node.name} is of more than the last axis")
 
     def call(self, model: ir.Model) -> PassResult:
-        builder, found = GraphBuilder(model), list(_sums(model.graph))
-        for norm in found:
+        builder, norms = GraphBuilder(model), list(_sums(model.graph))
+        for norm in norms:
             total, weight = norm.inputs
             add = maker(total, "Add")
             normed, *_, new = builder.within((norm.name or "").rpartition("/")[0], before=norm).ops(
@@ -183,7 +183,7 @@ class FuseSkipNorm(Pass):
             norm.outputs[0].replace_all_uses_with(normed)
             add.outputs[0].replace_all_uses_with(new)
             builder.remove(norm, add)
-        return PassResult(model, modified=bool(found))
+        return PassResult(model, modified=bool(norms))
 
     def ensures(self, model: ir.Model) -> None:
         if left := [norm.name for norm in _sums(model.graph)]:

@@ -144,7 +144,7 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
     """Its rotations."""
     if module.training:
         raise ExportError(f"{type(module).__name__} is in training mode", hint="Call module.eval() before.")
-    if not (found := rotaries(module)):
+    if not (rotations := rotaries(module)):
         raise ExportError(
             f"{type(module).__name__} has no FopeRotary inside",
             hint="Construct one in its attention, or put it in your own code's place with replace_rotary(module, …).",
@@ -155,7 +155,7 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
                 f"{name} holds NaN or infinity in {weight.dtype}",
                 hint="Was it cast? float16 ends at 65,504: bfloat16 has float32's range.",
             )
-    return found
+    return rotations
 
 
 def _resolved(config: ExportConfig, module: nn.Module) -> ExportConfig:

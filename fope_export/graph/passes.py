@@ -38,15 +38,15 @@ class TransposeWeights(Pass):
                 raise PreconditionError(f"{name} has no numbers")
 
     def call(self, model: ir.Model) -> PassResult:
-        graph, builder, found = model.graph, GraphBuilder(model), list(_transposes(model.graph))
-        for node, tensor in found:
+        graph, builder, transposes = model.graph, GraphBuilder(model), list(_transposes(model.graph))
+        for node, tensor in transposes:
             name = f"{tensor.name}.T"
             known = graph.initializers.get(name)
             weight = known if known is not None else builder.initializer(_transposed(tensor, name))
             node.outputs[0].replace_all_uses_with(weight)
             graph.remove(node, safe=True)
         drop_unused(graph)
-        return PassResult(model, modified=bool(found))
+        return PassResult(model, modified=bool(transposes))
 
     def ensures(self, model: ir.Model) -> None:
         if left := [tensor.name for _, tensor in _transposes(model.graph)]:
@@ -87,10 +87,10 @@ class AttachRotary(Pass):
         if not calls:
             raise PreconditionError(f"the model makes no call of {contract.DOMAIN}::{contract.NAME}")
         for node in calls:
-            found = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
-            if found != contract.DISPATCH:
+            carried = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
+            if carried != contract.DISPATCH:
                 raise PreconditionError(
-                    f"{node.name} carries {found}, not {contract.DISPATCH}: no plugin would be found"
+                    f"{node.name} carries {carried}, not {contract.DISPATCH}: no plugin would be found"
                 )
 
     def call(self, model: ir.Model) -> PassResult:
@@ -119,7 +119,7 @@ class CastBFloat16ToFloat32(Pass):
         self._narrow, self._from, self._to = narrow.precision, element_of(narrow), element_of(wide)
 
     def requires(self, model: ir.Model) -> None:
-        if not any(_found(model.graph, self._from)):
+        if not any(_computed_in(model.graph, self._from)):
             raise PreconditionError(f"the model has nothing in {self._narrow}")
 
     def call(self, model: ir.Model) -> PassResult:
@@ -142,11 +142,11 @@ class CastBFloat16ToFloat32(Pass):
             node.replace_input_with(port, wide)
 
     def ensures(self, model: ir.Model) -> None:
-        if left := next(_found(model.graph, self._from), None):
+        if left := next(_computed_in(model.graph, self._from), None):
             raise PostconditionError(f"{left} is in {self._narrow}")
 
 
-def _found(graph: ir.Graph, dtype: ir.DataType) -> Iterator[str | None]:
+def _computed_in(graph: ir.Graph, dtype: ir.DataType) -> Iterator[str | None]:
     """Names of what is computed in a dtype: values, weights that are read as they are, and nodes that make them so."""
     yield from (value.name for value in _values(graph) if value.dtype == dtype)
     for weight in _weights(graph, dtype):

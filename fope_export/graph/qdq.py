@@ -105,9 +105,9 @@ class InsertQdq(Pass):
         return builder.initializer(ir.Tensor(np.asarray(steps, np.float32), name=name))
 
     def ensures(self, model: ir.Model) -> None:
-        found = {module for module, _ in _layers(model)}
-        if found != set(self._ranges):
-            raise PostconditionError(f"calibration and graph disagree in {found ^ set(self._ranges)}")
+        layers = {module for module, _ in _layers(model)}
+        if layers != set(self._ranges):
+            raise PostconditionError(f"calibration and graph disagree in {layers ^ set(self._ranges)}")
 
 
 def _module(node: ir.Node) -> str:
@@ -148,15 +148,15 @@ class ExactInputs(Pass):
             raise PreconditionError("no layer rounds its inputs")
 
     def call(self, model: ir.Model) -> PassResult:
-        found = list(_layers(model))
-        for _, (small, _) in found:
+        layers = list(_layers(model))
+        for _, (small, _) in layers:
             (back,) = small.outputs[0].consumers()
             x = small.inputs[0]
             assert x is not None
             back.outputs[0].replace_all_uses_with(x)
             model.graph.remove([back, small], safe=True)
         drop_unused(model.graph)
-        return PassResult(model, modified=bool(found))
+        return PassResult(model, modified=bool(layers))
 
     def ensures(self, model: ir.Model) -> None:
         if left := [module for module, _ in _layers(model)]:

@@ -46,8 +46,8 @@ class Rotation:
 
     def numbers(self) -> list[NDArray[np.float32]]:
         """freq [D], sin_coef and cos_coef [G, D, F]."""
-        found = [value.const_value for value in (self.node.inputs[port] for port in NUMBERS) if value is not None]
-        return [tensor.numpy() for tensor in found if tensor is not None]
+        tensors = [value.const_value for value in (self.node.inputs[port] for port in NUMBERS) if value is not None]
+        return [tensor.numpy() for tensor in tensors if tensor is not None]
 
     def weights(self) -> list[NDArray[np.float32]]:
         """What D sines (cosines) and a 1 are multiplied by, [D + 1, G * R / 2] each: coefficients, then pads."""
@@ -85,10 +85,10 @@ class Table(NamedTuple):
 
 def rotations(model: ir.Model) -> list[Rotation]:
     """All of a decoder's. Raises PreconditionError where there is none, or one is not as this package writes them."""
-    found = [Rotation.around(node) for node in model.graph if node.domain == contract.DOMAIN]
-    if not found:
+    calls = [Rotation.around(node) for node in model.graph if node.domain == contract.DOMAIN]
+    if not calls:
         raise PreconditionError("the model has no rotation")
-    return found
+    return calls
 
 
 class ShareSeries(Pass):

@@ -37,17 +37,17 @@ def axes_of(names: Sequence[str], dynamic_shapes: Any) -> Axes:
 
 def symbols_of(program: ExportedProgram, names: Sequence[str], axes: Axes) -> dict[str, str]:
     """torch's symbols with the names of their Dims, or <input>_<axis>; `names` are the graph's, in the axes' order."""
-    found: dict[str, str] = {}
+    symbols: dict[str, str] = {}
     for name, given, shape in zip(names, axes.values(), _traced(program), strict=True):
         for axis, size in enumerate(shape):
             free = sorted(map(str, getattr(size, "free_symbols", ())))
             dim = given.get(axis)
             named = getattr(getattr(dim, "root", dim), "__name__", None)
             if len(free) == 1 and named:
-                found[free[0]] = named
+                symbols[free[0]] = named
             elif [str(size)] == free:
-                found.setdefault(free[0], f"{name.replace('.', '_')}_{axis}")
-    return found
+                symbols.setdefault(free[0], f"{name.replace('.', '_')}_{axis}")
+    return symbols
 
 
 def extents(program: ExportedProgram, example: Iterable[Tensor], symbols: Mapping[str, str]) -> dict[str, Extent]:
@@ -61,11 +61,11 @@ def extents(program: ExportedProgram, example: Iterable[Tensor], symbols: Mappin
     solved = sympy.solve([traced - size for traced, size in pairs], dict=True)
     values = {str(symbol): int(value) for symbol, value in solved[0].items()} if solved else {}
     limits = {str(expression): limit for expression, limit in program.range_constraints.items()}
-    found = {}
+    ranges = {}
     for symbol, name in symbols.items():
         least, most = (_whole(getattr(limits.get(symbol), end, None)) for end in ("lower", "upper"))
-        found[name] = Extent(max(least or 1, 1), values[symbol], most)
-    return dict(sorted(found.items()))
+        ranges[name] = Extent(max(least or 1, 1), values[symbol], most)
+    return dict(sorted(ranges.items()))
 
 
 def _whole(end: Any) -> int | None:
@@ -93,7 +93,7 @@ def dimensions(model: ir.Model, symbols: Mapping[str, str]) -> dict[str, str]:
 
 
 def _named(values: Iterable[ir.Value], symbols: Mapping[str, str]) -> dict[str, str]:
-    found = {}
+    expressions = {}
     for value in values:
         for size in {str(size.value) for size in value.shape or () if not isinstance(size, int)}:
             expression = sympy.sympify(size)
@@ -103,5 +103,5 @@ def _named(values: Iterable[ir.Value], symbols: Mapping[str, str]) -> dict[str, 
                     hint="Sizes must not depend on values; give every input's axis that changes a Dim.",
                 )
             names = {symbol: sympy.Symbol(symbols[str(symbol)]) for symbol in expression.free_symbols}
-            found[size] = str(expression.subs(names))
-    return found
+            expressions[size] = str(expression.subs(names))
+    return expressions

@@ -44,7 +44,7 @@ def steps(model: ir.Model) -> Steps:
 
 def decoder_inputs(model: ir.Model) -> dict[str, ir.Value]:
     """A decoder's inputs by name. Raises PreconditionError where one is missing."""
-    found = {value.name: value for value in model.graph.inputs if value.name}
-    if missing := {"input_ids", "attention_mask", "position_ids"} - found.keys():
+    inputs = {value.name: value for value in model.graph.inputs if value.name}
+    if missing := {"input_ids", "attention_mask", "position_ids"} - inputs.keys():
         raise PreconditionError(f"the model has no input {min(missing)}")
-    return found
+    return inputs

@@ -90,10 +90,10 @@ def _listed(names: Iterable[str]) -> str:
 
 def _next_step(wanted: Container[str], names: Iterable[str]) -> str:
     """Where tensors are missing."""
-    found = sorted(_prefixes(wanted, names) - {""})
-    if not found:
+    prefixes = sorted(_prefixes(wanted, names) - {""})
+    if not prefixes:
         return "The configuration describes a larger model or another layout."
-    return f"Names begin with {' and with '.join(found[:2])}: save the state_dict of one model alone."
+    return f"Names begin with {' and with '.join(prefixes[:2])}: save the state_dict of one model alone."
 
 
 def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:

@@ -109,8 +109,8 @@ def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
             hint="Say where it is with --checkpoint, or bring it back.",
         )
     checkpoint = load_checkpoint(folder)
-    if (found := checkpoint.hashes()) != source.files:
-        differing = sorted(name for name in found.keys() | source.files if found.get(name) != source.files.get(name))
+    if (hashes := checkpoint.hashes()) != source.files:
+        differing = sorted(name for name in hashes.keys() | source.files if hashes.get(name) != source.files.get(name))
         raise BundleError(
             f"{folder} is not the checkpoint that {bundle.path} was exported from: {', '.join(differing)} differ",
             hint="Give the original with --checkpoint, or export again.",

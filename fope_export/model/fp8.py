@@ -49,9 +49,9 @@ class Fp8:
     def of(cls, config: Mapping[str, Any]) -> "Fp8":
         """Raises ConfigError naming the first field that means another way of storing."""
         for name, supported in SUPPORTED.items():
-            if (found := config.get(name)) not in supported:
+            if (given := config.get(name)) not in supported:
                 wanted = " or ".join(repr(value) for value in supported if value is not None)
-                raise ConfigError(f"quantization_config.{name} is {found!r}, and only {wanted} is supported", hint=HINT)
+                raise ConfigError(f"quantization_config.{name} is {given!r}, and only {wanted} is supported", hint=HINT)
         if unknown := sorted(config.keys() - SUPPORTED.keys() - {EXCEPT}):
             raise ConfigError(f"quantization_config.{unknown[0]} is not known, and could mean other weights", hint=HINT)
         plain = config.get(EXCEPT) or []

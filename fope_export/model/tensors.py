@@ -45,13 +45,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     for name in shards:
         if not (path.parent / name).exists():
             raise CheckpointError(f"{path}: {cut(name)} is not there", hint="Copy all files that the index names.")
-    found = {key: (name, tensor) for name in shards for key, tensor in _read_file(path.parent / name).items()}
-    if misplaced := [key for key in found.keys() | index.keys() if found.get(key, ("",))[0] != index.get(key)]:
+    tensors = {key: (name, tensor) for name in shards for key, tensor in _read_file(path.parent / name).items()}
+    if misplaced := [key for key in tensors.keys() | index.keys() if tensors.get(key, ("",))[0] != index.get(key)]:
         raise CheckpointError(
             f"{path}: {cut(min(misplaced))} is not in the file that the index says",
             hint="Index and files are of different checkpoints.",
         )
-    return {key: tensor for key, (_, tensor) in found.items()}, shards
+    return {key: tensor for key, (_, tensor) in tensors.items()}, shards
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -125,9 +125,9 @@ def read_array(path: Path, *, hint: str) -> NDArray[Any]:
     size = check_file(path, raises=ConfigError, hint=hint)
     try:
         with np.errstate(over="raise"):
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError, ArithmeticError) as cause:
         raise ConfigError(f"{path}: not an array that was saved by NumPy: {cut(cause)}", hint=hint) from cause
-    if not isinstance(found, np.ndarray) or math.prod(found.shape) * found.itemsize > size:
+    if not isinstance(array, np.ndarray) or math.prod(array.shape) * array.itemsize > size:
         raise ConfigError(f"{path}: not one array that was saved by NumPy", hint=hint)
-    return found
+    return array

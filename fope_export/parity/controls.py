@@ -30,14 +30,14 @@ class Control:
     @contextmanager
     def made(self, model: nn.Module) -> Iterator[None]:
         """Every rotation inside `model` makes the mistake; the model is whole again afterwards."""
-        found = places(model, lambda part: isinstance(part, FopeRotary))
+        rotations = places(model, lambda part: isinstance(part, FopeRotary))
         try:
-            for parent, name, right in found:
+            for parent, name, right in rotations:
                 assert isinstance(right, FopeRotary)
                 parent.register_module(name, self.rotary(right))
             yield
         finally:
-            for parent, name, right in found:
+            for parent, name, right in rotations:
                 parent.register_module(name, right)
 
     @contextmanager

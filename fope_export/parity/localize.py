@@ -75,16 +75,16 @@ def divergence_of(
     for module, names in values.items():
         for name in names:
             if name in truth and truth[name].shape == got[name].shape:
-                found = [_by_token(outputs[name]) for outputs in (truth, got, *noisy)]
-                ratios = _ratios(*found, eps=eps, allowance=allowance)
+                rows = [_by_token(outputs[name]) for outputs in (truth, got, *noisy)]
+                ratios = _ratios(*rows, eps=eps, allowance=allowance)
                 for ratio in over(ratios, LIMITS):
                     return Divergence(module, name, ratio, ratios[ratio], LIMITS[ratio])
     return None
 
 
 def _ratios(truth: Floats, got: Floats, *members: Floats, eps: float, allowance: float) -> dict[str, float]:
-    found = Noise.of(truth.astype(np.float64), members, eps, allowance).ratios(truth, got)
-    return {name: found[name] for name in LIMITS}
+    ratios = Noise.of(truth.astype(np.float64), members, eps, allowance).ratios(truth, got)
+    return {name: ratios[name] for name in LIMITS}
 
 
 def _by_token(array: Floats) -> Floats:
@@ -95,7 +95,7 @@ def _by_token(array: Floats) -> Floats:
 def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the checkpoint's tensors that the graph holds with other values, or not at all, in the graph's order."""
     state = model.state_dict()
-    found = []
+    different = []
     for name, value in load_onnx(bundle.model).graph.initializers.items():
         source = name.removesuffix(".T")
         if source in state and value.const_value is not None:
@@ -105,8 +105,8 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
             except (OSError, ValueError):  # data that is not there
                 same = False
             if not same:
-                found.append(source)
-    return found
+                different.append(source)
+    return different
 
 
 def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
@@ -114,15 +114,15 @@ def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
     graph = read_onnx(bundle.model).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     calls = [node for node in graph.node if node.domain == contract.DOMAIN]
-    found = []
+    different = []
     for module, rotary in rotaries(model).items():
         call = next((node for node in calls if node.name.startswith(f"{module}/")), onnx.NodeProto())
         owner = model.get_submodule(module.rpartition(".")[0])
         carried = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
         wanted = _attributes(rotary.config, owner, types.get(next(iter(call.input), ""), 0))
         if any(name not in carried or not np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items()):
-            found.append(module)
-    return found
+            different.append(module)
+    return different
 
 
 def _attributes(config: SpectrumConfig, owner: nn.Module, dtype: int) -> dict[str, float]:

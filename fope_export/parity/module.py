@@ -227,7 +227,7 @@ def _drawn(port: Port, sizes: Mapping[str, int], values: tuple[float, float], ge
 
 
 def _given(bundle: Bundle, module: nn.Module, inputs: Sequence[Inputs]) -> list[ModuleCase]:
-    found = []
+    cases = []
     for i, each in enumerate(inputs):
         tensors = arguments(module, each)
         pairs = list(zip(bundle.manifest.inputs, tensors.values(), strict=False))
@@ -239,8 +239,8 @@ def _given(bundle: Bundle, module: nn.Module, inputs: Sequence[Inputs]) -> list[
                     hint=f"Give {wanted} {port.shape}.",
                 )
         free = [n for port, t in pairs for n, size in zip(t.shape, port.shape, strict=True) if isinstance(size, str)]
-        found.append(ModuleCase(f"input {i}", max(free, default=1), tensors))
-    return found
+        cases.append(ModuleCase(f"input {i}", max(free, default=1), tensors))
+    return cases
 
 
 def _feeds(bundle: Bundle, case: ModuleCase) -> dict[str, NDArray[Any]]:
@@ -274,9 +274,9 @@ def _columns(
 ) -> Iterator[ColumnResult]:
     """Pool the cases of each output, as far as its rows are of one length."""
     for output, name in enumerate(yardstick.outputs):
-        found = [(case, results[output].verdict) for case, results in judged]
-        for width in dict.fromkeys(len(verdict.columns.got) for _, verdict in found):
-            alike = [(case, verdict) for case, verdict in found if len(verdict.columns.got) == width]
+        verdicts = [(case, results[output].verdict) for case, results in judged]
+        for width in dict.fromkeys(len(verdict.columns.got) for _, verdict in verdicts):
+            alike = [(case, verdict) for case, verdict in verdicts if len(verdict.columns.got) == width]
 
             def again(alike: list[tuple[ModuleCase, Verdict]] = alike, output: int = output) -> list[Noise]:
                 return [yardstick.looks(case)[output].again() for case, _ in alike]
@@ -320,9 +320,9 @@ def _check_source(bundle: Bundle, module: nn.Module) -> ModuleRecord:
 
 def _contradictions(bundle: Bundle, record: ModuleRecord, module: nn.Module) -> dict[str, str]:
     """What the manifest says about the rotations and the module does not, as a reason against the manifest."""
-    found = rotaries(module)
-    spectra = [rotary.spectrum.describe() for rotary in found.values()]
-    rotations = {name: rotary.config for name, rotary in found.items()}
+    by_name = rotaries(module)
+    spectra = [rotary.spectrum.describe() for rotary in by_name.values()]
+    rotations = {name: rotary.config for name, rotary in by_name.items()}
     same = spectra == bundle.manifest.spectra and rotations == record.rotations
     return {} if same else {MANIFEST: "contradicts the module in its rotations"}
 
@@ -334,5 +334,5 @@ def _place(bundle: Bundle, yardstick: ModuleYardstick, case: ModuleCase | None) 
     if case is None:
         return Place(None, tensors, rotations)
     members = [yardstick.member(case, number) for number in range(MEMBERS)]
-    found = divergence_of(bundle, yardstick.truth(case), members, _feeds(bundle, case), yardstick.eps)
-    return Place(found, tensors, rotations)
+    divergence = divergence_of(bundle, yardstick.truth(case), members, _feeds(bundle, case), yardstick.eps)
+    return Place(divergence, tensors, rotations)

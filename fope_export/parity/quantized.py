@@ -116,9 +116,9 @@ def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
     precision = getattr(torch, arithmetic or bundle.manifest.export.precision)
-    for found in _layers(bundle):
-        layer, weight = _layer(model, found.module), torch.from_numpy(found.weight)
-        if found.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
+    for stored in _layers(bundle):
+        layer, weight = _layer(model, stored.module), torch.from_numpy(stored.weight)
+        if stored.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
         layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
@@ -126,9 +126,9 @@ def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
 
 def round_inputs(bundle: Bundle, model: Decoder) -> None:
     """Have the linear layers of `model` round their inputs as the bundle's do."""
-    for found in _layers(bundle):
-        if found.rounding:
-            _layer(model, found.module).register_forward_pre_hook(partial(_rounded, found.rounding))
+    for stored in _layers(bundle):
+        if stored.rounding:
+            _layer(model, stored.module).register_forward_pre_hook(partial(_rounded, stored.rounding))
 
 
 def _rounded(rounding: Rounding, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -145,10 +145,10 @@ def _layers(bundle: Bundle) -> Iterator[Quantized]:
 
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
-    for found in _layers(bundle):
-        original = _layer(model, found.module).weight.double().numpy()
-        if original.shape != found.weight.shape or not (np.abs(found.weight - original) <= found.allowed).all():
-            yield f"{found.module}.weight"
+    for stored in _layers(bundle):
+        original = _layer(model, stored.module).weight.double().numpy()
+        if original.shape != stored.weight.shape or not (np.abs(stored.weight - original) <= stored.allowed).all():
+            yield f"{stored.module}.weight"
 
 
 def _layer(model: Decoder, name: str) -> nn.Linear:

@@ -117,13 +117,13 @@ class ParityResult:
     def checks(self) -> dict[str, str]:
         """Everything that was checked -> why it failed, or nothing."""
         labels = self.ratio_labels
-        found = {f"case: {each.name}": why(each.verdict, labels) for each in self.cases}
-        found |= {f"every column: {each.name}": why(each.verdict, labels) for each in self.columns}
-        found |= {f"control: {each.name}": "" if each.passed else "a wrong model passed" for each in self.controls}
+        reasons = {f"case: {each.name}": why(each.verdict, labels) for each in self.cases}
+        reasons |= {f"every column: {each.name}": why(each.verdict, labels) for each in self.columns}
+        reasons |= {f"control: {each.name}": "" if each.passed else "a wrong model passed" for each in self.controls}
         if self.cost:
-            found[f"quantization: {self.cost.kind}"] = "; ".join(self.cost.failed)
+            reasons[f"quantization: {self.cost.kind}"] = "; ".join(self.cost.failed)
         files = "; ".join(f"{name} {reason}" for name, reason in self.damaged.items())
-        return found | {"backend": self.broken or ("" if self.cases else "it ran no case"), "files": files}
+        return reasons | {"backend": self.broken or ("" if self.cases else "it ran no case"), "files": files}
 
     @property
     def failures(self) -> dict[str, str]:

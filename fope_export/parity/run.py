@@ -95,7 +95,7 @@ def _compared(
     yardstick = yardstick_of(bundle, model, chosen)
     mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
-    rounded, columns, found = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
+    rounded, columns, by_file = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
     cost, reach, broken = None, None, ""
     try:
         used = load_backend(bundle, chosen)
@@ -108,12 +108,12 @@ def _compared(
             report(case.name, done, len(cases) + len(mistakes))
             look = judging.look(case)
             for which, tested in files.items():
-                found.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
-        columns = [_columns(which, judged, judging) for which, judged in found.items()]
+                by_file.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
+        columns = [_columns(which, judged, judging) for which, judged in by_file.items()]
         rounded += _itself(bundle, chosen, judging, reference)
     except BackendError as error:
         broken = str(error)
-    judged = [each for of_file in zip(*found.values(), strict=False) for each in of_file]
+    judged = [each for of_file in zip(*by_file.values(), strict=False) for each in of_file]
     folding = [_folding(source.model, exported, seed)] if exported.fold_padding else []
     total = len(cases) + len(mistakes)
     controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
@@ -156,11 +156,11 @@ def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[st
     loaded as it is; its own name for another, of which a copy is loaded that does not round activations.
     """
     first, *others = BACKENDS[chosen].variants_of(bundle)
-    found = {"": first.load(bundle, settings)}
+    backends = {"": first.load(bundle, settings)}
     for each in others:
         with exact(bundle, each.files(bundle)[0]) as copied:
-            found[f", {each.name}"] = each.load(copied, settings)
-    return found
+            backends[f", {each.name}"] = each.load(copied, settings)
+    return backends
 
 
 def _itself(bundle: Bundle, chosen: str, yardstick: Yardstick, case: Case) -> list[CaseResult]:
@@ -239,11 +239,11 @@ def _refusals(
     mistakes: Sequence[Control], case: Case, yardstick: Yardstick, report: Callable[[str, int], None]
 ) -> tuple[ControlResult, ...]:
     """Make each mistake in PyTorch in one case, and let the rule judge it. A mistake that passes is a failure."""
-    look, found = yardstick.look(case), []
+    look, results = yardstick.look(case), []
     for done, control in enumerate(mistakes):
         report(control.name, done)
-        found.append(_refuse(control, case, yardstick, look))
-    return tuple(found)
+        results.append(_refuse(control, case, yardstick, look))
+    return tuple(results)
 
 
 def _refuse(control: Control, case: Case, yardstick: Yardstick, look: Look) -> ControlResult:
@@ -278,8 +278,8 @@ def _place(bundle: Bundle, model: Decoder, yardstick: Yardstick, cases: Sequence
     """Where a failed bundle differs from its checkpoint: tensors, rotations, and the first node in one of the cases."""
     tensors, rotations = different_tensors(bundle, model), different_rotations(bundle, model)
     tensors += cost.strays if cost else ()
-    found = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)
-    return Place(next((each for each in found if each), None), tuple(tensors), tuple(rotations))
+    divergences = (first_divergence(bundle, yardstick, _excerpt(case)) for case in cases)
+    return Place(next((each for each in divergences if each), None), tuple(tensors), tuple(rotations))
 
 
 def _excerpt(case: Case) -> Feeds:

@@ -35,11 +35,11 @@ class Library:
 
     def refusal(self, packages: Mapping[str, str]) -> str:
         """Why the installed `packages` (versions by name) cannot do, or nothing."""
-        found = packages.get(self.distribution)
-        if found is None:
+        given = packages.get(self.distribution)
+        if given is None:
             return f"{self.distribution} is not installed: pip install 'fope-export[{self.extra}]'"
         wanted = ".".join(map(str, self.minimum))
-        return "" if version_of(found) >= self.minimum else f"{self.distribution} is {found}, and {wanted} is needed"
+        return "" if version_of(given) >= self.minimum else f"{self.distribution} is {given}, and {wanted} is needed"
 
 
 LIBRARIES = {

@@ -61,8 +61,8 @@ HARNESS = Target("harness", ("harness.cpp",), (*CPLUSPLUS, "-ldl"), tensorrt=Tru
 
 def package_folders(name: str) -> list[Path]:
     """Where an installed Python package lies, without importing it."""
-    found = importlib.util.find_spec(name)
-    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
 
 def find_toolchain(
@@ -107,8 +107,8 @@ def _find_nvcc(environ: Mapping[str, str], packages: Callable[[str], Iterable[Pa
 
 
 def _which(command: str, environ: Mapping[str, str]) -> Path | None:
-    found = shutil.which(command, path=environ.get("PATH", ""))
-    return Path(found) if found else None
+    executable = shutil.which(command, path=environ.get("PATH", ""))
+    return Path(executable) if executable else None
 
 
 def _find_headers(

@@ -91,15 +91,15 @@ def records(bundle: Bundle) -> list[EngineRecord]:
     Raises BackendError where a file that should be a record is not one.
     """
     names = [name for name in bundle.manifest.files if name.startswith(f"{FOLDER}/") and name.endswith(".json")]
-    paths, found = [bundle.path / name for name in names], []
+    paths, engines = [bundle.path / name for name in names], []
     for path in paths:
         check_file(path, raises=BackendError, hint=BUILD_IT)
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:
-            found.append(read_record(path, EngineRecord))
+            engines.append(read_record(path, EngineRecord))
         except DocumentError as cause:
             raise BackendError(f"not an engine's record: {cause}", hint=BUILD_IT) from cause
-    return found
+    return engines
 
 
 def newest_engine(bundle: Bundle) -> EngineRecord:
@@ -108,9 +108,9 @@ def newest_engine(bundle: Bundle) -> EngineRecord:
     Raises BackendError where the bundle has no engine, where that one was built from another model, or where the plan
     is not the one that the record describes.
     """
-    if not (found := records(bundle)):
+    if not (engines := records(bundle)):
         raise BackendError(f"{bundle.path} has no engine", hint=BUILD_IT)
-    record, plan = found[-1], bundle.path / plan_in(bundle, found[-1])
+    record, plan = engines[-1], bundle.path / plan_in(bundle, engines[-1])
     if record.model_sha256 != bundle.manifest.files[MODEL]:
         raise BackendError(f"{plan}: the engine was built from another {MODEL}", hint=BUILD_IT)
     if not plan.is_file() or sha256(plan) != record.plan_sha256:

@@ -121,14 +121,14 @@ def _parse(trt: ModuleType, network: Any, log: Any, request: Request) -> dict[st
             hint="An operator it does not support; a newer TensorRT may. `fope-export inspect` shows the graph.",
         )
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    found = Counter(layer.type.name for layer in layers)
-    if found[PLUGIN_LAYER] != request.plugin_layers:
+    counts = Counter(layer.type.name for layer in layers)
+    if counts[PLUGIN_LAYER] != request.plugin_layers:
         raise BackendError(
-            f"{found[PLUGIN_LAYER]} of {request.plugin_layers} {contract.NAME} nodes became plugin layers",
+            f"{counts[PLUGIN_LAYER]} of {request.plugin_layers} {contract.NAME} nodes became plugin layers",
             hint="The nodes' plugin_namespace or plugin_version does not match the plugin: export again.",
         )
     _allow_parts(trt, layers)
-    return dict(found)
+    return dict(counts)
 
 
 def _allow_parts(trt: ModuleType, layers: Sequence[Any]) -> None:

@@ -66,8 +66,8 @@ def _named(recipe: Recipe, seed: int, work: Path) -> dict[str, object]:
         return Yardstick(EagerBackend(wrong), EagerBackend.in_float64(wrong))
 
     def named(strength: float) -> str:
-        found = first_divergence(bundle, held_against(strength), case.feeds)
-        return NONE if found is None else RIGHT if found.module == module else f"{WRONG}: {found.module}"
+        divergence = first_divergence(bundle, held_against(strength), case.feeds)
+        return NONE if divergence is None else RIGHT if divergence.module == module else f"{WRONG}: {divergence.module}"
 
     just = least(lambda strength: not held_against(strength).look(case).judge(got).passed)
     told: dict[str, object] = {"module": module, "least": just, "sound": named(0.0)}

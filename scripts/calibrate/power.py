@@ -71,8 +71,8 @@ class Right:
         for i, added in effect.items():
             noisy, got = self.noisy[i], self.alone[i]
             wrong = got + strength * added[: len(got)]
-            found = today.shares(self.looks[i].truth[: len(got)], noisy, wrong, self.allowance)
-            if not all(found[name] <= raised[name] for name in found):
+            shares = today.shares(self.looks[i].truth[: len(got)], noisy, wrong, self.allowance)
+            if not all(shares[name] <= raised[name] for name in shares):
                 return True
         return False
 

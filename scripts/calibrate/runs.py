@@ -121,8 +121,8 @@ class Bench:
 
     def missed(self) -> list[str]:
         """The deliberate mistakes that are not refused, which fails a validation too."""
-        found = _refusals(CONTROLS, self.reference, self.plain, lambda name, done: None)
-        return [control.name for control in found if not control.passed]
+        results = _refusals(CONTROLS, self.reference, self.plain, lambda name, done: None)
+        return [control.name for control in results if not control.passed]
 
 
 @dataclass
@@ -176,8 +176,8 @@ def run(asked: Run, work: Path) -> Iterator[Record]:
     missed = bench.missed()
     for name, each in judged.items():
         first = name == FILES[0]
-        found = each.record(bench.columns([verdict for _, verdict in each.verdicts]), bench.rounded if first else ())
-        yield {"file": name} | found | ({"missed": missed} if first else {})
+        record = each.record(bench.columns([verdict for _, verdict in each.verdicts]), bench.rounded if first else ())
+        yield {"file": name} | record | ({"missed": missed} if first else {})
 
 
 def judge_all(role: str, book: Book, work: Path, until: float, part: tuple[int, int] = (1, 1)) -> None:
@@ -199,9 +199,9 @@ def judge_all(role: str, book: Book, work: Path, until: float, part: tuple[int, 
 def _add(asked: Run, role: str, book: Book, work: Path) -> None:
     started = time.process_time()
     try:
-        found = list(run(asked, work))
+        lines = list(run(asked, work))
     except FopeError as error:  # PyTorch itself overflows, or there is no such file: there is nothing to judge
-        found = [{"file": name, "skipped": str(error)} for name in FILES]
+        lines = [{"file": name, "skipped": str(error)} for name in FILES]
     common = {"role": role, "run": [*asked.key, asked.threads]}
-    for record in found:
+    for record in lines:
         book.add(common | record | {"seconds": round(time.process_time() - started, 1)})

@@ -69,12 +69,12 @@ def _alarms(role: str, runs: Sequence[Record]) -> str:
     for line in runs:
         kinds.setdefault(f"{line['instructions']}, threads: {line['run'][3]}", []).append(line)
     rows = [_alarm_row(name, lines) for name, lines in kinds.items()]
-    found = [
+    alarms = [
         f"  {', '.join(map(str, line['run'][:3]))}, {line['file']}: {'; '.join(wrong)}"
         for line in runs
         if (wrong := line["failed"] + [f"not refused: {mistake}" for mistake in line.get("missed", ())])
     ]
-    return "\n".join((f"False alarms, role '{role}'", *_aligned(_ALARM_HEAD, rows), *found))
+    return "\n".join((f"False alarms, role '{role}'", *_aligned(_ALARM_HEAD, rows), *alarms))
 
 
 _ALARM_HEAD = (
@@ -122,8 +122,8 @@ def _power(records: Sequence[Record]) -> str:
         for name in units:
             seeds = [line for line in tried if line["power"][:3] == list(setting) and line["power"][4] == name]
             if seeds:
-                found = [quantile(line[rule] for line in seeds) for rule in ("least", "former", "raised")]
-                numbers = (len(seeds), *map(_strength, found), _compared(found))
+                strengths = [quantile(line[rule] for line in seeds) for rule in ("least", "former", "raised")]
+                numbers = (len(seeds), *map(_strength, strengths), _compared(strengths))
                 rows.append((", ".join(setting), name, *numbers, units[name]))
     head = ("model", "fault", "seeds", "rule", "former", "former, raised", "weaker than", "strength is")
     weaker = [sum(rule in row[6] for row in rows) for rule in ("raised", "former")]
@@ -143,8 +143,8 @@ def _listed(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {each:.3g}" for name, each in times.items())
 
 
-def _compared(found: Sequence[float | None]) -> str:
-    own, former, raised = (float("inf") if each is None else each for each in found)
+def _compared(strengths: Sequence[float | None]) -> str:
+    own, former, raised = (float("inf") if each is None else each for each in strengths)
     worse = [name for name, other in (("raised", raised), ("former", former)) if own > other * SLACK * 1.01]
     return ", ".join(worse)
 
@@ -154,14 +154,14 @@ def _strength(value: float | None) -> str:
 
 
 def _places(records: Sequence[Record]) -> str:
-    found = [line for line in records if "place" in line]
-    if not found:
+    placed = [line for line in records if "place" in line]
+    if not placed:
         return ""
     verdicts = ("right", "none", "wrong")
     rows = []
     labels = {"clear": "10 times what is refused", "just": "only just refused", "sound": "nothing wrong"}
     for what, label in labels.items():
-        given = [line[what].partition(":")[0] for line in found if what in line]
+        given = [line[what].partition(":")[0] for line in placed if what in line]
         rows.append((label, len(given), *(given.count(each) for each in verdicts)))
     return "\n".join(("First module that diverges", *_aligned(("fault", "files", *verdicts), rows)))
 

@@ -15,7 +15,7 @@ def shares(truth: Floats, noisy: Floats, got: Floats, allowance: float = 1.0) ->
     """
     factor, floor = FACTOR * allowance, FLOOR * float(np.abs(truth).max())
     near_tie = np.maximum(factor * np.abs(noisy - truth).max(axis=1), floor)
-    found, own = measure(truth, got, 0.0), measure(truth, noisy, 0.0)
+    measured, own = measure(truth, got, 0.0), measure(truth, noisy, 0.0)
     relative = floor / float(np.sqrt(np.square(truth, dtype=np.float64).mean()))
     limits = {
         "max_abs": max(factor * own.max_abs, floor),
@@ -24,7 +24,7 @@ def shares(truth: Floats, noisy: Floats, got: Floats, allowance: float = 1.0) ->
         "kl": max(factor * own.kl**0.5, 2 * floor / 2**0.5),
     }
     squared = ("cosine", "kl")
-    given = {name: getattr(found, name) ** (0.5 if name in squared else 1.0) / limits[name] for name in limits}
+    given = {name: getattr(measured, name) ** (0.5 if name in squared else 1.0) / limits[name] for name in limits}
     return given | {"flips": _flips(truth, got, near_tie)}
 
 

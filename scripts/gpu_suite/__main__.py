@@ -81,8 +81,8 @@ class Suite:
         self.args, self.folder, self.device = args, folder, torch.device("cuda")
         self.record: dict[str, Any] = {"complete": False}
 
-    def keep(self, **found: Any) -> None:
-        self.record |= found
+    def keep(self, **parts: Any) -> None:
+        self.record |= parts
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
         self.args.out.write_text(json.dumps(self.record, indent=1, allow_nan=False) + "\n")
 
@@ -111,8 +111,8 @@ class Suite:
     def _capability(self) -> tuple[int, int]:
         import torch
 
-        found: tuple[int, int] = torch.cuda.get_device_capability(self.device)
-        return found
+        capability: tuple[int, int] = torch.cuda.get_device_capability(self.device)
+        return capability
 
     def prove(self, compiled: Any) -> list[str]:
         """Every check of the kernel; what failed."""

@@ -79,23 +79,23 @@ class Row:
 
 def rows(*, quick: bool) -> list[Row]:
     """Prefill, then decoding with a warm cache (q and k were just computed) and a cold one (so were many weights)."""
-    found = []
+    chosen = []
     for model in (SMALL, LARGE) if quick else (SMALL, LARGE, *OTHERS):
         main = model in (SMALL, LARGE)
         for length in (2048, 8192) if quick else LENGTHS:
             case = Case(model.shape(1, length), last=None)
-            found.append(Row("prefill", case, warm=False, torch=main and length in (512, 4096, 8192, 32_768)))
+            chosen.append(Row("prefill", case, warm=False, torch=main and length in (512, 4096, 8192, 32_768)))
         for batch in (1, 16) if quick else BATCHES:
             case = Case(model.shape(batch, 1), last=DECODED_TO)
-            found.append(Row("decode", case, warm=True, torch=main and batch in (1, 64)))
+            chosen.append(Row("decode", case, warm=True, torch=main and batch in (1, 64)))
             if main and batch in (1, 8, 64) and not quick:
-                found.append(Row("decode", case, warm=False, torch=False))
+                chosen.append(Row("decode", case, warm=False, torch=False))
     for kind in () if quick else ("bf16", "fp32"):
-        found += [
+        chosen += [
             Row("prefill", Case(LARGE.shape(1, s), kind, last=None), warm=False, torch=False) for s in (2048, 8192)
         ]
-        found.append(Row("decode", Case(LARGE.shape(1, 1), kind, last=DECODED_TO), warm=True, torch=False))
-    return found
+        chosen.append(Row("decode", Case(LARGE.shape(1, 1), kind, last=DECODED_TO), warm=True, torch=False))
+    return chosen
 
 
 class Buffers:
@@ -240,15 +240,15 @@ def aims(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("over_triton", "prefill", "not slower than a fused RoPE in Triton"),
         ("over_triton", "decode", "not slower than a fused RoPE in Triton"),
     )
-    found = []
+    goals = []
     for name, phase, text in wanted:
         values = sorted(r[name] for r in results if r["phase"] == phase and r["kind"] == "fp16" and name in r)
         if not values:
             continue
         reached = [v >= AIMS[name] if name == "share_of_copy" else v <= AIMS[name] for v in values]
         worst = values[0] if name == "share_of_copy" else values[-1]
-        found.append(
+        goals.append(
             {"aim": f"{phase}, fp16: {text}", "measure": name, "wanted": AIMS[name], "worst": worst,
              "median": round(statistics.median(values), 4), "rows": len(values), "reached_in": sum(reached)}
         )  # fmt: skip
-    return found
+    return goals

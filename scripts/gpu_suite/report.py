@@ -22,7 +22,7 @@ def table(record: dict[str, Any]) -> str:
         f"{a['aim']}: worst {a['worst']}, median {a['median']}, reached in {a['reached_in']} of {a['rows']}"
         for a in record["aims"]
     ]
-    verdicts = [f"sanitizer, {name}: {found['verdict']}" for name, found in record["sanitizer"].items()]
+    verdicts = [f"sanitizer, {name}: {result['verdict']}" for name, result in record["sanitizer"].items()]
     return "\n".join(
         (*map("  ".join, padded), "", *goals, *verdicts, f"TensorRT-RTX: {record['tensorrt_rtx']['status']}")
     )

@@ -20,8 +20,8 @@ def find(nvcc: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
     folders = (nvcc.parent, nvcc.resolve().parent, *homes, Path("/usr/local/cuda/bin"))
     places = [folder / "compute-sanitizer" for folder in folders]
     places += [folder.parent / "compute-sanitizer" / "compute-sanitizer" for folder in folders]
-    if found := shutil.which("compute-sanitizer", path=environ.get("PATH")):
-        places.append(Path(found))
+    if command := shutil.which("compute-sanitizer", path=environ.get("PATH")):
+        places.append(Path(command))
     return next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 

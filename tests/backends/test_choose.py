@@ -28,11 +28,11 @@ def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "found", [BARE, replace(EVERYTHING, packages={"torch": "2", "tensorrt": "10.13"})], ids=["bare", "GPU"]
+    "given", [BARE, replace(EVERYTHING, packages={"torch": "2", "tensorrt": "10.13"})], ids=["bare", "GPU"]
 )
-def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
+def test_none_takes_the_place_of_the_usual_one(given: Machine) -> None:
     with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install 'fope-export\[run\]'") as caught:
-        choose(None, found)
+        choose(None, given)
     assert "`run` can also take --backend " in caught.value.hint and "torch" in caught.value.hint
 
 
@@ -51,12 +51,12 @@ def test_none_takes_the_place_of_the_usual_one(found: Machine) -> None:
     ],
 )
 def test_a_version_that_cannot_run_a_bundle_is_named(version: str, export: ExportConfig, reason: str) -> None:
-    found = replace(FULL, packages={**FULL.packages, "onnxruntime": version})
+    given = replace(FULL, packages={**FULL.packages, "onnxruntime": version})
     if not reason:
-        assert choose(None, found, export) == "onnxruntime"
+        assert choose(None, given, export) == "onnxruntime"
         return
     with pytest.raises(BackendError, match=reason):
-        choose(None, found, export)
+        choose(None, given, export)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ RTX = machine("torch", "tensorrt-rtx")
 
 
 @pytest.mark.parametrize(
-    ("found", "reason"),
+    ("given", "reason"),
     [
         (
             FULL,
@@ -106,9 +106,9 @@ RTX = machine("torch", "tensorrt-rtx")
         (replace(RTX, gpus=("NVIDIA H100",), packages={"tensorrt-rtx": "1.2.0"}), "tensorrt-rtx is 1.2.0, and 1.7 is"),
     ],
 )
-def test_tensorrt_refuses_with_the_reason(found: Machine, reason: str) -> None:
+def test_tensorrt_refuses_with_the_reason(given: Machine, reason: str) -> None:
     with pytest.raises(BackendError, match=reason):
-        choose("tensorrt", found)
+        choose("tensorrt", given)
 
 
 def test_tensorrt_needs_a_gpu_to_build_and_rtx_does_not() -> None:
@@ -162,5 +162,5 @@ def test_a_variant_is_had_by_its_name_and_knows_its_files() -> None:
 
 
 def test_this_machine_is_read() -> None:
-    found = read_machine()
-    assert found.cores >= 1 and {"torch", "onnx", "onnxruntime"} <= set(found.packages)
+    given = read_machine()
+    assert given.cores >= 1 and {"torch", "onnx", "onnxruntime"} <= set(given.packages)

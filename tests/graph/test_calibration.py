@@ -25,14 +25,14 @@ def test_ranges_are_the_largest_values_that_pytorch_sees(capfd: pytest.CaptureFi
     model, seen = small_decoder(), {}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for kind in ("int8-qdq", "fp8-qdq"):
-        found = calibrate(model, kind, WINDOWS)
+        ranges = calibrate(model, kind, WINDOWS)
         linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-        assert found.keys() == linear.keys() - {"lm_head"}
+        assert ranges.keys() == linear.keys() - {"lm_head"}
         for name, part in linear.items():
             part.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: [*seen.get(name, []), x[0]]}))
         for ids in torch.from_numpy(WINDOWS)[:, None]:
             model(ids, torch.ones_like(ids), torch.arange(17)[None], model.empty_cache(1))
-        for name, each in found.items():
+        for name, each in ranges.items():
             assert each.inputs == pytest.approx(float(torch.cat(seen[name]).abs().max()), rel=1e-5)
             rows = linear[name].weight.abs()
             wanted = rows.amax(1) if kind == "int8-qdq" else rows.amax()
@@ -44,8 +44,8 @@ def test_ranges_are_the_largest_values_that_pytorch_sees(capfd: pytest.CaptureFi
 def test_a_router_is_not_measured_and_half_types_are_measured_in_float32() -> None:
     experts = ExpertsConfig(count=4, per_token=2, intermediate_size=32, groups=1, normalize=True, layers=(1,))
     model = small_decoder(experts=experts).to(torch.bfloat16)
-    found = calibrate(model, "int8-qdq", WINDOWS)
-    assert len(found) == 6 and not any("router" in name for name in found)
+    ranges = calibrate(model, "int8-qdq", WINDOWS)
+    assert len(ranges) == 6 and not any("router" in name for name in ranges)
     assert model.embed.weight.dtype == torch.bfloat16
 
 
@@ -57,11 +57,11 @@ def test_inputs_that_are_not_finite_are_an_error() -> None:
 
 
 def test_windows_come_from_all_of_the_text_and_are_the_same_again(native: Path, tmp_path: Path) -> None:
-    found = calibration_windows(native, None, 256, 64)
-    assert found.shape == (calibration.SAMPLED // 64, 64) and found.dtype == np.int64
-    np.testing.assert_array_equal(found, calibration_windows(native, None, 256, 64))
+    windows = calibration_windows(native, None, 256, 64)
+    assert windows.shape == (calibration.SAMPLED // 64, 64) and windows.dtype == np.int64
+    np.testing.assert_array_equal(windows, calibration_windows(native, None, 256, 64))
     text = python_source(held_out=False)
-    for row, start in ((found[0], 0), (found[64], len(text) // 2)):
+    for row, start in ((windows[0], 0), (windows[64], len(text) // 2)):
         assert bytes(row.astype(np.uint8)) == text[start : start + 64]
     (tmp_path / "short.txt").write_text("naïve")
     assert calibration_windows(native, tmp_path / "short.txt", 256, 64).shape[1] == 64

@@ -213,8 +213,8 @@ def test_dtypes_and_caches(config: ExportConfig, native: Path, tmp_path: Path) -
     kinds = {onnx.helper.tensor_dtype_to_string(t.data_type) for t in model.graph.initializer if ".rotary." in t.name}
     assert kinds == {"TensorProto.FLOAT"}
     assert all(value == 1 for value in attribute(model, "compute_dtype"))
-    found = validate(made)
-    assert found.passed and len(found.cases) >= 7, [case for case in found.cases if not case.verdict.passed]
+    result = validate(made)
+    assert result.passed and len(result.cases) >= 7, [case for case in result.cases if not case.verdict.passed]
 
 
 def attribute(model: onnx.ModelProto, name: str) -> list[int]:

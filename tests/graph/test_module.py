@@ -143,10 +143,10 @@ def test_a_tampered_bundle_fails_and_says_where(
     change: Callable[[onnx.ModelProto], None], module: str, named: str, spoilt: Bundle, flow: FlowTransformer
 ) -> None:
     spoil(spoilt, change)
-    found = validate_module(spoilt.path, flow, [example(1, 5, 5)])
-    assert not found.passed and found.damaged and not found.cases[0].verdict.passed
-    assert found.place and found.place.divergence and found.place.divergence.module == module
-    assert named in place(found)
+    outcome = validate_module(spoilt.path, flow, [example(1, 5, 5)])
+    assert not outcome.passed and outcome.damaged and not outcome.cases[0].verdict.passed
+    assert outcome.place and outcome.place.divergence and outcome.place.divergence.module == module
+    assert named in place(outcome)
 
 
 def test_garbage_is_no_comparison(spoilt: Bundle, flow: FlowTransformer) -> None:
@@ -158,8 +158,8 @@ def test_garbage_is_no_comparison(spoilt: Bundle, flow: FlowTransformer) -> None
 def test_a_manifest_that_contradicts_the_module_fails(spoilt: Bundle, flow: FlowTransformer) -> None:
     path = spoilt.path / "fope_export.json"
     path.write_text(path.read_text().replace('"sin_pad": 1.0', '"sin_pad": 0.5', 1))
-    found = validate_module(spoilt.path, flow, [example()])
-    assert not found.passed and found.damaged == {path.name: "contradicts the module in its rotations"}
+    outcome = validate_module(spoilt.path, flow, [example()])
+    assert not outcome.passed and outcome.damaged == {path.name: "contradicts the module in its rotations"}
 
 
 def test_controls_leave_the_module_as_it_was(flow: FlowTransformer, result: Any) -> None:
@@ -245,11 +245,11 @@ def test_dictionaries_masks_dtypes_and_shared_rotations(dtype: torch.dtype, name
     record = bundle.manifest.module()
     assert record.calls == 2 and len(record.rotations) == 1 and record.sizes["length"] == Extent(1, 5, 15)
     assert bundle.manifest.export.dtype == name and bundle.manifest.export.opset == 24
-    found = validate_module(bundle, model)
-    assert {"batch 5, length 11: mean", "batch 2, length 15: attention"} <= {case.name for case in found.cases}
-    assert found.passed, (place(found), found)
+    outcome = validate_module(bundle, model)
+    assert {"batch 5, length 11: mean", "batch 2, length 15: attention"} <= {case.name for case in outcome.cases}
+    assert outcome.passed, (place(outcome), outcome)
     wide = torch.finfo(torch.float32 if name == "bf16" else dtype)  # what ONNX Runtime computes it in
-    assert found.dtype == wide.dtype and all(case.own.relative < 10 * wide.eps for case in found.cases)
+    assert outcome.dtype == wide.dtype and all(case.own.relative < 10 * wide.eps for case in outcome.cases)
     assert model.rotary.normalize
 
 
@@ -276,7 +276,7 @@ def test_a_subclass_brings_its_own_layout_and_the_controls_see_through_it(tmp_pa
     model = Scores().eval()
     shapes = {"x": {0: Dim("batch"), 2: Dim("length")}}
     bundle = export_module(model, (torch.randn(2, 4, 9, 16),), tmp_path / "out", dynamic_shapes=shapes)
-    found = validate_module(bundle, model)
-    assert found.passed and all(control.verdict for control in found.controls), found
+    outcome = validate_module(bundle, model)
+    assert outcome.passed and all(control.verdict for control in outcome.controls), outcome
     again = export_module(model, (torch.randn(2, 4, 9, 16),), tmp_path / "again", dynamic_shapes=shapes)
     assert again.manifest.files == bundle.manifest.files

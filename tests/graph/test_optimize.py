@@ -60,15 +60,15 @@ def pair(trio: tuple[Any, Any, Any]) -> tuple[Any, Any]:
 
 def each(backends: tuple[Any, ...], feeds: Feeds, steps: tuple[int, ...], *, last: bool = False) -> list[np.ndarray]:
     """Logits of the real tokens, step after step."""
-    found = []
+    outputs = []
     for backend in backends:
         cache, start, parts = backend.empty_cache(len(feeds.input_ids)), 0, []
         for step in steps:
             logits, cache = backend.step(feeds.part(start, start + step), cache, last=last)
             parts.append(logits)
             start += step
-        found.append(np.concatenate(parts, axis=1))
-    return found
+        outputs.append(np.concatenate(parts, axis=1))
+    return outputs
 
 
 @pytest.mark.parametrize("steps", [(40,), (17, 3, 20), (1,) * 40, (39, 1)], ids=str)
@@ -243,9 +243,9 @@ def test_the_command_line(spoilable: Bundle, capsys: pytest.CaptureFixture[str])
 
 
 def test_validation_covers_both_files(optimized: Bundle) -> None:
-    found = validate(optimized, lengths=(7, 64))
-    assert found.passed
-    names = [case.name for case in found.cases]
+    result = validate(optimized, lengths=(7, 64))
+    assert result.passed
+    names = [case.name for case in result.cases]
     assert names[:4] == ["prefill 7", "prefill 7, optimized", "prefill 64", "prefill 64, optimized"]
     model = onnx.load(optimized.path / OPTIMIZED, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.name == "series.Sin")
@@ -253,9 +253,9 @@ def test_validation_covers_both_files(optimized: Bundle) -> None:
     values[:, :32] = values[:, 31::-1]
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     onnx.save(model, optimized.path / OPTIMIZED)
-    found = validate(optimized, lengths=(7, 64))
-    assert {case.name for case in found.cases if not case.verdict.passed} >= {"prefill 7, optimized"}
-    assert all(case.verdict.passed for case in found.cases if not case.name.endswith("optimized"))
+    result = validate(optimized, lengths=(7, 64))
+    assert {case.name for case in result.cases if not case.verdict.passed} >= {"prefill 7, optimized"}
+    assert all(case.verdict.passed for case in result.cases if not case.name.endswith("optimized"))
 
 
 def test_rounded_activations_cost_what_the_report_says(native: Path, tmp_path: Path) -> None:

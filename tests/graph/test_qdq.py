@@ -65,21 +65,21 @@ def test_every_linear_layer_but_the_last_and_nothing_else(made: Bundle, native: 
     assert sum("QuantizeLinear" in node.op_type for node in nodes.values()) == len(LAYERS)
     assert tensors["lm_head.weight.T"].data_type == tensors["embed.weight"].data_type == FLOATS[config.dtype]
     state = load_checkpoint(native).model.state_dict()
-    for found in read(made.model):
-        error = np.abs(found.weight - state[f"{found.module}.weight"].double().numpy())
-        assert error.max() > 0 and (config.dtype != "fp32" or (error <= found.allowed).all())
+    for stored in read(made.model):
+        error = np.abs(stored.weight - state[f"{stored.module}.weight"].double().numpy())
+        assert error.max() > 0 and (config.dtype != "fp32" or (error <= stored.allowed).all())
 
 
 def test_it_validates_runs_and_says_what_it_is(made: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    found = validate(made, lengths=(1, 64, 200) if made.manifest.export.cache == "dynamic" else (1, 64))
+    result = validate(made, lengths=(1, 64, 200) if made.manifest.export.cache == "dynamic" else (1, 64))
     kind = made.manifest.export.quantize
-    assert found.passed and all(case.verdict.passed for case in found.cases), [
-        (case.name, case.verdict) for case in found.cases if not case.verdict.passed
+    assert result.passed and all(case.verdict.passed for case in result.cases), [
+        (case.name, case.verdict) for case in result.cases if not case.verdict.passed
     ]
-    assert [case.rounded for case in found.cases] == [True] + [False] * (len(found.cases) - 1)
-    assert found.cases[0].own.relative > 2 * found.cases[1].own.relative
-    assert all(control.verdict or control.skipped for control in found.controls)
-    assert found.cost is not None and found.cost.what == f"{kind} weights and inputs" and not found.cost.strays
+    assert [case.rounded for case in result.cases] == [True] + [False] * (len(result.cases) - 1)
+    assert result.cases[0].own.relative > 2 * result.cases[1].own.relative
+    assert all(control.verdict or control.skipped for control in result.controls)
+    assert result.cost is not None and result.cost.what == f"{kind} weights and inputs" and not result.cost.strays
     assert main(["inspect", str(made.path)]) == 0 and f"{kind} layers" in capsys.readouterr().out
     assert main(["inspect", str(made.model)]) == 0 and "nvidia-modelopt" in capsys.readouterr().out
     assert main(["run", str(made.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]) == 0

@@ -57,12 +57,12 @@ def test_linear_layers_are_quantized_and_nothing_else(quantized: Bundle, native:
 
 
 def test_it_validates_and_says_what_it_is(quantized: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    found = validate(quantized)
-    assert found.passed and len(found.cases) >= 7, [case for case in found.cases if not case.verdict.passed]
-    assert all(control.verdict or control.skipped for control in found.controls)
-    assert found.cost is not None and found.cost.kind == quantized.manifest.export.quantize and not found.cost.strays
+    result = validate(quantized)
+    assert result.passed and len(result.cases) >= 7, [case for case in result.cases if not case.verdict.passed]
+    assert all(control.verdict or control.skipped for control in result.controls)
+    assert result.cost is not None and result.cost.kind == quantized.manifest.export.quantize and not result.cost.strays
     assert main(["inspect", str(quantized.path)]) == 0
-    assert f"{found.cost.kind} weights" in capsys.readouterr().out
+    assert f"{result.cost.kind} weights" in capsys.readouterr().out
     assert main(["inspect", str(quantized.model)]) == 0
     assert "blocks of 32" in capsys.readouterr().out
     assert main(["run", str(quantized.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]) == 0
@@ -80,7 +80,7 @@ def test_values_have_shapes_and_onnx_runtime_is_quiet(quantized: Bundle, capfd: 
 def test_the_integers_stand_for_what_the_operator_multiplies_by(quantized: Bundle) -> None:
     """The operator applied to the identity gives the weight; 48 inputs leave half of the last block empty."""
     model = onnx.load(quantized.model)
-    weights = {found.module: found.weight for found in read(quantized.model)}
+    weights = {stored.module: stored.weight for stored in read(quantized.model)}
     assert list(weights) == LAYERS
     node = next(node for node in model.graph.node if node.name.startswith("layers.1.feed_forward.ff_out/"))
     dtype = np.float32 if quantized.manifest.export.dtype == "fp32" else np.float16
@@ -109,8 +109,8 @@ def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:
     assert nodes["embed/Gather"][0] == "lm_head.weight" and nodes[f"lm_head/{OPERATOR}"][1] == "lm_head.weight.int4"
     assert validate(made, lengths=(64,)).passed
     attributes("sin_pad", 0.0, 1)(made)
-    found = validate(made, lengths=(64,))
-    assert not found.passed and found.place and not found.place.tensors
+    result = validate(made, lengths=(64,))
+    assert not result.passed and result.place and not result.place.tensors
 
 
 def test_a_router_keeps_its_weights() -> None:

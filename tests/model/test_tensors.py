@@ -126,9 +126,9 @@ def test_what_holds_no_numbers_is_refused(kind: str, tmp_path: Path) -> None:
     ids=["plain", "shared", "empty", "scalar"],
 )  # fmt: skip
 def test_what_holds_numbers_is_read(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    found, shards = read_tensors(pickled(tensors)(tmp_path))
-    assert not shards and found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    read, shards = read_tensors(pickled(tensors)(tmp_path))
+    assert not shards and read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("shape", [(1 << 40,), (1 << 62, 4), (-1,), (9,)])

@@ -147,10 +147,10 @@ def test_no_more_members_run_where_they_could_change_nothing(scale: float) -> No
 
 def test_columns_are_judged_again_too() -> None:
     def members(numbers: range, size: float) -> list[np.ndarray]:
-        found = [drawn(500 + number) for number in numbers]
-        for logits in found:
+        noisy = [drawn(500 + number) for number in numbers]
+        for logits in noisy:
             logits[:, 5] = TRUTH[:, 5] + size * (logits[:, 5] - TRUTH[:, 5])
-        return found
+        return noisy
 
     noise = Noise.of(TRUTH, members(range(MEMBERS), 0.3), EPS)
     verdicts = [judge(TRUTH, noise, drawn(99)), judge(TRUTH, NOISE, drawn(98))]
@@ -236,10 +236,10 @@ def test_near_ties_are_excused_and_other_flips_are_not() -> None:
 
 def test_the_measures_are_what_they_say() -> None:
     truth, got = np.array([[0.0, math.log(3.0)]]), np.array([[0.0, 0.0]])
-    found = measure(truth, got, allowed=0)
+    measures = measure(truth, got, allowed=0)
     p, q = np.array([0.25, 0.75]), np.array([0.5, 0.5])
-    assert found.kl == pytest.approx(float((p * np.log(p / q)).sum()))
-    assert found.max_abs == pytest.approx(math.log(3)) and found.relative == pytest.approx(1)
+    assert measures.kl == pytest.approx(float((p * np.log(p / q)).sum()))
+    assert measures.max_abs == pytest.approx(math.log(3)) and measures.relative == pytest.approx(1)
     a, b = np.array([[1.0, 2.0, 2.0]]), np.array([[2.0, 1.0, 2.0]])
     assert measure(a, b, allowed=0).cosine == pytest.approx(1 - 8 / 9)
     assert set(METRICS) == {"max_abs", "relative", "cosine", "kl", "flips", "non_finite"}

@@ -67,9 +67,9 @@ def test_a_planted_fault_is_named_or_none_is(name: str, bundle: Bundle) -> None:
         plant(wrong, size)
         yardstick = Yardstick(EagerBackend(wrong), EagerBackend.in_float64(wrong))
         verdict = yardstick.look(case).judge(case.run(load_backend(bundle)))
-        found = first_divergence(bundle, yardstick, case.feeds)
+        divergence = first_divergence(bundle, yardstick, case.feeds)
         refused.append(not verdict.passed or not judge_columns([verdict]).passed)
-        named.append(found.module if found else "")
+        named.append(divergence.module if divergence else "")
     assert refused[0] and not refused[-1]
     assert refused == sorted(refused, reverse=True)
     assert named[0] == module and set(named) <= {module, ""} and named[-1] == ""
@@ -88,6 +88,6 @@ def test_a_rule_that_is_only_just_missed_names_no_layer(
     ratio: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(judging.LIMITS, ratio, 0.5 / CLEAR)  # clear enough for eight members
-    found = validate(bundle, lengths=(7,))
-    assert not found.passed and found.place is not None and found.place.divergence is None
-    assert place(found).endswith("no layer can be named.")
+    result = validate(bundle, lengths=(7,))
+    assert not result.passed and result.place is not None and result.place.divergence is None
+    assert place(result).endswith("no layer can be named.")

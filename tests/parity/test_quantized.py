@@ -102,12 +102,12 @@ SPOILED: dict[str, tuple[Callable[[Bundle], None], str, str]] = {
 def test_a_spoiled_bundle_fails_and_the_layer_is_named_without_the_hash(name: str, spoilable: Bundle) -> None:
     spoil, module, tensor = SPOILED[name]
     spoil(spoilable)
-    found = validate(spoilable, lengths=(7, 64))
-    assert found.place is not None and found.cost is not None
-    assert (found.place.divergence.module if found.place.divergence else "") == module
-    assert found.place.tensors == ((tensor,) if tensor else ())
-    others = all(case.verdict.passed for case in found.cases) and not found.cost.failed
-    assert not found.passed and not others and (module or tensor) in place(found)
+    result = validate(spoilable, lengths=(7, 64))
+    assert result.place is not None and result.cost is not None
+    assert (result.place.divergence.module if result.place.divergence else "") == module
+    assert result.place.tensors == ((tensor,) if tensor else ())
+    others = all(case.verdict.passed for case in result.cases) and not result.cost.failed
+    assert not result.passed and not others and (module or tensor) in place(result)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,11 @@ ROUNDED = SPOILED | {
 def test_a_spoiled_bundle_that_rounds_inputs_fails_too(name: str, rounded: Bundle, tmp_path: Path) -> None:
     spoil, module, tensor = ROUNDED[name]
     spoil(spoilt := Bundle.open(shutil.copytree(rounded.path, tmp_path / "bundle")))
-    found = validate(spoilt, lengths=(7, 64))
-    assert found.place is not None and found.cost is not None
-    assert (found.place.divergence.module if found.place.divergence else "") == module
-    assert found.place.tensors == ((tensor,) if tensor else ())
-    assert not all(case.verdict.passed for case in found.cases) or found.cost.failed
+    result = validate(spoilt, lengths=(7, 64))
+    assert result.place is not None and result.cost is not None
+    assert (result.place.divergence.module if result.place.divergence else "") == module
+    assert result.place.tensors == ((tensor,) if tensor else ())
+    assert not all(case.verdict.passed for case in result.cases) or result.cost.failed
 
 
 def test_inputs_rounded_by_another_scale_than_they_are_restored_by(rounded: Bundle, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_inputs_rounded_by_another_scale_than_they_are_restored_by(rounded: Bund
     node = next(n for n in model.graph.node if n.name == "layers.0.attention.attn_out/DequantizeLinear")
     node.input[1] = "layers.1.feed_forward.ff_out.input_scale"
     onnx.save(model, spoilt.model)
-    found = validate(spoilt, lengths=(64,))
-    assert not found.passed and found.place and found.place.divergence
-    assert found.place.divergence.module == "layers.0.attention.attn_out"
+    result = validate(spoilt, lengths=(64,))
+    assert not result.passed and result.place and result.place.divergence
+    assert result.place.divergence.module == "layers.0.attention.attn_out"
 
 
 def test_a_scale_that_clips_costs_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,19 +169,19 @@ def test_the_cost_is_in_every_report(made: Bundle, spoilable: Bundle, monkeypatc
     row = QUANTIZATIONS["int4"]
     for limit, verdict in ((row.growth, "pass"), (-1.0, "FAIL")):
         monkeypatch.setitem(QUANTIZATIONS, "int4", replace(row, growth=limit))
-        found = validate(made, lengths=(64,))
-        assert found.passed == (verdict == "pass") and found.cost is not None
-        assert found.cost.tokens == SCORED and found.cost.perplexity and found.cost.quantized and found.cost.kl > 0
-        write_parity(spoilable, found)
+        result = validate(made, lengths=(64,))
+        assert result.passed == (verdict == "pass") and result.cost is not None
+        assert result.cost.tokens == SCORED and result.cost.perplexity and result.cost.quantized and result.cost.kl > 0
+        write_parity(spoilable, result)
         record = json.loads((spoilable.path / "reports/parity.json").read_text())["quantization"]
-        assert record["limit"] == limit and record["passed"] == found.passed
-        assert record["growth"] == pytest.approx(found.cost.quantized / found.cost.perplexity - 1)
+        assert record["limit"] == limit and record["passed"] == result.passed
+        assert record["growth"] == pytest.approx(result.cost.quantized / result.cost.perplexity - 1)
         suite = ElementTree.parse(spoilable.path / "reports/parity.xml").getroot()
         case = next(case for case in suite if case.get("name") == "quantization: int4")
-        assert (case.find("failure") is None) == found.passed
-        assert ("perplexity grows by" in parity_page(made, found)) != found.passed
+        assert (case.find("failure") is None) == result.passed
+        assert ("perplexity grows by" in parity_page(made, result)) != result.passed
         written = io.StringIO()
-        print_parity(found, Console(width=250, file=written))
+        print_parity(result, Console(width=250, file=written))
         line = next(line for line in written.getvalue().splitlines() if line.startswith("int4 weights: perplexity"))
         assert verdict in line and "16,384 bytes of held-out Python" in line
 
@@ -190,9 +190,9 @@ def test_without_bytes_only_the_divergence_is_known(tmp_path: Path) -> None:
     checkpoint = write_native(small_decoder(vocab_size=300), tmp_path / "checkpoint")
     (checkpoint / "tokenizer.json").unlink()
     made = export(checkpoint, tmp_path / "out", ExportConfig(quantize="int8"))
-    found = validate(made, lengths=(64,))
-    assert found.passed and found.cost is not None and found.cost.growth is None and 0 < found.cost.kl < 1e-2
-    assert "2,048 random tokens" in parity_page(made, found)
+    result = validate(made, lengths=(64,))
+    assert result.passed and result.cost is not None and result.cost.growth is None and 0 < result.cost.kl < 1e-2
+    assert "2,048 random tokens" in parity_page(made, result)
 
 
 def test_a_layer_that_the_checkpoint_lacks_is_named(spoilable: Bundle) -> None:
@@ -200,8 +200,8 @@ def test_a_layer_that_the_checkpoint_lacks_is_named(spoilable: Bundle) -> None:
     node = next(node for node in model.graph.node if node.name == "lm_head/MatMulNBits")
     node.name = "head/MatMulNBits"
     onnx.save(model, spoilable.model)
-    found = validate(spoilable, lengths=(7,))
-    assert not found.passed and "quantizes head, which is no linear layer" in found.broken
+    result = validate(spoilable, lengths=(7,))
+    assert not result.passed and "quantizes head, which is no linear layer" in result.broken
 
 
 @pytest.mark.parametrize(("kind", "scored"), [("int4", SCORED), ("int8", 1 << 12)])

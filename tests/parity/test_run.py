@@ -70,13 +70,13 @@ def test_every_control_is_refused_by_far(result: ParityResult) -> None:
 
 
 def test_controls_that_a_model_cannot_show_say_why(rope_bundle: Bundle) -> None:
-    found = validate(rope_bundle, lengths=(64,))
-    skipped = {control.name: control.skipped for control in found.controls if control.verdict is None}
+    outcome = validate(rope_bundle, lengths=(64,))
+    skipped = {control.name: control.skipped for control in outcome.controls if control.verdict is None}
     assert skipped == {
         "sine of the padding changed": "no pair is padded",
         "coefficients of two heads swapped": "heads have the same coefficients",
     }
-    assert found.passed
+    assert outcome.passed
 
 
 def test_controls_leave_the_model_as_it_was(bundle: Bundle) -> None:
@@ -96,14 +96,14 @@ def test_a_mistake_that_rounding_hides_is_not_asked_for() -> None:
     yardstick = Yardstick(EagerBackend(model), EagerBackend.in_float64(model))
     case = prefill(model.config, 64, 0)
     shifted = next(control for control in CONTROLS if "shifted" in control.name)
-    (found,) = run._refusals([shifted], case, yardstick, lambda name, done: None)
-    assert found.passed and "without rounding it changes the logits by" in found.skipped
+    (outcome,) = run._refusals([shifted], case, yardstick, lambda name, done: None)
+    assert outcome.passed and "without rounding it changes the logits by" in outcome.skipped
 
 
 def test_a_control_that_passes_breaks_the_check(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CONTROLS", (Control("no mistake at all", lambda spectrum: ""),))
-    found = validate(bundle, lengths=(64,))
-    assert not found.controls[0].passed and not found.passed
+    outcome = validate(bundle, lengths=(64,))
+    assert not outcome.controls[0].passed and not outcome.passed
 
 
 def body(bundle: Bundle) -> None:
@@ -118,15 +118,15 @@ def body(bundle: Bundle) -> None:
 def test_half_precision_hides_no_wrong_padding(dtype: str, cache: CacheName, native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache))
     attributes("sin_pad", 0.0, 1)(made)
-    found = validate(made, lengths=(64,))
-    assert not found.passed and found.place and found.place.divergence
-    assert found.place.divergence.module == "layers.1.attention.rotary"
-    assert sorted(found.damaged) == ["model.onnx"]
+    outcome = validate(made, lengths=(64,))
+    assert not outcome.passed and outcome.place and outcome.place.divergence
+    assert outcome.place.divergence.module == "layers.1.attention.rotary"
+    assert sorted(outcome.damaged) == ["model.onnx"]
     wide = dtype == "bf16"  # ONNX Runtime computes it in float32, and so does what it is held against
-    failed = [case.name for case in found.cases if not case.verdict.passed]
+    failed = [case.name for case in outcome.cases if not case.verdict.passed]
     assert ("prefill 64" in failed) != wide and ("prefill 64, model.onnx itself" in failed) == wide
-    assert found.dtype == ("float32" if wide else "float16")
-    assert found.controls[-1].skipped == ("" if wide else "the model itself is in half precision")
+    assert outcome.dtype == ("float32" if wide else "float16")
+    assert outcome.controls[-1].skipped == ("" if wide else "the model itself is in half precision")
 
 
 def folded(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], None]:
@@ -144,20 +144,20 @@ def folded(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Bundle], Non
 def test_folded_padding_has_a_parity_of_its_own(dtype: str, cache: CacheName, native: Path, tmp_path: Path) -> None:
     made = export(native, tmp_path / "out", ExportConfig(dtype=dtype, cache=cache, fold_padding=True))
     assert made.manifest.decoder().spectrum.rotary_dim == 6
-    found = validate(made, lengths=(7, 64))
-    assert found.passed and found.cases[0].name == "folded against unfolded"
-    assert found.controls[-1].name == "scale of folded padding forgotten" and found.controls[-1].verdict
+    outcome = validate(made, lengths=(7, 64))
+    assert outcome.passed and outcome.cases[0].name == "folded against unfolded"
+    assert outcome.controls[-1].name == "scale of folded padding forgotten" and outcome.controls[-1].verdict
     folded(lambda channels: channels / np.sqrt(channels.dtype.type(2)))(made)
-    found = validate(made, lengths=(7, 64))
-    assert found.cases[0].verdict.passed and not found.cases[1].verdict.passed
-    assert found.place and found.place.divergence
-    assert found.place.divergence.module == "layers.1.attention.att_proj"
+    outcome = validate(made, lengths=(7, 64))
+    assert outcome.cases[0].verdict.passed and not outcome.cases[1].verdict.passed
+    assert outcome.place and outcome.place.divergence
+    assert outcome.place.divergence.module == "layers.1.attention.att_proj"
 
 
 def test_a_wrong_fold_is_noticed(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "scale_of", lambda config: 1.0)
-    found = validate(export(native, tmp_path / "out", ExportConfig(fold_padding=True)), lengths=(7, 64))
-    assert [case.verdict.passed for case in found.cases[:2]] == [False, True] and not found.passed
+    outcome = validate(export(native, tmp_path / "out", ExportConfig(fold_padding=True)), lengths=(7, 64))
+    assert [case.verdict.passed for case in outcome.cases[:2]] == [False, True] and not outcome.passed
 
 
 def one_value(array: np.ndarray) -> np.ndarray:
@@ -199,22 +199,22 @@ def test_a_spoiled_bundle_fails_and_the_layer_is_named(name: str, rehashed: bool
         for n, digest in spoilable.manifest.files.items():
             text = text.replace(digest, files[n])
         manifest.write_text(text)
-    found = validate(spoilable.path, lengths=(7, 64))
-    assert not found.passed and bool(found.damaged) != rehashed
-    assert any(not case.verdict.passed for case in found.cases)
-    assert found.place is not None and found.place.divergence is not None
-    assert found.place.divergence.module == module
-    assert found.place.divergence.error > found.place.divergence.allowed
-    assert found.place.tensors == ((tensor,) if tensor else ())
+    outcome = validate(spoilable.path, lengths=(7, 64))
+    assert not outcome.passed and bool(outcome.damaged) != rehashed
+    assert any(not case.verdict.passed for case in outcome.cases)
+    assert outcome.place is not None and outcome.place.divergence is not None
+    assert outcome.place.divergence.module == module
+    assert outcome.place.divergence.error > outcome.place.divergence.allowed
+    assert outcome.place.tensors == ((tensor,) if tensor else ())
     settings = name in ("padding of layer 1", "padding, slightly", "sign")
-    assert found.place.rotations == ((module,) if settings else ())
+    assert outcome.place.rotations == ((module,) if settings else ())
 
 
 def test_a_change_below_the_noise_is_found_by_hash_and_named(spoilable: Bundle) -> None:
     weights("layers.1.feed_forward.ff_proj.weight.T", one_value)(spoilable)
-    found = validate(spoilable.path, lengths=(64,))
-    assert not found.passed and found.damaged
-    assert found.place is not None and found.place.tensors == ("layers.1.feed_forward.ff_proj.weight",)
+    outcome = validate(spoilable.path, lengths=(64,))
+    assert not outcome.passed and outcome.damaged
+    assert outcome.place is not None and outcome.place.tensors == ("layers.1.feed_forward.ff_proj.weight",)
 
 
 def heads(bundle: Bundle) -> None:
@@ -249,9 +249,9 @@ def test_a_graph_that_cannot_be_read_is_no_comparison(
 
 def test_a_graph_that_does_not_run_fails_too(spoilable: Bundle) -> None:
     heads(spoilable)
-    found = validate(spoilable.path, lengths=(7,))
-    assert not found.passed and found.broken and "layers.1.attention.rotary" in place(found)
-    write_parity(spoilable, found)
+    outcome = validate(spoilable.path, lengths=(7,))
+    assert not outcome.passed and outcome.broken and "layers.1.attention.rotary" in place(outcome)
+    write_parity(spoilable, outcome)
 
 
 def test_a_mask_that_the_graph_ignores_is_found(spoilable: Bundle) -> None:
@@ -259,17 +259,17 @@ def test_a_mask_that_the_graph_ignores_is_found(spoilable: Bundle) -> None:
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(7), "seven"))
     next(n for n in model.graph.node if n.op_type == "Equal").input[1] = "seven"  # no value is padding
     onnx.save(model, spoilable.model)
-    found = validate(spoilable.path, lengths=(64,))
-    assert [case.name for case in found.cases if not case.verdict.passed] == ["padded batch"]
-    assert found.place is not None and found.place.divergence is not None
-    assert found.place.divergence.module == "layers.0.attention.attn_out"
+    outcome = validate(spoilable.path, lengths=(64,))
+    assert [case.name for case in outcome.cases if not case.verdict.passed] == ["padded batch"]
+    assert outcome.place is not None and outcome.place.divergence is not None
+    assert outcome.place.divergence.module == "layers.0.attention.attn_out"
 
 
 def test_a_manifest_that_contradicts_the_checkpoint_fails(spoilable: Bundle) -> None:
     path = spoilable.path / "fope_export.json"
     path.write_text(path.read_text().replace('"sin_pad": 1.0', '"sin_pad": 0.0'))
-    found = validate(spoilable.path, lengths=(64,))
-    assert not found.passed and found.damaged == {"fope_export.json": "contradicts the checkpoint in spectrum"}
+    outcome = validate(spoilable.path, lengths=(64,))
+    assert not outcome.passed and outcome.damaged == {"fope_export.json": "contradicts the checkpoint in spectrum"}
 
 
 def test_controls_show_whatever_the_pads_and_the_length(tmp_path: Path) -> None:
@@ -280,8 +280,8 @@ def test_controls_show_whatever_the_pads_and_the_length(tmp_path: Path) -> None:
         attention.rotary = FopeRotary.from_spectrum(Spectrum(config, s.freq, s.sin_coef, s.cos_coef))
     model.config = msgspec.structs.replace(model.config, spectrum=config)
     bundle = export(write_native(model, tmp_path / "checkpoint"), tmp_path / "out")
-    found = validate(bundle, lengths=(1,))
-    assert found.passed and all(control.verdict for control in found.controls)
+    outcome = validate(bundle, lengths=(1,))
+    assert outcome.passed and all(control.verdict for control in outcome.controls)
 
 
 def test_another_checkpoint_is_refused(native: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -325,13 +325,13 @@ def test_what_extending_did_is_in_the_reports(
     kind: Literal["pi", "yarn"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = export(shipped("fope"), tmp_path / "out", ExportConfig(extend=kind, extend_to=1024))
-    found = validate(made, lengths=(64,))
-    assert found.passed and found.reach
-    assert list(found.reach.before) == list(found.reach.after) == [256, 512, 1024]
+    outcome = validate(made, lengths=(64,))
+    assert outcome.passed and outcome.reach
+    assert list(outcome.reach.before) == list(outcome.reach.after) == [256, 512, 1024]
     plain = validate(export(shipped("fope"), tmp_path / "plain"), lengths=(64,))
     assert plain.reach is None
-    assert found.reach.after[256] > found.reach.before[256] + 0.01  # other frequencies, at what it was trained for
-    assert found.reach.before[256] < 1.1  # the model as it was trained
-    print_parity(found, Console(width=200))
+    assert outcome.reach.after[256] > outcome.reach.before[256] + 0.01  # other frequencies, at what it was trained for
+    assert outcome.reach.before[256] < 1.1  # the model as it was trained
+    print_parity(outcome, Console(width=200))
     assert "before and after extending" in capsys.readouterr().out
-    assert "What extending did" in parity_page(made, found) and parity_record(made, found)["extension"]
+    assert "What extending did" in parity_page(made, outcome) and parity_record(made, outcome)["extension"]

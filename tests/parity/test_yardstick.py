@@ -26,21 +26,21 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_weight_in_eight_becomes_its_neighbour(dtype: torch.dtype) -> None:
     tensor = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = neighbours(tensor, torch.Generator().manual_seed(1))
+    near = neighbours(tensor, torch.Generator().manual_seed(1))
     up, down = (torch.nextafter(tensor, torch.full_like(tensor, end)) for end in (torch.inf, -torch.inf))
-    shares = [float((found == value).double().mean()) for value in (tensor, up, down)]
+    shares = [float((near == value).double().mean()) for value in (tensor, up, down)]
     # Within six standard deviations of a count.
     assert shares == pytest.approx([7 / 8, 1 / 16, 1 / 16], abs=6 * (7 / 64 / tensor.numel()) ** 0.5)
-    assert bool(((found == tensor) | (found == up) | (found == down)).all())
+    assert bool(((near == tensor) | (near == up) | (near == down)).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_stay_and_the_largest_numbers_stay_finite(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     ends = torch.tensor([0.0, -0.0, info.max, info.min, info.tiny, -info.tiny], dtype=dtype).repeat(1000, 1)
-    found = neighbours(ends, torch.Generator().manual_seed(0))
-    assert bool(found.isfinite().all()) and bool((found[:, :2] == 0).all())
-    assert all(len(column.unique()) > 1 for column in found[:, 2:].T)
+    near = neighbours(ends, torch.Generator().manual_seed(0))
+    assert bool(near.isfinite().all()) and bool((near[:, :2] == 0).all())
+    assert all(len(column.unique()) > 1 for column in near[:, 2:].T)
 
 
 def test_integers_stay() -> None:

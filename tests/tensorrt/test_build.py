@@ -168,8 +168,8 @@ def test_bfloat16_and_an_older_gpu(tmp_path: Path, native: Path) -> None:
 
 
 def test_no_library_and_an_old_one(spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, message in (({}, "tensorrt-rtx is not installed"), ({"tensorrt-rtx": "1.2.0"}, "is 1.2.0, and 1.7")):
-        monkeypatch.setattr(api, "_installed", lambda distribution, found=found: found)
+    for installed, message in (({}, "tensorrt-rtx is not installed"), ({"tensorrt-rtx": "1.2.0"}, "is 1.2.0, and 1.7")):
+        monkeypatch.setattr(api, "_installed", lambda distribution, installed=installed: installed)
         with pytest.raises(BackendError, match=message) as caught:
             build(spoilable)
         assert "fope-export[tensorrt-rtx]" in caught.value.hint

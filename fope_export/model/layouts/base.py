@@ -70,8 +70,8 @@ class Positions:
 
     def sources(self, rotary: str, embedding: str) -> dict[str, tuple[str, ...]]:
         """Where the coefficients of `rotary` are, in a file's module `embedding`."""
-        found = {} if self.whole is not None else self.stored
-        return {f"{rotary}.{name}": (f"{embedding}.{theirs}",) for name, theirs in found.items()}
+        stored = {} if self.whole is not None else self.stored
+        return {f"{rotary}.{name}": (f"{embedding}.{theirs}",) for name, theirs in stored.items()}
 
 
 def only_supported(flags: Any, table: Mapping[str, tuple[Any, ...]]) -> None:
