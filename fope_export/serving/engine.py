@@ -116,7 +116,7 @@ class Engine:
     What a slot holds stays there when its request ends, and a prompt that begins alike does not feed it again.
 
     >>> import fope_export as fx
-    >>> engine = fx.Engine(fx.load_backend("bundle"), slots=2)
+    >>> engine = fx.Engine(fx.load_backend("out"), slots=2)
     >>> handles = [engine.submit(fx.Request(prompt=[token], sampling=fx.SamplingParams(max_new_tokens=3)))
     ...            for token in (100, 101, 102)]
     >>> while engine.step():
