@@ -100,7 +100,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
     ]
     return {
         "passed": result.passed,
-        "failures": {encodable(name): encodable(reason) for name, reason in result.failures.items()},
+        "failures": [encodable(each) for each in result.failures],
         "backend": result.backend,
         "model_sha256": manifest.files.get(MODEL),
         "files": judged_files(manifest),
@@ -226,7 +226,7 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     checks = result.checks
     counts = {"tests": str(len(checks)), "failures": str(len(result.failures))}
     suite = Xml.Element("testsuite", {"name": writable(f"parity {bundle.path.name}")} | counts)
-    for name, reason in checks.items():
+    for name, reason in checks:
         case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=writable(name))
         if reason:
             Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))

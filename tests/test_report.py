@@ -88,6 +88,16 @@ def test_junit_counts_failures_and_says_where(failed: tuple[Bundle, ParityResult
 NOT_XML = "\x00\x1b[31m \x0b \ud800 \udcff \ufffe"
 
 
+def test_one_failure_among_cases_of_one_name_is_seen(passed: ParityResult, failed: tuple[Bundle, ParityResult]) -> None:
+    wrong = next(case for case in failed[1].cases if not case.verdict.passed)
+    for cases in (
+        (wrong, replace(passed.cases[0], name=wrong.name)),
+        (replace(passed.cases[0], name=wrong.name), wrong),
+    ):
+        result = replace(passed, cases=cases)
+        assert not result.passed and [f"case: {wrong.name}: " in each for each in result.failures] == [True]
+
+
 def test_any_text_can_be_written(failed: tuple[Bundle, ParityResult]) -> None:
     bundle, result = failed
     strange = replace(bundle, path=bundle.path / f"a\x01{NOT_XML}")

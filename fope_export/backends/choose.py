@@ -168,21 +168,13 @@ class Row:
         optimized file. Raises BackendError with the reason where there is none.
         """
         asked = [each for each in self.variants if name in ("", each.name) and (optimized or not each.optimized)]
-        chosen, refusal = (
-            None,
-            BackendError(
-                f"{self.what} is all that this backend runs",
-                hint="Leave --no-optimized out, or choose another --backend.",
-            ),
-        )
-        for each in asked if optimized else reversed(asked):
-            if reason := each.refusal(bundle):
-                refusal = reason
-            else:
-                chosen = each
-        if chosen is None:
-            raise refusal
-        return chosen
+        refusals = []
+        for each in reversed(asked) if optimized else asked:
+            if (refusal := each.refusal(bundle)) is None:
+                return each
+            refusals.append(refusal)
+        hint = "Leave --no-optimized out, or choose another --backend."
+        raise refusals[0] if refusals else BackendError(f"{self.what} is all that this backend runs", hint=hint)
 
 
 def _limits(length: int | None = None) -> "Limits":

@@ -114,21 +114,21 @@ class ParityResult:
         return MODULE_RATIOS if any(case.positions is None for case in self.cases) else RATIOS
 
     @property
-    def checks(self) -> dict[str, str]:
-        """Everything that was checked -> why it failed, or nothing."""
+    def checks(self) -> list[tuple[str, str]]:
+        """Everything that was checked, and why it failed, or nothing; two may have one name."""
         labels = self.ratio_labels
-        reasons = {f"case: {each.name}": why(each.verdict, labels) for each in self.cases}
-        reasons |= {f"every column: {each.name}": why(each.verdict, labels) for each in self.columns}
-        reasons |= {f"control: {each.name}": "" if each.passed else "a wrong model passed" for each in self.controls}
+        checks = [(f"case: {each.name}", why(each.verdict, labels)) for each in self.cases]
+        checks += [(f"every column: {each.name}", why(each.verdict, labels)) for each in self.columns]
+        checks += [(f"control: {each.name}", "" if each.passed else "a wrong model passed") for each in self.controls]
         if self.cost:
-            reasons[f"quantization: {self.cost.kind}"] = "; ".join(self.cost.failed)
+            checks += [(f"quantization: {self.cost.kind}", "; ".join(self.cost.failed))]
         files = "; ".join(f"{name} {reason}" for name, reason in self.damaged.items())
-        return reasons | {"backend": self.broken or ("" if self.cases else "it ran no case"), "files": files}
+        return [*checks, ("backend", self.broken or ("" if self.cases else "it ran no case")), ("files", files)]
 
     @property
-    def failures(self) -> dict[str, str]:
-        """The checks that failed -> why."""
-        return {name: reason for name, reason in self.checks.items() if reason}
+    def failures(self) -> list[str]:
+        """What failed, and why."""
+        return [f"{name}: {reason}" for name, reason in self.checks if reason]
 
     @property
     def passed(self) -> bool:

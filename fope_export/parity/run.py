@@ -68,7 +68,7 @@ def validate(
     >>> import fope_export as fx
     >>> result = fx.validate("out", lengths=(7,))
     >>> result.passed, result.failures
-    (True, {})
+    (True, [])
     """
     bundle = Bundle.of(bundle)
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
