@@ -11,7 +11,9 @@ import pytest
 from fope_export.backends.base import Backend, Logits, Slots, feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.ort import OrtBackend
 from fope_export.backends.ort_optimized import OptimizedOrtBackend
+from fope_export.backends.stacked import StackedSlots
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError
 from fope_export.graph.optimize import optimize
@@ -151,6 +153,16 @@ def test_a_cache_grows_whole_or_not(optimized: Bundle, decoder: Decoder) -> None
         with pytest.raises(MemoryError):
             rows.slots.prefill(0, np.full(50, 6), 250)
     rows.prefill(0, [6] * 50, 250)  # there is memory again
+
+
+def test_rows_left_behind_keep_no_more_than_their_own(bundle: Bundle) -> None:
+    slots = StackedSlots(OrtBackend(bundle), 3)
+    for slot in range(3):
+        slots.prefill(slot, np.array([5] * (slot + 1)), 0)
+    slots.decode([0, 1, 2], [1, 1, 1])
+    slots.decode([0], [1])  # too few to carry two others along
+    kept = [part.cache[0].shape() for part in slots._parts if part]
+    assert [(rows, tokens) for rows, _, tokens, _ in kept] == [(1, 3), (1, 3), (1, 4)]
 
 
 def test_logits_of_every_token_of_a_prompt(backend: Backend, decoder: Decoder) -> None:
