@@ -61,6 +61,7 @@ def _bundle(bundle: Bundle) -> Description:
             "path": str(bundle.path),
             "made by": f"fope-export {manifest.tool_version}",
             "from": f"{manifest.source.path} ({manifest.source.layout})",
+            **({"with the adapter": manifest.source.adapter.path} if manifest.source.adapter else {}),
             "written as": _written(manifest),
         },
         **_what(manifest),
