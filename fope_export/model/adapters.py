@@ -28,6 +28,8 @@ PREFIX = "base_model.model."
 """What PEFT puts before every name."""
 INSIDE = ".base_layer."
 """Where PEFT keeps a layer's own tensors, below what it trains."""
+EXPERTS = ".experts."
+"""Where none of these is adapted, the model that was trained may have had all in one tensor, which is no target."""
 PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")
 AGAIN = "Save it again with PEFT's save_pretrained, on one device with all that was trained."
 OTHER = "Was it trained on another base? Export with the one that adapter_config.json names."
@@ -116,11 +118,11 @@ class Adapter:
         tensors = dict(stored)
         if apart := bool(head and changes.keys() & {embed, head}):
             tensors |= _both(weight_map, stored, embed, head, path)
-        for name in changes.keys() & tensors.keys():
+        for name in sorted(changes.keys() & tensors.keys()):
             own, where = in_float32(weight_map, tensors, name, path), f"{self.weights}: {changes[name].module}"
             tensors[name] = changes[name].made_of(own, where, embedding=name == embed, grows=name in rows)
             tensors.pop(name + SCALE, None)
-        if apart and not torch.equal(tensors[head], tensors[embed]):
+        if apart and embed in tensors and not torch.equal(tensors[head], tensors[embed]):
             weight_map = _untied(weight_map, head)
         if embed in changes.keys() & tensors.keys():
             weight_map = _of_vocabulary(weight_map, len(tensors[embed]), self.weights)
@@ -135,6 +137,7 @@ class Adapter:
             names = listed(changes[name].module for name in unknown)
             raise CheckpointError(f"{self.weights} changes {names}, which {path} has not", hint=OTHER)
         strange, lacking = set[str](), set[str]()
+        experts = any(EXPERTS in name for name in changes)
         for name in known:
             change = changes.get(name, Change(name.rpartition(".")[0]))
             linear = name.endswith(".weight") and (name not in stored or stored[name].ndim == 2)
@@ -142,23 +145,19 @@ class Adapter:
             tied = self.flags.ensure_weight_tying and name in weight_map.copies
             if change.low_rank and targeted is False and not tied:
                 strange.add(change.module)
-            if self._lacks(name, change, changes, targeted=bool(targeted)):
+            if not change.low_rank and targeted and (experts or EXPERTS not in name):
+                lacking.add(name)
+            if change.whole is None and self._is_whole(name, change, changes):
                 lacking.add(name)
         for told, what in ((lacking, "is not there"), (strange, "is there")):
             if told:
                 raise CheckpointError(f"{self.weights}: {listed(told)} {what}, against {ADAPTER}", hint=AGAIN)
 
-    def _lacks(self, name: str, change: Change, changes: Mapping[str, Change], *, targeted: bool) -> bool:
-        """Whether the flags say that the file has more for the tensor `name`. Where no expert is adapted, the model
-        that was trained may have had them all in one tensor, which is no target.
-        """
-        alone = ".experts." in name and not any(".experts." in each for each in changes)
-        if targeted and not alone and change.low_rank is None:
-            return True
-        weight = changes.get(f"{name.removesuffix('.bias')}.weight")
-        biased = {"none": False, "all": True, "lora_only": weight is not None and weight.low_rank is not None}
-        whole = self.flags.saves(name) or (name.endswith(".bias") and biased[self.flags.bias])
-        return whole and change.whole is None
+    def _is_whole(self, name: str, change: Change, changes: Mapping[str, Change]) -> bool:
+        """Whether the flags say that the tensor `name` was trained itself."""
+        adapted = changes.get(f"{name.removesuffix('.bias')}.weight", change).low_rank is not None
+        biased = self.flags.bias == "all" or (self.flags.bias == "lora_only" and adapted)
+        return self.flags.saves(change.module) or (biased and name.endswith(".bias"))
 
     def check_tokenizer(self, vocabulary: int) -> bool:
         """Whether it has a tokenizer. Raises CheckpointError where that has tokens for which the model has no row."""

@@ -15,8 +15,11 @@ from fope_export.errors import CheckpointError, ConfigError, cut
 from fope_export.model.layouts import ADAPTER
 
 MERGE = "Merge it with PEFT (merge_and_unload), save_pretrained what that gives, and export that folder."
-ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
-"""Expressions that could search for hours: with a group that repeats, or many things that do."""
+ENDING, IN_LAYER = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
+"""What PEFT makes of the expressions in rank_pattern and alpha_pattern, and of those in layers_pattern."""
+FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
+REPEATS = 3
+"""Of things in an expression, at most: more could search for hours, as a group that repeats could."""
 PATTERNS = 10_000
 """Of each kind, at most."""
 T = TypeVar("T")
@@ -58,11 +61,12 @@ class LoraFlags(Checked, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for patterns in (self.rank_pattern, self.alpha_pattern, _listed(self.layers_pattern)):
+        layers = _listed(self.layers_pattern)
+        for patterns, form in ((self.rank_pattern, ENDING), (self.alpha_pattern, ENDING), (layers, IN_LAYER)):
             if len(patterns) > PATTERNS:
                 raise ConfigError(f"{len(patterns)} patterns, expected {PATTERNS} at most", hint=MERGE)
             for each in patterns:
-                _check_expression(each)
+                _expression(form, each)
 
     def rank(self, module: str) -> int:
         """Of the matrices of `module`, which is PEFT's name."""
@@ -86,9 +90,10 @@ class LoraFlags(Checked, frozen=True, kw_only=True):
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
-        lists = [rf"(?:^|.*?\.){each}\.(\d+)\." for each in _listed(self.layers_pattern)] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for each in lists if (match := re.match(each, module))), None)
-        return found is not None and int(found.groups()[-1]) in ([layers] if isinstance(layers, int) else layers)
+        tried = [_expression(IN_LAYER, each) for each in _listed(self.layers_pattern)] or [FIRST_NUMBER]
+        found = next((match for each in tried if (match := each.match(module))), None)
+        number = found["layer"] if found else None
+        return number is not None and int(number) in ([layers] if isinstance(layers, int) else layers)
 
     def saves(self, module: str) -> bool:
         """Whether `module`, or one that it is in, was trained whole, in the place of being adapted."""
@@ -105,25 +110,22 @@ def _ends(module: str, names: Iterable[str]) -> bool:
     return f".{module}".endswith(tuple(f".{name}" for name in names))
 
 
-def _check_expression(given: str) -> None:
-    """Raises ConfigError where that is no regular expression, or one that may never end."""
-    if ENDLESS.search(given):
+@cache
+def _expression(form: str, given: str) -> re.Pattern[str]:
+    """A regular expression of a `form`, with what was `given` in it. Raises ConfigError where that is none, or could be
+    one that never ends.
+    """
+    if sum(map(given.count, "*+{")) > REPEATS or re.search(r"\)[*+{]", given):
         raise ConfigError(f"the pattern {cut(given)} could take for ever", hint="Write out the names that it means.")
     try:
-        re.compile(rf"(.*\.)?({given})$")
+        return re.compile(form.format(given))
     except (re.error, OverflowError, RecursionError) as cause:
         raise ConfigError(f"{cut(given)} is no pattern: {cut(cause)}", hint="It is a regular expression.") from cause
 
 
-@cache
-def _ending(given: str) -> re.Pattern[str]:
-    """What matches a module whose last parts match `given`."""
-    return re.compile(rf"(.*\.)?({given})$")
-
-
 def _matching(patterns: Mapping[str, T], module: str, default: T) -> T:
-    """What the first pattern says that matches `module`."""
-    found = (value for pattern, value in patterns.items() if _ending(pattern).match(module))
+    """What the first pattern says that matches the last parts of `module`."""
+    found = (value for pattern, value in patterns.items() if _expression(ENDING, pattern).match(module))
     return next(found, patterns.get(module, default))
 
 

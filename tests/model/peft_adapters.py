@@ -56,10 +56,10 @@ def trained(model: nn.Module, **config: Any) -> PeftModel:
     return adapted
 
 
-def saved(adapted: PeftModel, folder: Path, *, safe: bool = True) -> Path:
+def saved(adapted: PeftModel, folder: Path, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that embeddings are saved too
-        adapted.save_pretrained(str(folder), safe_serialization=safe)
+        adapted.save_pretrained(str(folder), **options)
     return folder
 
 

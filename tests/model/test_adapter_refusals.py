@@ -184,6 +184,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no expression": ({"rank_pattern": {"(q_proj": 4}}, r"\(q_proj is no pattern"),
     "an endless expression": ({"rank_pattern": {"(a+)+b": 4}}, "could take for ever"),
     "another one": ({"layers_to_transform": [0], "layers_pattern": ["(x|x)*y"]}, "could take for ever"),
+    "half an expression": ({"layers_to_transform": [0], "layers_pattern": "a)(b"}, r"a\)\(b is no pattern"),
     "too many repetitions": ({"alpha_pattern": {".*a.*b.*c.*d": 4}}, "could take for ever"),
     "too many patterns": ({"rank_pattern": {f"p{i}": 4 for i in range(10_001)}}, "10001 patterns"),
 }
@@ -229,3 +230,11 @@ def test_a_base_that_is_damaged_is_told_as_ever(base: Path, tmp_path: Path) -> N
     save_file({name: tensor for name, tensor in load_file(file).items() if "q_proj.weight" not in name}, file)
     with pytest.raises(CheckpointError, match=r"base/model.safetensors: 2 tensors missing: .*q_proj\.weight"):
         load_checkpoint(base, adapter=adapter)
+
+
+def test_so_is_a_tied_one_without_any_embedding(tmp_path: Path) -> None:
+    tensors = tensors_of("llama_tied_bias")
+    adapter = saved(trained(skeleton(tensors), target_modules=["embed_tokens"]), tmp_path / "adapter")
+    del tensors["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match=r"1 tensors missing: model\.embed_tokens\.weight"):
+        load_checkpoint(write(tmp_path / "base", config_of("llama_tied_bias"), tensors), adapter=adapter)

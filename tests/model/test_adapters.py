@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from fope_export.model.checkpoint import load_checkpoint
+from fope_export.model.decoder import Decoder
 from tests.conftest import small_decoder, variant_tensors, write_native
 from tests.model.hugging_face import FP8, QKV, Tensors, config_of, multimodal, tensors_of, write
 from tests.model.peft_adapters import ATTENTION, LINEAR, merged, saved, skeleton, trained
@@ -180,17 +181,37 @@ TIED: dict[str, tuple[dict[str, Any], bool | None]] = {
 }
 
 
+def llama() -> transformers.LlamaForCausalLM:
+    fields = {name: value for name, value in config_of("llama_tied_bias").items() if name != "dtype"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    model.load_state_dict(tensors_of("llama_tied_bias"), strict=False)
+    return model
+
+
+def same_logits(model: Decoder, adapted: PeftModel) -> None:
+    with torch.inference_mode():
+        theirs = adapted(input_ids=torch.from_numpy(IDS)).logits[:, -4:].numpy()
+    same_function(last_logits(model, IDS, 4), theirs, truth_of(model, IDS)[:, -4:])
+
+
 @pytest.mark.parametrize("case", TIED)
 def test_a_tied_model_computes_what_its_adapter_does_in_peft(case: str, tmp_path: Path) -> None:
     """Where head and embedding are no longer one, PEFT's merge of an adapted one would change both."""
     config, tied = TIED[case]
-    tensors, fields = tensors_of("llama_tied_bias"), config_of("llama_tied_bias")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in fields.items() if k != "dtype"}))
-    model.load_state_dict(tensors, strict=False)
-    adapted = trained(model, **{"target_modules": ATTENTION} | config)
-    loaded = load_checkpoint(write(tmp_path / "base", fields, tensors), adapter=saved(adapted, tmp_path / "adapter"))
+    adapted = trained(llama(), **{"target_modules": ATTENTION} | config)
+    base = write(tmp_path / "base", config_of("llama_tied_bias"), tensors_of("llama_tied_bias"))
+    loaded = load_checkpoint(base, adapter=saved(adapted, tmp_path / "adapter"))
     assert loaded.config.tie_embeddings is (loaded.model.lm_head.weight is loaded.model.embed.weight)
     assert tied in (None, loaded.config.tie_embeddings)
-    with torch.inference_mode():
-        theirs = adapted(input_ids=torch.from_numpy(IDS)).logits[:, -4:].numpy()
-    same_function(last_logits(loaded.model, IDS, 4), theirs, truth_of(loaded.model, IDS)[:, -4:])
+    same_logits(loaded.model, adapted)
+
+
+def test_tokens_added_to_a_tied_model_leave_it_tied(tmp_path: Path) -> None:
+    model = llama()
+    model.resize_token_embeddings(100, mean_resizing=False)
+    adapted = trained(model, target_modules=ATTENTION)
+    base = write(tmp_path / "base", config_of("llama_tied_bias"), tensors_of("llama_tied_bias"))
+    adapter = saved(adapted, tmp_path / "adapter", save_embedding_layers=True)
+    loaded = load_checkpoint(base, adapter=adapter)
+    assert loaded.config.tie_embeddings and loaded.config.vocab_size == 100
+    same_logits(loaded.model, adapted)
