@@ -55,11 +55,11 @@ class LowRank:
 
     def added_to(self, weight: Tensor) -> Tensor:
         """The merged weight; float32, as all of them."""
-        product = self.b @ self.a
+        product = self.b.float() @ self.a.float()
         merged: Tensor = weight + (product.T if self.embedding else product) * self.scale
         if self.magnitude is None:
             return merged
-        factor: Tensor = self.magnitude / torch.linalg.norm(merged, dim=0 if self.embedding else 1)
+        factor: Tensor = self.magnitude.float() / torch.linalg.norm(merged, dim=0 if self.embedding else 1)
         return merged * (factor if self.embedding else factor[:, None])
 
 
@@ -77,18 +77,30 @@ class Change:
         """
         if self.whole is not None:
             _check_shape(self.whole.shape[grows:], stored.shape[grows:], where)
+            _check_numbers(self.whole, where)
             stored = self.whole.float()
-        if self.low_rank is not None:
-            if self.low_rank.embedding != embedding:
+        if (low_rank := self.low_rank) is not None:
+            if low_rank.embedding != embedding:
                 raise CheckpointError(f"{where}: lora_embedding_A and _B are of an embedding alone", hint=OTHER)
-            _check_shape(self.low_rank.shape, stored.shape, where)
-            stored = self.low_rank.added_to(stored)
+            _check_shape(low_rank.shape, stored.shape, where)
+            for name, tensor in (("A", low_rank.a), ("B", low_rank.b), ("magnitude_vector", low_rank.magnitude)):
+                if tensor is not None:
+                    _check_numbers(tensor, f"{where}.lora_{name}")
+            stored = low_rank.added_to(stored)
         return stored
 
 
 def _check_shape(found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
     if found != wanted:
         raise CheckpointError(f"{where} is for shape {tuple(found)}, the base has {tuple(wanted)}", hint=OTHER)
+
+
+def _check_numbers(tensor: Tensor, where: str) -> None:
+    """Only of a tensor whose shape was found right: it reads all of it."""
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise CheckpointError(
+            f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
+        )
 
 
 @dataclass(frozen=True)
@@ -211,18 +223,7 @@ def read_adapter(folder: Path) -> Adapter:
     if weights is None:
         raise CheckpointError(f"{folder}: no {' or '.join(WEIGHTS)}", hint="Copy all files of the adapter.")
     tensors, _ = read_tensors(weights)
-    for name, tensor in tensors.items():
-        _check_numbers(tensor, f"{weights}: {name}")
     return Adapter(folder, weights, flags, _changes(tensors, flags, weights))
-
-
-def _check_numbers(tensor: Tensor, where: str) -> None:
-    if not tensor.is_floating_point() or tensor.itemsize == 1:
-        raise CheckpointError(f"{where} is {tensor.dtype}, expected floating point of 16 bits or more", hint=AGAIN)
-    if not tensor.isfinite().all():
-        raise CheckpointError(
-            f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
-        )
 
 
 def _changes(tensors: Mapping[str, Tensor], flags: LoraFlags, path: Path) -> dict[str, Change]:
@@ -234,12 +235,16 @@ def _changes(tensors: Mapping[str, Tensor], flags: LoraFlags, path: Path) -> dic
     for name, tensor in tensors.items():
         bare = name.removeprefix(PREFIX).replace(INSIDE, ".")
         part = PART.fullmatch(bare)
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype}, expected floating point of 16 bits or more", hint=AGAIN
+            )
         if not part and ".lora_" in bare:
             raise CheckpointError(f"{path}: {name} is not of a LoRA adapter as PEFT saves it", hint=AGAIN)
         if bare in changes or (part and part[2] in parts.get(part[1], {})):
             raise CheckpointError(f"{path}: two tensors are {bare}", hint=AGAIN)
         if part:
-            parts.setdefault(part[1], {})[part[2]] = tensor.float()
+            parts.setdefault(part[1], {})[part[2]] = tensor
         else:
             changes[bare] = Change(bare.rpartition(".")[0], tensor)
     for module, found in parts.items():

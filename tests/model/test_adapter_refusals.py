@@ -88,8 +88,8 @@ DAMAGED: Kinds = {
     "another rank throughout": ({}, both(5), r"matrices \(5, 64\) and \(128, 5\), expected rank 4"),
     "no matrix": ({}, at(A, torch.ones(4)), r"matrices \(4,\)"),
     "another layer's inputs": ({}, at(A, torch.ones(4, 63)), r"is for shape \(128, 63\), the base has \(128, 64\)"),
-    "no number": ({}, poisoned, "q_proj.lora_B.weight holds NaN or infinity"),
-    "an infinite number": ({}, at(A, torch.full((4, 64), torch.inf)), "lora_A.weight holds NaN or infinity"),
+    "no number": ({}, poisoned, r"q_proj\.lora_B holds NaN or infinity"),
+    "an infinite number": ({}, at(A, torch.full((4, 64), torch.inf)), r"q_proj\.lora_A holds NaN or infinity"),
     "integers": ({}, at(A, torch.ones(4, 64).int()), "torch.int32, expected floating point"),
     "8 bits": ({}, at(A, torch.ones(4, 64).to(torch.float8_e4m3fn)), "float8_e4m3fn, expected floating point"),
     "one left over": ({}, at(f"{NAME}z_proj.bias", torch.ones(4)), r"changes model\.layers\.0\.self_attn\.z_proj, "),
@@ -105,6 +105,11 @@ DAMAGED: Kinds = {
     "a bias twice": ({"bias": "all"}, at(f"{NAME}q_proj.bias", torch.ones(128)), "two tensors are .*q_proj.bias"),
     "a matrix twice": ({}, at(A.removeprefix("base_model.model."), torch.ones(4, 64)), "two tensors are .*q_proj.lo"),
     "no whole module": ({"modules_to_save": ["lm_head"]}, without("lm_head"), "lm_head.weight is not there"),
+    "no number of a norm": (
+        {"modules_to_save": ["model.norm"]},
+        at(NORM, torch.full((64,), torch.nan)),
+        "norm holds NaN",
+    ),
     "another norm": ({"modules_to_save": ["model.norm"]}, at(NORM, torch.ones(9)), r"for shape \(9,\), the base has"),
     "a linear layer's for an embedding": (
         {"target_modules": [*LINEAR, "embed_tokens"]},
