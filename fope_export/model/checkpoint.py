@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,8 @@ class Checkpoint:
     model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """In words, whose reading of the configuration was taken, and what was done to the coefficients."""
 
     @property
     def dialect(self) -> str:
@@ -67,10 +69,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     name, layout = recognize(folder)
     weight_map = layout.read(folder)
-    config = _with_ends(weight_map.config, folder)
     weights = _weights_file(folder, name, layout)
     stored, shards = read_tensors(weights)
     tensors = named(stored, layout, weight_map, weights)
+    if weight_map.fitted:
+        weight_map = weight_map.fitted({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    config = _with_ends(weight_map.config, folder)
     _check_size(weight_map.config, tensors, weights)
     with torch.device("meta"):
         model = Decoder(config)
@@ -83,7 +87,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     files = tuple(path for each in written if (path := folder / each).exists())
     for path in files:
         check_file(path, raises=CheckpointError)
-    return Checkpoint(folder, name, config, model.eval().requires_grad_(False), files)
+    return Checkpoint(folder, name, config, model.eval().requires_grad_(False), files, weight_map.reading)
 
 
 def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -266,15 +266,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two types": ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "is 'default' and 'lin"),
     "two bases": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0 and 10000.0"),
     "linear without factor": ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs a factor"),
-    "llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
-    "fope scaled as llama3": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "fope_init_factor": 0.5}}, "rope_type is 'llama3'"
+    "llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor"),
+    "fope scaled by the length of a text": (
+        {"rope_scaling": {"rope_type": "longrope", "factor": 8.0, "fope_init_factor": 0.5}}, "rope_type is 'longrope'"
     ),
     "unknown scaling field": (
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "field `attention_factor`"
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "attention_factor is given"
     ),
     "rope type elsewhere": ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
-    "part of the channels": ({"partial_rotary_factor": 0.5}, "unknown field `partial_rotary_factor`"),
+    "part of the channels": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1.0 is supported"),
     "soft cap": ({"final_logit_softcapping": 30.0}, "unknown field `final_logit_softcapping`"),
     "attention scale": ({"query_pre_attn_scalar": 16}, "unknown field `query_pre_attn_scalar`"),
     "null": ({"tie_word_embeddings": None}, "tie_word_embeddings: Expected `bool`"),
