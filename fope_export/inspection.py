@@ -45,7 +45,7 @@ def _checkpoint(path: Path) -> Description:
     return {
         "checkpoint": {"path": str(path), "layout": checkpoint.layout, "parameters": f"{parameters:,}"},
         "model": _model(checkpoint.config),
-        "spectrum": _spectrum(checkpoint.config.spectrum, spectrum.describe()),
+        "spectrum": {**checkpoint.reading, **_spectrum(checkpoint.config.spectrum, spectrum.describe())},
         f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
         "files": {
             p.name: f"{_size(p)}  {digest}"

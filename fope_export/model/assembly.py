@@ -64,7 +64,7 @@ def assemble(weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decode
     state = dict(weight_map.constants)
     for name, sources in weight_map.sources.items():
         state[name] = weight_map.made(name, [in_float32(weight_map, tensors, source, path) for source in sources])
-        _check(state[name], shapes[name], f"{path}: {sources[0]}")
+        _check(state[name], shapes[name], f"{path}: {sources[0]}", weight_map.split)
         if name.endswith(".freq"):
             _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")
     for name, value in weight_map.checksums.items():
@@ -158,11 +158,14 @@ def _check_frequencies(stored: Tensor, value: Tensor, where: str) -> None:
         )
 
 
-def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
+LENGTH = "The configuration must state the training length, not the length that is exported or served."
+
+
+def _check(tensor: Tensor, shape: torch.Size, where: str, split: str = "") -> None:
     if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
         raise CheckpointError(
             f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
-            hint="The configuration must state the training length, not the length that is exported or served.",
+            hint=split or LENGTH,
         )
     if tensor.shape != shape:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,8 @@ class Checkpoint:
     model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """In words, whose reading of the configuration was taken, and what was done to the coefficients."""
     adapter: Path | None = None
     """The folder of the adapter that is merged into `model`."""
     adapter_files: tuple[Path, ...] = ()
@@ -90,10 +92,12 @@ def load_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> C
     folder = Path(path)
     name, layout = recognize(folder)
     weight_map = layout.read(folder)
-    weight_map = replace(weight_map, config=_with_ends(weight_map.config, folder))
     weights = _weights_file(folder, name, layout)
     stored, shards = read_tensors(weights)
     tensors = named(stored, layout, weight_map, weights)
+    if weight_map.fitted:
+        weight_map = weight_map.fitted({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    weight_map = replace(weight_map, config=_with_ends(weight_map.config, folder))
     _check_size(weight_map.config, tensors, weights)
     adapter_files: tuple[Path, ...] = ()
     if adapter is not None:
@@ -111,7 +115,10 @@ def load_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> C
     configurations = dict.fromkeys(each.configuration for _, each in layouts())
     files = _there(folder, *configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
     model = model.eval().requires_grad_(False)
-    return Checkpoint(folder, name, weight_map.config, model, files, Path(adapter) if adapter else None, adapter_files)
+    return Checkpoint(
+        folder, name, weight_map.config, model, files, weight_map.reading,
+        adapter=Path(adapter) if adapter else None, adapter_files=adapter_files,
+    )  # fmt: skip
 
 
 def _there(folder: Path, *names: str) -> tuple[Path, ...]:
