@@ -26,8 +26,9 @@ from fope_export.parity.extended import reach_of
 from fope_export.parity.judge import Noise, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
-from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, Tested
+from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place
 from fope_export.parity.yardstick import Look, Yardstick
+from fope_export.validated import Tested
 
 LOCALIZED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
