@@ -17,7 +17,7 @@ from fope_export.manifest import AdapterSource, Source
 from fope_export.model.adapters import read_adapter
 from fope_export.model.assembly import assemble, named
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts import ADAPTER, layouts, recognize
+from fope_export.model.layouts import ADAPTER, check_no_adapter, layouts, recognize
 from fope_export.model.layouts.base import Layout
 from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
@@ -191,6 +191,7 @@ def _weights_file(folder: Path, name: str, layout: Layout) -> Path:
     for file in layout.weights:
         if (folder / file).exists():
             return folder / file
+    check_no_adapter(folder)
     raise CheckpointError(
         f"{folder}: no weights, expected {' or '.join(layout.weights)}",
         hint=f"The folder looks like layout {name} ({layout.evidence}).",
