@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from fope_export.serving import protocol
 from fope_export.serving.calls import Call, calls_of_chat, calls_of_completion
 from fope_export.serving.host import Host, reason_of
 from fope_export.serving.metrics import Metrics
+from fope_export.serving.openapi import description
 from fope_export.serving.protocol import RequestError, parse, refused
 
 BODY = 4 << 20
@@ -70,6 +72,7 @@ def application(state: State, origins: Sequence[str] = ()) -> Starlette:
         Route("/tokenize", guarded(tokenize), methods=["POST"]),
         Route("/detokenize", guarded(detokenize), methods=["POST"]),
         Route("/metrics", guarded(metrics), methods=["GET"]),
+        Route("/openapi.json", guarded(openapi), methods=["GET"]),
         Route("/health/live", live, methods=["GET"]),
         Route("/health/ready", ready, methods=["GET"]),
     ]
@@ -275,6 +278,12 @@ async def metrics(request: Request) -> Response:
     """For Prometheus."""
     state: State = request.app.state.server
     return PlainTextResponse(state.metrics.page(state.hosts.values()), media_type="text/plain; version=0.0.4")
+
+
+async def openapi(request: Request) -> Response:
+    """What may be asked, for programs."""
+    state: State = request.app.state.server
+    return JSONResponse(description(version("fope-export"), state.hosts))
 
 
 async def live(request: Request) -> Response:
