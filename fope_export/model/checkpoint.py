@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig, as_written
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
-from fope_export.model.assembly import assemble, named
+from fope_export.model.assembly import Weights, named
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts import layouts, recognize
 from fope_export.model.layouts.base import Layout
@@ -26,16 +27,40 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+ROTARY = ".attention.rotary."
+"""In the names of a rotation's numbers."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was read and found consistent, its `layout` by name. `model` is a float32 decoder in eval mode."""
+    """A folder that was read and found consistent, its `layout` by name."""
 
     path: Path
     layout: str
     config: ModelConfig
-    model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+    weights: Weights
+    """The decoder's tensors, which are made one at a time."""
+
+    @cached_property
+    def model(self) -> Decoder:
+        """A float32 decoder in eval mode, all of it in memory. Raises CheckpointError where weights are not finite."""
+        return self._decoder({name: self.weights.whole(name) for name in self.weights.names})
+
+    @cached_property
+    def outline(self) -> Decoder:
+        """The same without the numbers of its matrices, which are on the device "meta": vectors and rotations alone."""
+        small = (name for name in self.weights.names if len(self.weights.shapes[name]) < 2 or ROTARY in name)
+        return self._decoder({name: self.weights.whole(name) for name in small})
+
+    def _decoder(self, state: dict[str, Tensor]) -> Decoder:
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        model.load_state_dict(state, assign=True, strict=False)
+        if self.config.tie_embeddings:
+            model.lm_head.weight = model.embed.weight
+        return model.eval().requires_grad_(False)
 
     @property
     def dialect(self) -> str:
@@ -64,26 +89,31 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     >>> checkpoint.layout, checkpoint.config.num_layers
     ('native', 2)
     """
+    checkpoint = open_checkpoint(path)
+    _ = checkpoint.model
+    return checkpoint
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The same before its weights are read: only when one is made is it known to be finite."""
     folder = Path(path)
     name, layout = recognize(folder)
     weight_map = layout.read(folder)
     config = _with_ends(weight_map.config, folder)
-    weights = _weights_file(folder, name, layout)
-    stored, shards = read_tensors(weights)
-    tensors = named(stored, layout, weight_map, weights)
-    _check_size(weight_map.config, tensors, weights)
+    file = _weights_file(folder, name, layout)
+    stored, shards = read_tensors(file)
+    tensors = named(stored, layout, weight_map, file)
+    _check_size(weight_map.config, tensors, file)
     with torch.device("meta"):
-        model = Decoder(config)
-    model.load_state_dict(assemble(weight_map, tensors, model, weights), assign=True, strict=False)
-    if weight_map.config.tie_embeddings:
-        model.lm_head.weight = model.embed.weight
-    _check_spectra(model, weights)
+        weights = Weights.of(weight_map, tensors, Decoder(config), file)
     configurations = dict.fromkeys(each.configuration for _, each in layouts())
-    written = (*configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
+    written = (*configurations, GENERATION, file.name, *shards, *TOKENIZER_FILES)
     files = tuple(path for each in written if (path := folder / each).exists())
-    for path in files:
-        check_file(path, raises=CheckpointError)
-    return Checkpoint(folder, name, config, model.eval().requires_grad_(False), files)
+    for each in files:
+        check_file(each, raises=CheckpointError)
+    checkpoint = Checkpoint(folder, name, config, files, weights)
+    _check_spectra(checkpoint.outline, file)
+    return checkpoint
 
 
 def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -108,7 +138,7 @@ def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
             f"{bundle.path}: its checkpoint is not at {folder}",
             hint="Say where it is with --checkpoint, or bring it back.",
         )
-    checkpoint = load_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     if (hashes := checkpoint.hashes()) != source.files:
         differing = sorted(name for name in hashes.keys() | source.files if hashes.get(name) != source.files.get(name))
         raise BundleError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from fope_export.model.fp8 import Fp8
 CONFIG = "config.json"
 
 
+class Pieces(Enum):
+    """In which pieces along its first axis a decoder tensor can be made of stored ones, so that a large one need never
+    be whole in memory.
+    """
+
+    WHOLE = auto()
+    """It cannot."""
+    ROWS = auto()
+    """Its rows are the stored tensors' rows, as they are and in their order: any of them alone."""
+    STACKED = auto()
+    """Each of its slices is made of as many stored tensors: an expert's."""
+
+
 @dataclass(frozen=True)
 class WeightMap:
     """The decoder that a folder's configuration describes, and where each of its tensors comes from.
@@ -24,7 +38,8 @@ class WeightMap:
     `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
     and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are frequencies that a file may also
     store, with the values that they must then have, and `copies` maps what it may store twice to what that must equal.
-    `fp8` says how 8-bit weights are stored, if any may be.
+    `fp8` says how 8-bit weights are stored, if any may be. `pieces` says, by a decoder tensor's name, of which parts of
+    its stored ones `adapt` makes parts of it.
     """
 
     config: ModelConfig
@@ -34,6 +49,7 @@ class WeightMap:
     checksums: dict[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     fp8: Fp8 | None = None
+    pieces: Callable[[str], Pieces] = lambda name: Pieces.WHOLE
 
     def made(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The decoder's tensor `name` of its stored ones. Raises CheckpointError where their shapes do not allow it."""

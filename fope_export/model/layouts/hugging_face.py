@@ -37,6 +37,7 @@ from fope_export.model.layouts import paper
 from fope_export.model.layouts.base import (
     CONFIG,
     Layout,
+    Pieces,
     Positions,
     WeightMap,
     join,
@@ -269,10 +270,11 @@ def weight_map(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, 
         config,
         sources,
         constants,
-        partial(_adapt, config, positions),
+        partial(_adapt, positions),
         checksums,
         copies={"lm_head.weight": embed} if config.tie_embeddings else {},
         fp8=None if flags.quantization_config is None else Fp8.of(flags.quantization_config),
+        pieces=_pieces,
     )
 
 
@@ -304,10 +306,19 @@ def _layer(config: ModelConfig, i: int, stored: str) -> dict[str, tuple[str, ...
     }
 
 
-def _adapt(config: ModelConfig, positions: Positions, name: str, tensors: list[Tensor]) -> Tensor:
-    if name.endswith(("feed_forward.proj", "feed_forward.out")):
-        assert config.experts
-        return torch.stack([part.T for part in join(tensors).chunk(config.experts.count)]).contiguous()
+OF_AN_EXPERT = {"proj": 2, "out": 1}
+"""Our two tensors of a mixture's layer -> how many stored ones make an expert's part of each."""
+
+
+def _pieces(name: str) -> Pieces:
+    if name.rpartition("feed_forward.")[2] in OF_AN_EXPERT:
+        return Pieces.STACKED
+    return Pieces.WHOLE if name.endswith("_coef") else Pieces.ROWS
+
+
+def _adapt(positions: Positions, name: str, tensors: list[Tensor]) -> Tensor:
+    if each := OF_AN_EXPERT.get(name.rpartition("feed_forward.")[2]):
+        return torch.stack([join(tensors[i : i + each]).T for i in range(0, len(tensors), each)]).contiguous()
     return positions.adapt(tensors[0]) if name.endswith("_coef") else join(tensors)
 
 
