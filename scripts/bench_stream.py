@@ -9,8 +9,10 @@ The checkpoint is random, in bfloat16, in Hugging Face's layout with FoPE, a sha
 layer and removed at the end, as all else is. Memory is RssAnon + RssShmem, added over the command's processes; pages of
 mapped files, which the system takes back when it needs them, are stated apart.
 
-The bound of CI follows from the model: what a model of as many layers that are 64 wide takes, and then once the largest
-tensor in float32 and eight pieces of those that are made at once.
+The bound of CI follows from the model: what a model of as many layers that are 64 wide takes, and beyond that once the
+largest tensor in the export's dtype, and 64 MiB for the pieces that tensors are made in.
+
+All threads but one are left to others: many that wait for each other on a busy machine take several times as long.
 """
 
 import argparse
@@ -51,6 +53,7 @@ NARROW = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 256, "head_d
 BLOCK = 1 << 20
 SPARE = 1.1
 """Of the disk that is needed, asked for before anything is made."""
+FOR_PIECES = 64 << 20
 PAUSE = 0.02
 """Seconds between two looks at memory."""
 
@@ -160,7 +163,8 @@ class Memory(Thread):
 def measured(*arguments: str) -> dict[str, Any]:
     """Run a command of fope-export, and say how long it took and what it held."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "fope_export", *arguments], stdout=subprocess.DEVNULL)
+    command, alone = [sys.executable, "-m", "fope_export", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
     memory = Memory(process.pid)
     memory.start()
     try:
@@ -215,7 +219,7 @@ def measure(size: str, dtype: str, folder: Path) -> dict[str, Any]:
         "size": size, "dtype": dtype, "parameters": parameters, "layers": config["num_hidden_layers"],
         "largest_tensor": largest, "narrow": base, "plain_seconds": round(seconds, 1), "export": export,
         "export_over_plain": round(export["seconds"] / seconds, 2), "stages": stages,
-        "bound_MiB": base["peak_MiB"] + (4 * largest + 8 * 4 * PIECE >> 20),
+        "bound_MiB": base["peak_MiB"] + (DTYPES[dtype].itemsize * largest + FOR_PIECES >> 20),
     }  # fmt: skip
 
 
@@ -228,6 +232,7 @@ def main() -> int:
     args = parser.parse_args()
     numbers = sum(torch.Size(shape).numel() for shape in tensors_of(config_of(args.size)).values())
     needed = SPARE * numbers * (2 + DTYPES[args.dtype].itemsize)
+    torch.set_num_threads(1)
     args.folder.mkdir(parents=True, exist_ok=True)
     status = os.statvfs(args.folder)
     if (free := status.f_bavail * status.f_frsize) < needed:

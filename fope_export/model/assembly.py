@@ -13,7 +13,7 @@ from fope_export.model.decoder import Decoder
 from fope_export.model.fp8 import SCALE
 from fope_export.model.layouts.base import Layout, Pieces, WeightMap
 
-PIECE = 1 << 24
+PIECE = 1 << 22
 """Numbers of a large tensor that are made at once, where it can be made in pieces."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that torch.compile, FSDP and activation checkpointing put around another, anywhere, and that hold nothing."""

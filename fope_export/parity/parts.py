@@ -1,6 +1,6 @@
 """A decoder's graph in parts that lie one after the other, each with its own weights alone."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +42,23 @@ class Parts:
             raise BundleError(f"{path}: no node of it is called {lacking[0]}/…", hint=AGAIN)
         return cls(path, graph, (*(last[module] for module in modules), "logits"))
 
-    def run(self, number: int, runs: list[dict[str, NDArray[Any]]]) -> Iterator[NDArray[Any]]:
-        """What a part ends with, once for each of `runs`, which have what the whole graph is given and `x`, what the
-        part before ended with. Its weights are in memory until then.
+    def run(self, number: int, given: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """What a part ends with for what the whole graph is given, and for `x`, what the part before ended with. Its
+        weights are in memory until then.
 
         Raises BackendError where ONNX Runtime does not load or run it.
         """
         before = self.ends[number - 1] if number else ""
         part = _between(self.graph, before, self.ends[number])
-        names = [value.name for value in part.graph.input]
+        feeds = {value.name: given["x" if value.name == before else value.name] for value in part.graph.input}
         try:
             session = open_session(part.SerializeToString(), data=self.path.parent, prepacked=False)
-            for given in runs:
-                yield session.run(None, {name: given["x" if name == before else name] for name in names})[0]
+            out: NDArray[Any] = session.run(None, feeds)[0]
         except BackendError:
             raise
         except Exception as cause:  # ONNX Runtime's errors share no base class of their own
             raise failure("run", self.path, cause) from cause
+        return out
 
 
 def _between(model: onnx.ModelProto, start: str, end: str) -> onnx.ModelProto:
