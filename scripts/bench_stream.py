@@ -18,6 +18,7 @@ All threads but one are left to others: many that wait for each other on a busy 
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -30,6 +31,7 @@ from threading import Event, Thread
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,7 +39,6 @@ from torch import Tensor
 from fope_export.backends.choose import read_machine
 from fope_export.bench_report import processor
 from fope_export.dtypes import DTYPES
-from fope_export.model.assembly import PIECE
 from fope_export.model.layouts import hugging_face
 from fope_export.scratch import scratch
 
@@ -89,17 +90,19 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random numbers that keep activations at the size of one."""
+def drawn(name: str, shape: tuple[int, ...], random: np.random.Generator) -> Tensor:
+    """Random numbers that keep activations at about the size of one: of either sign, between a power of two and the
+    next.
+    """
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("_coef"):
-        noise: Tensor = 0.1 * torch.randn(shape, generator=generator) / shape[0] ** 0.5
-        return torch.eye(*shape) + noise
-    rows = torch.empty(shape, dtype=torch.bfloat16)
-    for part in rows.split(max(PIECE // shape[1], 1)):
-        part.uniform_(-1, 1, generator=generator).mul_((3 / shape[1]) ** 0.5)
-    return rows
+        return torch.eye(*shape) + 0.1 * torch.from_numpy(random.standard_normal(shape, np.float32)) / shape[0] ** 0.5
+    power = int(math.log2(shape[1]) / -2 - 1) + 127
+    bits = random.integers(0, 1 << 64, -(-math.prod(shape) // 4), np.uint64).view(np.uint16)[: math.prod(shape)]
+    bits &= 0x807F  # sign and mantissa
+    bits |= power << 7
+    return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).view(shape)
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path) -> tuple[int, int]:
@@ -113,10 +116,10 @@ def write_checkpoint(config: dict[str, Any], folder: Path) -> tuple[int, int]:
     for name in shapes:
         layer = re.search(r"layers\.(\d+)\.", name)
         shards.setdefault(f"layer-{layer[1]}" if layer else name.removesuffix(".weight"), []).append(name)
-    generator, where = torch.Generator().manual_seed(0), dict[str, str]()
+    random, where = np.random.Generator(np.random.SFC64(0)), dict[str, str]()
     for number, names in enumerate(shards.values()):
         file = f"model-{number:05}.safetensors"
-        save_file({name: drawn(name, shapes[name], generator) for name in names}, folder / file)
+        save_file({name: drawn(name, shapes[name], random) for name in names}, folder / file)
         where |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]

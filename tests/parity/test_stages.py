@@ -10,8 +10,10 @@ import pytest
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
+from fope_export.errors import ParityError
 from fope_export.graph.export import export
 from fope_export.parity import layerwise
+from fope_export.parity.run import validate
 from fope_export.parity.stages import StagesResult, validate_stages
 from tests.conftest import small_decoder, write_native
 from tests.model.hugging_face import config_of, tensors_of, write
@@ -102,3 +104,11 @@ def test_the_command_prints_and_writes(spoilable: Bundle, capsys: pytest.Capture
 def test_arguments_that_it_does_not_have_are_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(bundle.path), "--stages", "--lengths", "7"]) == 2
     assert "--stages takes no --lengths" in capsys.readouterr().err
+
+
+def test_a_model_that_has_no_room_in_float64_is_sent_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fope_export.parity.run.memory", lambda: 100_000)
+    with pytest.raises(ParityError, match=r"needs 0 GB to be compared in float64, and this machine has 0 GB") as caught:
+        validate(bundle)
+    assert "--stages" in caught.value.hint
+    assert validate_stages(bundle).passed
