@@ -97,7 +97,8 @@ def drawn(name: str, shape: tuple[int, ...], random: np.random.Generator) -> Ten
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("_coef"):
-        return torch.eye(*shape) + 0.1 * torch.from_numpy(random.standard_normal(shape, np.float32)) / shape[0] ** 0.5
+        noise: Tensor = torch.from_numpy(random.standard_normal(shape, np.float32)) / shape[0] ** 0.5
+        return torch.eye(*shape) + 0.1 * noise
     power = int(math.log2(shape[1]) / -2 - 1) + 127
     bits = random.integers(0, 1 << 64, -(-math.prod(shape) // 4), np.uint64).view(np.uint16)[: math.prod(shape)]
     bits &= 0x807F  # sign and mantissa
@@ -178,7 +179,9 @@ def measured(*arguments: str) -> dict[str, Any]:
     if code:
         raise SystemExit(f"fope-export {' '.join(arguments)}: exit {code}")
     seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "peak_MiB": memory.peak >> 20, "mapped_MiB": memory.mapped >> 20}
+    found = {"seconds": round(seconds, 1), "peak_MiB": memory.peak >> 20, "mapped_MiB": memory.mapped >> 20}
+    print(arguments[0], found, file=sys.stderr, flush=True)
+    return found
 
 
 def forget(folder: Path) -> None:
@@ -203,11 +206,12 @@ def plain(source: Path, copy: Path, itemsize: int) -> float:
         os.fsync(target.fileno())
     seconds = time.perf_counter() - started
     copy.unlink()
+    print(f"plain {seconds:.1f} s", file=sys.stderr, flush=True)
     return seconds
 
 
-def measure(size: str, dtype: str, folder: Path) -> dict[str, Any]:
-    """Everything, in one run; the folder is another command's to empty."""
+def measure(size: str, dtype: str, folder: Path, *, stages: bool) -> dict[str, Any]:
+    """Everything, in one run; the folder is another's to empty."""
     config = config_of(size)
     parameters, largest = write_checkpoint(config, folder / "checkpoint")
     write_checkpoint(config_of(size, **NARROW), folder / "narrow")
@@ -216,12 +220,11 @@ def measure(size: str, dtype: str, folder: Path) -> dict[str, Any]:
     seconds = plain(folder / "checkpoint", folder / "plain", DTYPES[dtype].itemsize)
     forget(folder / "checkpoint")
     export = measured("export", str(folder / "checkpoint"), str(folder / "out"), "--dtype", dtype)
-    forget(folder / "checkpoint")
-    stages = measured("validate", str(folder / "out"), "--stages")
+    validated = measured("validate", str(folder / "out"), "--stages") if stages else None
     return {
         "size": size, "dtype": dtype, "parameters": parameters, "layers": config["num_hidden_layers"],
         "largest_tensor": largest, "narrow": base, "plain_seconds": round(seconds, 1), "export": export,
-        "export_over_plain": round(export["seconds"] / seconds, 2), "stages": stages,
+        "export_over_plain": round(export["seconds"] / seconds, 2), "stages": validated,
         "bound_MiB": base["peak_MiB"] + (DTYPES[dtype].itemsize * largest + FOR_PIECES >> 20),
     }  # fmt: skip
 
@@ -231,6 +234,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="200MB", help="of the checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the export")
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for checkpoint and bundle")
+    parser.add_argument("--stages", action=argparse.BooleanOptionalAction, default=True, help="validate, too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a line of JSON is added to it")
     args = parser.parse_args()
     numbers = sum(torch.Size(shape).numel() for shape in tensors_of(config_of(args.size)).values())
@@ -241,7 +245,7 @@ def main() -> int:
     if (free := status.f_bavail * status.f_frsize) < needed:
         raise SystemExit(f"{args.folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     with scratch(args.folder) as folder:
-        record = measure(args.size, args.dtype, folder)
+        record = measure(args.size, args.dtype, folder, stages=args.stages)
     machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
     with args.out.open("a") as file:
         file.write(json.dumps(record | {"machine": machine}) + "\n")
