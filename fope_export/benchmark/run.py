@@ -20,20 +20,17 @@ from fope_export.benchmark.rounds import in_turn, ratio
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
-from fope_export.documents import as_record, read_object
 from fope_export.dtypes import DTYPES
-from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
-from fope_export.manifest import judged_files
+from fope_export.errors import BackendError, ConfigError, FopeError
 from fope_export.model.checkpoint import source_of
-from fope_export.parity.results import Tested
 from fope_export.scratch import scratch
+from fope_export.validated import require_green
 
 CHECKED = 24
 """Tokens of the prompt on which contenders show that they compute the same, and ANSWERED of their answers to it."""
 ANSWERED = 12
 PAUSE = 0.1
 """Seconds between contenders: a library's threads spin for a while when their work is over."""
-PARITY = "reports/parity.json"
 What = Literal["first", "next"]
 Stage = Callable[[str], None]
 
@@ -150,41 +147,20 @@ class BenchResult:
         return (entry.weight_bytes + cache) / cell.median("next") / self.bandwidth["read"]
 
 
-def require_green(bundle: Bundle) -> tuple[Tested, ...]:
-    """What of the bundle was validated. Raises BundleError unless that is what the files are now, and passed."""
-    path, hint = bundle.path / PARITY, f"Run `fope-export validate {bundle.path}` first."
-    if not path.is_file():
-        raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
-    try:
-        report = read_object(path)
-        tested = as_record(report.get("tested"), tuple[Tested, ...], "tested")
-    except DocumentError as cause:
-        raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
-    if report.get("files") != judged_files(bundle.manifest) or not _are(tested, bundle):
-        raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
-    if report.get("passed") is not True:
-        raise BundleError(f"{path} says that the bundle FAILED; wrong models are not timed", hint=hint)
-    return tested
-
-
-def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
-    """Whether what was tested is what the bundle has."""
-    return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)
-
-
 def bench(
     bundle: str | Path | Bundle,
     config: BenchConfig = BenchConfig(),  # noqa: B008 (it is frozen)
     *,
     checkpoint: Path | None = None,
+    adapter: Path | None = None,
     stage: Stage = lambda text: None,
 ) -> BenchResult:
     """Time a bundle beside its checkpoint in PyTorch, and the peers that `config` asks for: in seconds to the first
     token and for each one after it. The bundle must have the report of a validation that passed; who computes something
     else than eager PyTorch is refused, and not timed.
 
-    `checkpoint` is the folder where the checkpoint is now (None: where it was exported from); `stage` is told what is
-    done next.
+    `checkpoint` is the folder where the checkpoint is now (None: where it was exported from), `adapter` that of the
+    adapter in it; `stage` is told what is done next.
 
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
@@ -196,7 +172,7 @@ def bench(
     """
     bundle = Bundle.of(bundle, verify=True)
     tested = {(each.backend, each.variant) for each in require_green(bundle)}
-    source_of(bundle, checkpoint)
+    source_of(bundle, checkpoint, adapter)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
     threads = config.threads or machine.cores
     entries: dict[str, Entry] = {}
@@ -206,7 +182,7 @@ def bench(
         jobs = [
             Job(
                 contender=name, bundle=str(bundle.path), checkpoint=str(checkpoint) if checkpoint else None,
-                folder=str(folder), threads=threads, device=config.device,
+                adapter=str(adapter) if adapter else None, folder=str(folder), threads=threads, device=config.device,
             )
             for name in _chosen(config)
         ]  # fmt: skip

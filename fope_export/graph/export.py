@@ -47,6 +47,7 @@ def export(
     out: str | Path,
     config: ExportConfig | None = None,
     *,
+    adapter: str | Path | None = None,
     calibration: Path | None = None,
     lock_timeout: float = TIMEOUT,
     report: Callable[[str], None] = lambda stage: None,
@@ -54,7 +55,8 @@ def export(
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
-    A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `calibration` is a
+    A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `adapter` is a folder
+    with a LoRA adapter that PEFT saved, which is merged into the checkpoint first. `calibration` is a
     file of text or token ids, on which ranges are measured where `config` rounds inputs of linear layers; without it,
     the source of Python's standard library is. Another writer of `out` is waited for, for `lock_timeout` seconds.
     `report` is told each stage as it begins, and `progress` how many bytes of weights are written, and how many there
@@ -71,7 +73,7 @@ def export(
     out = Path(out)
     check_target(out)
     report("reading the checkpoint")
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapter=adapter)
     config = (config or ExportConfig()).resolved(source.config.training_length)
     outline, weights = source.outline.converted(config), ConvertedWeights(source, config)
     require_space(out, sum(parameter.nbytes for parameter in outline.parameters()))
@@ -103,7 +105,9 @@ def _ranges(
             )
         return {}
     report("calibrating")
-    windows = calibration_windows(source.path, file, source.config.vocab_size, source.config.training_length)
+    windows = calibration_windows(
+        source.tokenizer_folder, file, source.config.vocab_size, source.config.training_length
+    )
     return calibrate(source.model.converted(config), config.quantize, windows)
 
 
@@ -185,9 +189,8 @@ def add_plain_file(model: Path, config: ExportConfig) -> None:
 def _manifest(
     source: Checkpoint, config: ExportConfig, model: ir.Model, outline: Decoder, hashes: dict[str, str]
 ) -> Manifest:
-    origin = Source(path=str(source.path.resolve()), layout=source.layout, files=hashes)
     spectra = [attention.rotary.spectrum.describe() for attention in outline.attentions()]
-    return manifest_of(model, config, origin, outline.config, spectra)
+    return manifest_of(model, config, source.source(hashes), outline.config, spectra)
 
 
 def manifest_of(

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ PIECE = 1 << 22
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that torch.compile, FSDP and activation checkpointing put around another, anywhere, and that hold nothing."""
 
+T = TypeVar("T")
 
-def named(stored: Mapping[str, Tensor], layout: Layout, weight_map: WeightMap, path: Path) -> dict[str, Tensor]:
-    """The tensors of the decoder by the names that the map knows: decoded, and without what its model was wrapped in.
+
+def named(stored: Mapping[str, T], layout: Layout, weight_map: WeightMap, path: Path) -> dict[str, T]:
+    """The decoder's tensors (or what is said of them) by the names that the map knows: decoded, and without what its
+    model was wrapped in.
 
     What stands before every name (`module.` of DataParallel) goes where the rest is then what the map wants.
 
@@ -33,13 +36,14 @@ def named(stored: Mapping[str, Tensor], layout: Layout, weight_map: WeightMap, p
             raise CheckpointError(
                 f"{path}: {other} and {name} are both {short}", hint="Save the state_dict of one model alone."
             )
-    prefix, *others = sorted(_prefixes(_wanted(weight_map), bare)) or [""]
+    prefix, *others = sorted(_prefixes(wanted_names(weight_map), bare)) or [""]
     if not others and all(name.startswith(prefix) for name in bare):
         bare = {name.removeprefix(prefix): original for name, original in bare.items()}
     return {name: stored[original] for name, original in bare.items() if not layout.foreign(name)}
 
 
-def _wanted(weight_map: WeightMap) -> set[str]:
+def wanted_names(weight_map: WeightMap) -> set[str]:
+    """The stored tensors that the decoder is made of."""
     return {name for names in weight_map.sources.values() for name in names}
 
 
@@ -83,7 +87,7 @@ class Weights:
                 _check_frequencies(tensors[name], value, f"{path}: {name}")
         for name, original in copies:
             if name in tensors:
-                made._check_copy(name, original)
+                check_copy(weight_map, tensors, name, original, path)
         return made
 
     @property
@@ -96,7 +100,12 @@ class Weights:
         if name in self.weight_map.constants:
             return self.weight_map.constants[name]
         sources = self.weight_map.sources[name]
-        return self._finite(name, self.weight_map.made(name, [self._in_float32(source) for source in sources]))
+        return self._finite(
+            name,
+            self.weight_map.made(
+                name, [in_float32(self.weight_map, self.stored, source, self.path) for source in sources]
+            ),
+        )
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The same in pieces along the first axis, one at a time, as small as the map allows and `PIECE` asks for; in
@@ -106,11 +115,11 @@ class Weights:
         if kind is Pieces.STACKED:
             each = len(sources) // self.shapes[name][0]
             for i in range(0, len(sources), each):
-                parts = [self._numbers(source) for source in sources[i : i + each]]
+                parts = [_numbers(self.weight_map, self.stored, source, self.path) for source in sources[i : i + each]]
                 yield self._finite(name, self.weight_map.made(name, parts))
         elif kind is Pieces.ROWS and sources:
             for source in sources:
-                for part in self._rows(source):
+                for part in _rows(self.weight_map, self.stored, source, self.path):
                     yield self._finite(name, self.weight_map.made(name, [part]))
         else:
             yield self.whole(name)
@@ -120,24 +129,6 @@ class Weights:
         for name in self.names:
             for _ in self.pieces(name):
                 pass
-
-    def _rows(self, source: str) -> Iterator[Tensor]:
-        """A stored tensor, some of its rows at a time."""
-        stored = self._numbers(source)
-        yield from stored.split(max(PIECE // max(stored[:1].numel(), 1), 1))
-
-    def _numbers(self, source: str) -> Tensor:
-        """A stored tensor as it is; in float32 where it is of 8 or 64 bits."""
-        stored = self.stored[source]
-        return stored.contiguous() if stored.itemsize in (2, 4) else self._in_float32(source)
-
-    def _in_float32(self, source: str) -> Tensor:
-        """A stored tensor, multiplied out where it is of 8 bits."""
-        tensor, scale = self.stored[source], self.stored.get(source + SCALE)
-        if scale is None:
-            return tensor.to(torch.float32).contiguous()
-        assert self.weight_map.fp8  # _check_kind
-        return self.weight_map.fp8.multiplied(source, tensor, scale, f"{self.path}: {source}")
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
@@ -154,23 +145,14 @@ class Weights:
             _check_kind(self.weight_map, self.stored, source, self.path)
         without_numbers = [torch.empty(self.stored[source].shape, device="meta") for source in sources]
         where = f"{self.path}: {sources[0]}"
-        _check_shape(self.weight_map.made(name, without_numbers).shape, self.shapes[name], where)
+        made = self.weight_map.made(name, without_numbers)
+        _check_shape(made.shape, self.shapes[name], where, self.weight_map.split)
         if name.endswith(".freq"):
             _check_whole(self.stored[sources[0]], where)
 
-    def _check_copy(self, name: str, of: str) -> None:
-        _check_kind(self.weight_map, self.stored, name, self.path)
-        one, other = self.stored[name], self.stored[of]
-        pairs = zip(self._rows(name), self._rows(of), strict=False)
-        if one.shape != other.shape or not all(torch.equal(a.float(), b.float()) for a, b in pairs):
-            raise CheckpointError(
-                f"{self.path}: {name} and {of} differ, and the configuration says that they are one",
-                hint="Which of them was trained? If both were, tie_word_embeddings (weight_tying) is false.",
-            )
-
 
 def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Path) -> None:
-    wanted = _wanted(weight_map)
+    wanted = wanted_names(weight_map)
     known = wanted | weight_map.copies.keys()
     known |= {name + SCALE for name in known} | weight_map.checksums.keys()
     for what, names, hint in (
@@ -178,10 +160,11 @@ def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Pat
         ("left over", tensors.keys() - known, "The configuration describes a smaller model or another layout."),
     ):
         if names:
-            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {_listed(names)}", hint=hint)
+            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {listed(names)}", hint=hint)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first three."""
     first, *more = sorted(names)
     return ", ".join((first, *more[:2])) + (", …" if len(more) > 2 else "")
 
@@ -214,11 +197,45 @@ def _check_kind(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str,
         )
 
 
+def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A stored tensor, multiplied out where it is of 8 bits."""
+    _check_kind(weight_map, tensors, name, path)
+    tensor, scale = tensors[name], tensors.get(name + SCALE)
+    if scale is None:
+        return tensor.to(torch.float32).contiguous()
+    assert weight_map.fp8  # _check_kind
+    return weight_map.fp8.multiplied(name, tensor, scale, f"{path}: {name}")
+
+
+def _rows(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Iterator[Tensor]:
+    """A stored tensor, some of its rows at a time."""
+    stored = _numbers(weight_map, tensors, name, path)
+    yield from stored.split(max(PIECE // max(stored[:1].numel(), 1), 1))
+
+
+def _numbers(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A stored tensor as it is; in float32 where it is of 8 or 64 bits."""
+    stored = tensors[name]
+    return stored.contiguous() if stored.itemsize in (2, 4) else in_float32(weight_map, tensors, name, path)
+
+
 def _check_whole(stored: Tensor, where: str) -> None:
     if stored.itemsize < torch.float32.itemsize:
         raise CheckpointError(
             f"{where} was rounded to {stored.dtype}, and angles need float32",
             hint="Cast the weights, and leave what is under rotary as it is.",
+        )
+
+
+def check_copy(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
+    """Raises CheckpointError unless the tensor `name` is the one `of` which it is a copy."""
+    for each in (name, of):
+        _check_kind(weight_map, tensors, each, path)
+    pairs = zip(*(_rows(weight_map, tensors, each, path) for each in (name, of)), strict=False)
+    if tensors[name].shape != tensors[of].shape or not all(torch.equal(a.float(), b.float()) for a, b in pairs):
+        raise CheckpointError(
+            f"{path}: {name} and {of} differ, and the configuration says that they are one",
+            hint="Which of them was trained? If both were, tie_word_embeddings (weight_tying) is false.",
         )
 
 
@@ -238,11 +255,14 @@ def _check_frequencies(stored: Tensor, value: Tensor, where: str) -> None:
         )
 
 
-def _check_shape(found: torch.Size, shape: torch.Size, where: str) -> None:
+LENGTH = "The configuration must state the training length, not the length that is exported or served."
+
+
+def _check_shape(found: torch.Size, shape: torch.Size, where: str, split: str) -> None:
+    """`split` is what else D could be."""
     if where.endswith("_coef") and len(found) == 3 == len(shape) and found[1] != shape[1]:
         raise CheckpointError(
-            f"{where}: D is {found[1]} in the weights but {shape[1]} from the configuration",
-            hint="The configuration must state the training length, not the length that is exported or served.",
+            f"{where}: D is {found[1]} in the weights but {shape[1]} from the configuration", hint=split or LENGTH
         )
     if found != shape:
         raise CheckpointError(

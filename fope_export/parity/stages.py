@@ -91,6 +91,7 @@ def validate_stages(
     bundle: str | Path | Bundle,
     *,
     checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> StagesResult:
@@ -99,8 +100,8 @@ def validate_stages(
 
     Each stage (the embedding, a layer, the head) is run twice on random tokens drawn by `seed`: on the activations that
     float64 has there, which all are given and which show its own error, and on those that each has itself, which show
-    what has accumulated. `checkpoint` is where the checkpoint is now (None: where it was exported from); `report` is as
-    for `validate`.
+    what has accumulated. `checkpoint` and `adapter` are where these are now (None: where they were exported from);
+    `report` is as for `validate`.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, and BackendError when ONNX
     Runtime does not run the graph.
@@ -112,7 +113,7 @@ def validate_stages(
     """
     bundle = Bundle.of(bundle)
     check_graphs(bundle)
-    decoder, parts = _layerwise(bundle, source_of(bundle, checkpoint), seed), Parts.of(bundle)
+    decoder, parts = _layerwise(bundle, source_of(bundle, checkpoint, adapter), seed), Parts.of(bundle)
     allowance, results = allowance_of(bundle, decoder.outline), []
     feeds, x = graph_feeds(bundle.manifest, decoder.feeds), decoder.feeds.input_ids
     given = dict.fromkeys(decoder.kinds, torch.from_numpy(x))

@@ -16,6 +16,8 @@ from fope_export.fope.spectrum import Spectrum
 from fope_export.model.fp8 import Fp8
 
 CONFIG = "config.json"
+Shapes = Mapping[str, tuple[int, ...]]
+"""What a file stores, by the names of a decoder that stands alone."""
 
 
 class Pieces(Enum):
@@ -26,9 +28,9 @@ class Pieces(Enum):
     WHOLE = auto()
     """It cannot."""
     ROWS = auto()
-    """Its rows are the stored tensors' rows, as they are and in their order: any of them alone."""
+    """Each of its rows (or an expert's matrix) is made of one that is stored, in their order, by moving numbers."""
     STACKED = auto()
-    """Each of its slices is made of as many stored tensors: an expert's."""
+    """Each of its matrices is made of as many stored tensors, an expert's, by moving numbers."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ class WeightMap:
     `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
     and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are frequencies that a file may also
     store, with the values that they must then have, and `copies` maps what it may store twice to what that must equal.
-    `fp8` says how 8-bit weights are stored, if any may be. `pieces` says, by a decoder tensor's name, of which parts of
-    its stored ones `adapt` makes parts of it.
+    `fp8` says how 8-bit weights are stored, if any may be. `reading` says in words what a configuration was taken for,
+    and `split` where implementations disagree about D. `fitted` makes the map for what is stored, where the
+    configuration leaves something open. `pieces` says, by a decoder tensor's name, of which parts of its stored ones
+    `adapt` makes parts of it.
     """
 
     config: ModelConfig
@@ -49,6 +53,9 @@ class WeightMap:
     checksums: dict[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     fp8: Fp8 | None = None
+    reading: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    fitted: "Callable[[Shapes], WeightMap] | None" = None
     pieces: Callable[[str], Pieces] = lambda name: Pieces.WHOLE
 
     def made(self, name: str, tensors: list[Tensor]) -> Tensor:
@@ -78,6 +85,8 @@ class Positions:
     """Our name of a coefficient tensor -> theirs."""
     adapt: Callable[[Tensor], Tensor] = lambda coef: coef
     """A stored coefficient tensor as [G, D, F]."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
 
     def constants(self, rotary: str) -> dict[str, Tensor]:
         """What no file stores of the decoder's module `rotary`."""

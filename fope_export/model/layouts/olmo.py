@@ -176,7 +176,7 @@ def weight_map(flags: OlmoFlags, prefix: str = "") -> WeightMap:
     copies = {head: embed} if flags.weight_tying else {}
     return WeightMap(
         model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies,
-        pieces=lambda name: Pieces.WHOLE if name.endswith("_coef") else Pieces.ROWS,
+        reading=positions.reading, pieces=lambda name: Pieces.WHOLE if name.endswith("_coef") else Pieces.ROWS,
     )  # fmt: skip
 
 
