@@ -8,7 +8,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fope_export.errors import missing
+from fope_export.errors import ConfigError, missing
 
 if TYPE_CHECKING:
     pass
@@ -155,6 +155,8 @@ def validate(args: argparse.Namespace) -> int:
     from fope_export.report import parity_record, print_parity, write_reports
     from fope_export.terminal import RESULTS, progress
 
+    if args.stages:
+        return _validate_stages(args)
     bundle = Bundle.open(args.bundle, verify=False)
     with progress("validate") as report:
         result = validate_bundle(
@@ -169,6 +171,37 @@ def validate(args: argparse.Namespace) -> int:
         if isinstance(written, OSError):
             _unwritten(written)
         elif not args.json:
+            RESULTS.print(f"report: {written}", markup=False)
+    return PASSED if result.passed else FAILED
+
+
+def _validate_stages(args: argparse.Namespace) -> int:
+    """The same layer by layer. Raises ConfigError for arguments that it does not have."""
+    from fope_export.bundle import Bundle
+    from fope_export.parity.stages import validate_stages
+    from fope_export.stages_report import print_stages, stages_record, write_stages
+    from fope_export.terminal import RESULTS, progress
+
+    unknown = ("lengths", "save_inputs", "load_inputs", "junit", "backend")
+    if given := [name for name in unknown if getattr(args, name)]:
+        raise ConfigError(
+            f"--stages takes no --{given[0].replace('_', '-')}", hint="It runs the portable file in ONNX Runtime."
+        )
+    bundle = Bundle.open(args.bundle, verify=False)
+    with progress("validate") as report:
+        result = validate_stages(
+            bundle, checkpoint=args.checkpoint, adapter=args.adapter, seed=args.seed, report=report
+        )
+    if args.json:
+        print_json(stages_record(bundle, result))
+    else:
+        print_stages(result, RESULTS)
+    try:
+        written = write_stages(bundle, result, args.out, lock_timeout=args.lock_timeout)
+    except OSError as cause:
+        _unwritten(cause)
+    else:
+        if not args.json:
             RESULTS.print(f"report: {written}", markup=False)
     return PASSED if result.passed else FAILED
 

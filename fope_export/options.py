@@ -100,6 +100,7 @@ def validate(sub: argparse.ArgumentParser) -> None:
         "--lengths", type=_numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
     )
     sub.add_argument("--seed", type=_natural, default=0, help="of the random tokens (default: 0)")
+    sub.add_argument("--stages", action="store_true", help="layer by layer, for models that are larger than memory")
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
     sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the reports (default: OUT/reports)")

@@ -48,7 +48,7 @@ class EagerBackend:
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
-        with _attention(self.model.embed.weight):
+        with attention_for(self.model.embed.weight):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
 
@@ -59,7 +59,7 @@ class EagerBackend:
         """The model is the caller's."""
 
 
-def _attention(weight: torch.Tensor) -> AbstractContextManager[None]:
+def attention_for(weight: torch.Tensor) -> AbstractContextManager[None]:
     """PyTorch's fused attention in half types packs keys for AVX-512 where the processor has it, and fails where
     ATEN_CPU_CAPABILITY takes it away: another is chosen then.
     """

@@ -1,5 +1,6 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,9 @@ def validate(
     and how many there are.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
-    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, or when a length is not
-    positive or has no room.
+    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, when a length is not
+    positive or has no room, or when the machine has not the memory for the checkpoint in float64: `validate_stages`
+    needs that of a layer.
 
     >>> import fope_export as fx
     >>> result = fx.validate("out", lengths=(7,))
@@ -78,10 +80,26 @@ def validate(
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
     source, limits = source_of(bundle, checkpoint, adapter), BACKENDS[chosen].limits(bundle)
+    _check_memory(bundle, source)
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
     if save:
         save_inputs(save, bundle.manifest, cases)
     return _compared(bundle, source, chosen, cases, seed, report)
+
+
+def memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(bundle: Bundle, source: Checkpoint) -> None:
+    needed = sum(parameter.numel() for parameter in source.outline.parameters()) * torch.float64.itemsize
+    if needed > (there := memory()):
+        raise ParityError(
+            f"{bundle.path} needs {needed / 1e9:,.0f} GB to be compared in float64, and this machine has "
+            f"{there / 1e9:,.0f} GB",
+            hint="`fope-export validate --stages` goes through it layer by layer.",
+        )
 
 
 def _compared(
