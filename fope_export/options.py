@@ -247,7 +247,11 @@ def _size(text: str) -> int:
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--backend", metavar="NAME", help="what runs it (default: onnxruntime); a wrong NAME lists all")
+    sub.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what runs it; a wrong NAME lists all (default: onnxruntime; run and serve take what is fastest here)",
+    )
 
 
 def _axis(text: str) -> tuple[str, tuple[int, ...]]:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds
-from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
