@@ -1,10 +1,10 @@
 """The choice of a backend, on machines that are not there."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from fope_export.backends.choose import BACKENDS, PORTABLE, abilities, choose, fastest
@@ -12,6 +12,8 @@ from fope_export.backends.machine import Machine, read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
+from fope_export.graph.export import export
+from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPTIMIZED
 
 
@@ -169,6 +171,12 @@ def test_this_machine_is_read() -> None:
     assert given.cores >= 1 and {"torch", "onnx", "onnxruntime"} <= set(given.packages)
 
 
+@pytest.fixture(scope="module")
+def halved(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An optimized bundle in float16."""
+    return optimize(export(native, tmp_path_factory.mktemp("halved") / "out", ExportConfig(dtype="fp16")))
+
+
 GPU = replace(EVERYTHING, architectures=("sm90",))
 
 
@@ -186,14 +194,10 @@ GPU = replace(EVERYTHING, architectures=("sm90",))
 )  # fmt: skip
 def test_the_fastest_that_bundle_and_machine_have(
     given: Machine, built: tuple[str, ...] | None, half: bool, wanted: str, reasons: tuple[str, ...],
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch,
+    bundle: Bundle, halved: Bundle, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     made = [] if built is None else [SimpleNamespace(architectures=built)]
     monkeypatch.setattr("fope_export.backends.choose.records", lambda bundle: made)
-    if half:
-        export = msgspec.structs.replace(bundle.manifest.export, dtype="fp16")
-        files = bundle.manifest.files | {OPTIMIZED: "0"}
-        bundle = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, export=export, files=files))
-    name, told = fastest(bundle, given)
+    name, told = fastest(halved if half else bundle, given)
     assert name == wanted and all(reason in told for reason in reasons)
     assert "torch" not in name and "torch: " not in told
