@@ -228,12 +228,10 @@ async def _whole(request: Request, state: State, call: Call) -> Response:
 
 async def _until_whole(request: Request, state: State, call: Call) -> None:
     """Raises ClientDisconnect when nobody waits any more."""
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = _disconnected(request, call)
     try:
         while not call.over:
-            changed = asyncio.ensure_future(call.changed.wait())
-            await asyncio.wait((gone, changed), return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
+            await call.changed.wait()
             if gone.done():
                 raise ClientDisconnect
             call.changed.clear()
@@ -243,9 +241,16 @@ async def _until_whole(request: Request, state: State, call: Call) -> None:
         gone.cancel()
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _disconnected(request: Request, call: Call) -> "asyncio.Task[None]":
+    """Done when nobody is there any more; then the call is woken."""
+
+    async def wait() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.create_task(wait())
+    gone.add_done_callback(lambda _: call.changed.set())
+    return gone
 
 
 class _Stream(StreamingResponse):
@@ -266,12 +271,10 @@ class _Stream(StreamingResponse):
 
 async def _events(request: Request, state: State, call: Call) -> AsyncIterator[bytes]:
     """Server-sent events, the last of which is [DONE]; a stream that ends without it is not whole."""
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = _disconnected(request, call)
     try:
         while not call.over:
-            changed = asyncio.ensure_future(call.changed.wait())
-            await asyncio.wait((gone, changed), return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
+            await call.changed.wait()
             if gone.done():
                 return
             call.changed.clear()

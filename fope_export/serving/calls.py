@@ -45,9 +45,10 @@ class Call:
             with suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(self.changed.set)
 
+        each = self.asked.stream or bool(self.asked.stops)  # else nobody looks before the end
         try:
             for request in self._requests:
-                handle = self.host.submit(request, notify)
+                handle = self.host.submit(request, notify, each=each)
                 self._answers.append(Answer(handle, self.host.text, self.asked.stops))
         except BaseException:
             self.cancel()
@@ -67,6 +68,11 @@ class Call:
     @property
     def completion_tokens(self) -> int:
         return sum(answer.count for answer in self._answers)
+
+    @property
+    def first(self) -> float:
+        """When the first token came."""
+        return min((answer.handle.first for answer in self._answers if answer.handle.first), default=self.last)
 
     @property
     def reasons(self) -> list[str]:

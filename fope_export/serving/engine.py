@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -123,9 +124,9 @@ class Engine:
         """Requests that wait for one."""
         return len(self._waiting)
 
-    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Handle:
+    def submit(self, request: Request, notify: Callable[[], None] | None = None, *, each: bool = True) -> Handle:
         """Have it answered when there is a slot for it. `notify` is called by the engine's thread after a step in which
-        something happened to it.
+        something happened to it, or without `each` when it is over.
 
         Raises ConfigError for an empty prompt, a token that there is not, in the prompt or with a bias, and a negative
         choice, BackendError for a prompt longer than a slot, and when the engine is closed, and BusyError when too many
@@ -141,7 +142,7 @@ class Engine:
         if capacity is not None and len(prompt) > capacity:
             raise no_room("tokens", len(prompt), capacity)
         request.sampling.check(size)
-        handle = Handle(replace(request, prompt=prompt, ends=frozenset(request.ends)), notify)
+        handle = Handle(replace(request, prompt=prompt, ends=frozenset(request.ends)), notify, each=each)
         with self._lock:
             if self._closed:
                 raise BackendError("the engine is closed", hint="Make another.")
@@ -181,7 +182,8 @@ class Engine:
 
     def _tell(self, handle: Handle, event: Event) -> None:
         handle.events.put(event)
-        self._told.append(handle)
+        if handle.each or not isinstance(event, Token):
+            self._told.append(handle)
 
     def close(self, cause: Exception | None = None) -> None:
         """End what is left, cancelled or failed for a `cause`, and give the slots back."""
@@ -339,6 +341,7 @@ class Engine:
         told = None if request.logprobs is None else logprobs(work.logits, token, request.logprobs)
         work.last, work.count = token, work.count + 1
         work.made[token] += 1
+        work.handle.first = work.handle.first or monotonic()
         self.counts.new_tokens += 1
         self._tell(work.handle, Token(token, told))
         if request.grammar:

@@ -86,12 +86,12 @@ class Host:
             if not self._thread.is_alive():
                 raise self.failure or BackendError(f"{self.name} did not start", hint="See the log.")
 
-    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Handle:
+    def submit(self, request: Request, notify: Callable[[], None] | None = None, *, each: bool = True) -> Handle:
         """As `Engine.submit`. Raises BackendError also while there is no engine."""
         engine = self.engine
         if engine is None or not self.ready:
             raise BackendError(f"{self.name} is not ready", hint="Try again later.")
-        handle = engine.submit(request, notify)
+        handle = engine.submit(request, notify, each=each)
         self._work.set()
         return handle
 

@@ -44,7 +44,7 @@ class Metrics:
         if call.before:
             self._between.labels(call.host.name).observe(call.last - call.before)
         else:
-            self._first.labels(call.host.name).observe(call.last - call.began)
+            self._first.labels(call.host.name).observe(call.first - call.began)
 
     def end(self, call: Call) -> None:
         """It is over."""

@@ -86,10 +86,12 @@ Event = Token | Finished | Failed
 class Handle:
     """A submitted request. Any thread may read what happens to it, and cancel it."""
 
-    def __init__(self, request: Request, notify: Callable[[], None] | None = None) -> None:
-        self.request, self.cancelled, self.notify = request, False, notify
+    def __init__(self, request: Request, notify: Callable[[], None] | None = None, *, each: bool = True) -> None:
+        self.request, self.cancelled, self.notify, self.each = request, False, notify, each
         self.events: SimpleQueue[Event] = SimpleQueue()
         """Tokens, then Finished or Failed."""
+        self.first = 0.0
+        """When its first token came, by time.monotonic()."""
         self.cached = 0
         """Tokens of the prompt that were there already; known when the first event is."""
         self.prompt_logprobs: list[Logprobs] = []

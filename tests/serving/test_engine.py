@@ -249,6 +249,15 @@ def test_what_cannot_be_answered_is_refused_when_it_comes(request_: Request, rea
         Engine(Scripted(ENDLESS)).submit(request_)
 
 
+def test_who_waits_for_the_whole_answer_is_woken_once() -> None:
+    engine, woken = Engine(Scripted(ENDLESS), 2), list[str]()
+    first = engine.submit(asked([1], 4), lambda: woken.append("each"))
+    second = engine.submit(asked([2], 4), lambda: woken.append("whole"), each=False)
+    to_the_end(engine)
+    assert woken.count("each") == 4 and woken.count("whole") == 1
+    assert len(first.take()) == len(second.take()) == 5 and 0 < first.first <= second.first
+
+
 def test_closing_tells_everybody() -> None:
     backend = Scripted(ENDLESS)
     engine = Engine(backend, 1)

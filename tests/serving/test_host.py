@@ -24,11 +24,16 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never comes")
 
 
-def failure(handle: Handle) -> Exception | None:
+def failure(handle: Handle) -> Exception:
     """What it ended with, when it did."""
     events = list[Any]()
-    until(lambda: events.extend(handle.take()) or (bool(events) and isinstance(events[-1], Failed)))
-    return events[-1].cause if isinstance(events[-1], Failed) else None
+
+    def failed() -> bool:
+        events.extend(handle.take())
+        return bool(events) and isinstance(events[-1], Failed)
+
+    until(failed)
+    return events[-1].cause  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -48,7 +53,12 @@ def test_a_backend_that_failed_is_tried_before_it_is_ready(
     host: Host, backend: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared, clear = list[bool](), host._ready.clear
-    monkeypatch.setattr(host._ready, "clear", lambda: (clear(), cleared.append(host.ready)))
+
+    def noted() -> None:
+        clear()
+        cleared.append(host.ready)
+
+    monkeypatch.setattr(host._ready, "clear", noted)
     backend.fails = "decode"
     handle = host.submit(LONG, lambda: setattr(backend, "fails", "" if "free" in backend.log[-1] else "decode"))
     assert str(failure(handle)).startswith("decode")

@@ -190,8 +190,15 @@ def test_a_wrong_request_is_told_what_is_wrong(
 
 
 def test_null_is_absent_and_some_fields_are_ignored(server: Served) -> None:
-    more = {"anything": None, "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "best_of": 1}
-    more |= {"stream_options": {"include_usage": None}}
+    more: dict[str, Any] = {"stream_options": {"include_usage": None}}
+    more |= {
+        "anything": None,
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "best_of": 1,
+    }
     assert server.ask(GREEDY | more).json()["choices"] == server.ask(GREEDY).json()["choices"]
 
 

@@ -78,7 +78,7 @@ def test_a_second_signal_ends_at_once(asked: Bundle) -> None:
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
             server.process.send_signal(signal.SIGTERM)
-            rest = []
+            rest = list[str]()
             with suppress(httpx.RemoteProtocolError):
                 rest += lines
             assert "data: [DONE]" not in rest
