@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -240,6 +241,7 @@ def main() -> int:
     numbers = sum(torch.Size(shape).numel() for shape in tensors_of(config_of(args.size)).values())
     needed = SPARE * numbers * (2 + DTYPES[args.dtype].itemsize)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is removed then, too
     args.folder.mkdir(parents=True, exist_ok=True)
     status = os.statvfs(args.folder)
     if (free := status.f_bavail * status.f_frsize) < needed:

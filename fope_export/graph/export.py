@@ -24,7 +24,7 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
 from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
-from fope_export.graph.streaming import Numbers, give_numbers, without_numbers
+from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import way_of
 from fope_export.hashing import HashedFile, Hashing
@@ -82,7 +82,12 @@ def export(
         report("tracing and translating")
         model = to_onnx(outline, config, ranges, weights.pieces)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
-        digests = save(model, folder / MODEL, progress)
+
+        def written(done: int, total: int) -> None:
+            hashes.follow(done, total)
+            progress(done, total)
+
+        digests = save(model, folder / MODEL, written)
         for name, content in companions(source.config, config, source.tokenizer_files).items():
             (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
@@ -135,35 +140,30 @@ def save(
 
     Raises ExportError where the disk refuses.
     """
-    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    tensors, total, data = (
-        [value.const_value for value in values],
-        weight_bytes(model),
-        path.with_name(f"{path.name}.data"),
-    )
+    values = {value: value.const_value for value in model.graph.initializers.values() if value.const_value is not None}
+    total, data = weight_bytes(model), path.with_name(f"{path.name}.data")
     try:
         with data.open("wb") as stream:
             file = HashedFile(stream)
-            for value in values:
-                value.const_value = _written(value.const_value, file, data)
+            for (value, tensor), numbers in zip(values.items(), one_ahead(values.values()), strict=True):
+                value.const_value = _written(tensor, numbers, file, data)
                 progress(min(file.size, total), total)
         ir.save(model, path)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {cause}", hint="Is there space on the disk?") from cause
     finally:
-        for value, tensor in zip(values, tensors, strict=True):
+        for value, tensor in values.items():
             value.const_value = tensor
     return {data.name: file.hexdigest()}
 
 
-def _written(tensor: ir.TensorProtocol | None, file: HashedFile, data: Path) -> ir.TensorProtocol:
-    """Where in `file`, whose path is `data`, a tensor now is; itself where it is small."""
-    assert tensor is not None
+def _written(tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: HashedFile, data: Path) -> ir.TensorProtocol:
+    """Where in `file`, whose path is `data`, a tensor's numbers now are; itself where it is small."""
     if tensor.nbytes <= INLINE_BYTES:
         return tensor
-    assert isinstance(tensor, ir.Tensor | ir.LazyTensor)
+    assert isinstance(numbers, ir.Tensor | ir.LazyTensor)
     start = file.size
-    tensor.tofile(file)
+    numbers.tofile(file)
     return ir.ExternalTensor(
         data.name, start, file.size - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
         base_dir=data.parent,
