@@ -187,6 +187,9 @@ def serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a page that may ask; may be repeated"
     )
+    sub.add_argument(
+        "--batch-invariant", action="store_true", help="alike to the last bit in any company; each step runs all slots"
+    )
     sub.add_argument("--unvalidated", action="store_true", help="serve what no report says is right")
     sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")

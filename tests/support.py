@@ -37,7 +37,7 @@ class Forgetful:
     def assemble(self, parts: Sequence[Part]) -> None:
         return None
 
-    def slots(self, count: int, room: int = 0) -> Slots:
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
         return StackedSlots(self, count)
 
     def close(self) -> None:

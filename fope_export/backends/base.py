@@ -108,10 +108,11 @@ class Backend(Protocol):
         """Logits [B, S, V] of the new tokens, or of the last alone, and the cache grown by them."""
         ...
 
-    def slots(self, count: int, room: int = 0) -> Slots:
-        """As many empty rows; `room` is a guess of how many tokens each of them will have.
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
+        """As many empty rows; `room` is a guess of how many tokens each of them will have. With `whole` a step runs all
+        of them whoever is named, so that no row's numbers depend on how many others there are.
 
-        Raises BackendError for more rows than it takes.
+        Raises BackendError for more rows than it takes, and where it cannot run them so.
         """
         ...
 

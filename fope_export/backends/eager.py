@@ -52,8 +52,8 @@ class EagerBackend:
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
-        return StackedSlots(self, count, self.model.capacity or None)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self.model.capacity or None, whole=whole)
 
     def close(self) -> None:
         """The model is the caller's."""

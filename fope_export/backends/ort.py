@@ -80,8 +80,8 @@ class OrtBackend:
         wanted = wanted[:, -1:].copy() if last else wanted  # a view would keep the others
         return wanted.astype(np.float32, copy=False), cache if static else present
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
-        return StackedSlots(self, count, self._manifest.export.capacity)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self._manifest.export.capacity, whole=whole)
 
     def close(self) -> None:
         del self._session

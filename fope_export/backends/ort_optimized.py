@@ -1,6 +1,7 @@
 """The bundle's second file, for ONNX Runtime alone (`graph.optimize`): a cache in place, and no padding at all."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
 from fope_export.manifest import KEPT
 
+TILE, SAMPLE = 16, 48
+"""Rows that a kernel takes together, at most, and steps that rows are compared in."""
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
@@ -89,9 +92,11 @@ class OrtSlots:
 
     capacity: int | None = None
 
-    def __init__(self, backend: "OptimizedOrtBackend", count: int, room: int) -> None:
-        self.count, self.lengths, self._backend = count, np.zeros(count, np.int64), backend
-        self.tensors = backend.memory(count)
+    def __init__(self, backend: "OptimizedOrtBackend", count: int, room: int, *, rows: int = 0) -> None:
+        """With `rows` there are as many in memory, at least `count`, and every step of single tokens runs all."""
+        self._rows, self._whole = rows or count, rows > 0 or backend.graphs is not None
+        self.count, self.lengths, self._backend = count, np.zeros(self._rows, np.int64), backend
+        self.tensors = backend.memory(self._rows)
         self._decoding: Decoding | None = None
         self._reserve(room)
 
@@ -102,8 +107,8 @@ class OrtSlots:
         return logits.reshape(-1, self._backend.vocab_size)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
-        low, high = (0, self.count) if self._backend.graphs else (min(slots), max(slots) + 1)
-        ids, past, named = np.zeros(self.count, np.int64), np.zeros(self.count, np.int64), list(slots)
+        low, high = (0, self._rows) if self._whole else (min(slots), max(slots) + 1)
+        ids, past, named = np.zeros(self._rows, np.int64), np.zeros(self._rows, np.int64), list(slots)
         ids[named], past[named] = tokens, self.lengths[named]
         resting = [row for row in range(low, high) if row not in slots and self.lengths[row]]
         firsts = [tensor[resting, :, 0] for tensor in self.tensors] if resting else []
@@ -120,7 +125,7 @@ class OrtSlots:
         rows, new = ids.shape
         total = int(past.max()) + new
         self._reserve(total)
-        if new == 1 and (rows == self.count or not self._backend.graphs):
+        if new == 1 and (rows == self._rows or not self._backend.graphs):
             bound = self._single(low, rows, total)
         else:
             bound = self._bind(low, rows, new, total, last=last)
@@ -229,8 +234,26 @@ class OptimizedOrtBackend:
             device, next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
         )
 
-    def slots(self, count: int, room: int = 0) -> OrtSlots:
-        return OrtSlots(self, count, room)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> OrtSlots:
+        return OrtSlots(self, count, room, rows=self._alike(count) if whole else 0)
+
+    def _alike(self, count: int) -> int:
+        """The fewest rows, at least `count`, that all compute the same: the last of a tile are rounded otherwise.
+
+        Raises BackendError where some always differ.
+        """
+        sample = np.random.default_rng(0).integers(0, self.vocab_size, SAMPLE)
+        for rows in range(count, count + TILE):
+            with closing(OrtSlots(self, rows, BLOCK, rows=rows)) as slots:
+                for row in range(rows):
+                    slots.prefill(row, sample[:1], 0)
+                steps = (slots.decode(range(rows), [token] * rows) for token in sample)
+                if all((logits == logits[0]).all() for logits in steps):
+                    return rows
+        raise BackendError(
+            f"rows {count} to {count + TILE - 1} of a step are not all rounded alike by this processor's kernels",
+            hint="Leave --batch-invariant out.",
+        )
 
     def empty_cache(self, batch: int) -> SharedCache:
         return SharedCache(self.slots(batch), np.zeros(batch, np.int64))

@@ -119,10 +119,10 @@ class TrtBackend:
             answer: Logits = logits[:, -int(last) :].float().cpu().numpy()
         return answer, cache
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
         if count > (most := self.record.max("batch")):
             raise no_room("rows", count, most)
-        return StackedSlots(self, count, self.record.max("total_sequence"))
+        return StackedSlots(self, count, self.record.max("total_sequence"), whole=whole)
 
     def close(self) -> None:
         self._contexts.clear()

@@ -14,8 +14,9 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BusyError, ConfigError
 from fope_export.generation import log_probabilities
+from fope_export.graph.optimize import optimize
 from fope_export.serving.engine import Engine
-from fope_export.serving.requests import Event, Finished, Handle, Request, Token, logprobs
+from fope_export.serving.requests import Event, Finished, Handle, Logprobs, Request, Token, logprobs
 from fope_export.serving.sampling import SamplingParams
 from tests.scripted import Scripted, ScriptedSlots
 from tests.support import answers
@@ -160,7 +161,7 @@ def test_one_answer_that_cannot_be_drawn_ends_alone(monkeypatch: pytest.MonkeyPa
             return logits
 
     backend = Scripted(ENDLESS)
-    monkeypatch.setattr(backend, "slots", lambda count, room: Broken(backend, count))
+    monkeypatch.setattr(backend, "slots", lambda count, room, whole: Broken(backend, count))
     engine = Engine(backend, 2)
     good, bad = engine.submit(asked([1], 4)), engine.submit(asked([2], 4))
     assert to_the_end(engine, good, bad) == [
@@ -396,3 +397,37 @@ def test_a_grammar_and_a_bias_that_exclude_each_other_end_that_request(
     failing, other = engine.submit(asked([1], grammar=grammar)), engine.submit(asked([1], 1))
     told = to_the_end(engine, failing, other)
     assert "no token may come next" in str(told[0][0]) and told[1][-1] == "length"
+
+
+def numbers(engine: Engine, *requests: Request) -> list[list[tuple[int, Logprobs | None]]]:
+    """Tokens of each answer with what is told of them, to the last bit."""
+    handles = [engine.submit(request) for request in requests]
+    while engine.step():
+        pass
+    return [[(e.id, e.logprobs) for e in handle.take() if isinstance(e, Token)] for handle in handles]
+
+
+def test_an_invariant_engine_answers_alike_in_any_company(spoilable: Bundle) -> None:
+    backend = load_backend(optimize(spoilable))
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3)
+    asked, *others = [
+        Request(prompt=rng.integers(0, 256, length).tolist(), sampling=sampling, logprobs=3)
+        for length in (70, 5, 33, 80)
+    ]
+    engine = Engine(backend, 4, chunk=32, spare=2, invariant=True)
+    alone, cached = numbers(engine, asked), numbers(engine, asked)
+    assert engine.counts.cached_tokens == 64 and cached == alone
+    assert numbers(engine, *others, asked)[-1] == alone[0]
+    follow = Request(prompt=[*asked.prompt, *(token for token, _ in alone[0]), 7, 8], sampling=sampling, logprobs=3)
+    again = numbers(engine, others[0], follow)[-1]  # what an answer's own steps wrote is not taken
+    fresh = Engine(backend, 4, chunk=32, spare=2, invariant=True)
+    assert numbers(fresh, follow)[0] == again and numbers(fresh, asked) == alone
+    for each in (engine, fresh):
+        each.close()
+
+
+def test_who_cannot_be_invariant_says_so(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="runs the rows that a step names") as told:
+        Engine(load_backend(bundle, variant="portable"), 2, invariant=True)
+    assert "fope-export optimize" in told.value.hint
