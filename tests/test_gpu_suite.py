@@ -93,7 +93,7 @@ def test_spacing_is_that_of_the_type() -> None:
 
 def test_a_header_that_moves_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     header = library.HEADER.replace("    float sign;", "    float sign;\n    int32_t added; // a reason; and more")
-    members = library.fields(header)
+    members = library.fields(header, "FopeRotaryArguments")
     assert members[-1] == ("added", ctypes.c_int32) and members[0] == ("q", ctypes.c_void_p)
 
     class Moved(ctypes.Structure):

@@ -25,11 +25,11 @@ FLAGS = ("-O3", "-std=c++17", "--cudart", "static", f"-I{compiling.SOURCES}")
 LIBRARY = ("-shared", "-Xcompiler", "-fPIC")
 
 
-def fields(header: str) -> list[tuple[str, Any]]:
-    """Names and C types of the struct's members, as arguments.h declares them."""
-    body = re.search(r"struct FopeRotaryArguments \{(.*?)\n\};", header, re.DOTALL)
+def fields(header: str, name: str) -> list[tuple[str, Any]]:
+    """Names and C types of the members of a struct, as arguments.h declares them; without those that it inherits."""
+    body = re.search(rf"struct {name}(?: : \w+)? \{{(.*?)\n\}};", header, re.DOTALL)
     if body is None:
-        raise BackendError("arguments.h declares no FopeRotaryArguments", hint="Bring library.py up to date with it.")
+        raise BackendError(f"arguments.h declares no {name}", hint="Bring library.py up to date with it.")
     members = re.findall(r"^\s*([^/\n]*?)\s*(\w+);", body.group(1), re.MULTILINE)
     return [(name, ctypes.c_void_p if "*" in kind else CTYPES[kind]) for kind, name in members]
 
@@ -37,7 +37,13 @@ def fields(header: str) -> list[tuple[str, Any]]:
 class Arguments(ctypes.Structure):
     """FopeRotaryArguments of arguments.h."""
 
-    _fields_ = tuple(fields(HEADER))
+    _fields_ = tuple(fields(HEADER, "FopeRotaryArguments"))
+
+
+class GeneralArguments(Arguments):
+    """FopeRotaryGeneralArguments of arguments.h."""
+
+    _fields_ = tuple(fields(HEADER, "FopeRotaryGeneralArguments"))
 
 
 def arguments(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> Arguments:
