@@ -148,8 +148,7 @@ def validate_module(
     mistakes, broken = _mistakes(single, yardstick.inputs(largest)), ""
     total = len(cases) + len(mistakes)
     judged: list[tuple[ModuleCase, list[CaseResult]]] = []
-    columns: tuple[ColumnResult, ...] = ()
-    itself: list[CaseResult] = []
+    columns, itself = tuple[ColumnResult, ...](), list[CaseResult]()
     choose("onnxruntime", read_machine(), bundle.manifest.export)
     try:
         graph = OrtGraph(bundle)

@@ -109,9 +109,9 @@ class Call:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What the operator takes, in the contract's order, without the precision of the rotation."""
+        """What the operator takes, in the contract's order, on one axis, without the precision of the rotation."""
         case, tensors = self.case, (self.q, self.k, self.position_ids, self.freq, self.sin_coef, self.cos_coef)
-        return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
+        return *tensors, None, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
 
     def tokens(self, size: int) -> Iterator[slice]:
         """Pieces of S that keep B * S at about `size`."""

@@ -25,7 +25,7 @@ def compiled() -> Callable[[Call], Outputs]:
 
 
 def _rotate(
-    q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
+    q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor, _axis: None,
     sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int,
 ) -> Outputs:  # fmt: skip
     groups, count, pairs = sin_coef.shape
