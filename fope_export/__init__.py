@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fope_export.config import ExportConfig as ExportConfig
     from fope_export.errors import BackendError as BackendError
     from fope_export.errors import BundleError as BundleError
+    from fope_export.errors import BusyError as BusyError
     from fope_export.errors import CheckpointError as CheckpointError
     from fope_export.errors import ConfigError as ConfigError
     from fope_export.errors import DocumentError as DocumentError
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from fope_export.parity.module import validate_module as validate_module
     from fope_export.parity.run import validate as validate
     from fope_export.serving.engine import Engine as Engine
-    from fope_export.serving.engine import Request as Request
+    from fope_export.serving.requests import Request as Request
     from fope_export.serving.sampling import SamplingParams as SamplingParams
     from fope_export.tensorrt.build import build as build
     from fope_export.tokens import Tokenizer as Tokenizer
@@ -62,6 +63,7 @@ _HOMES = {
     "BuildConfig": "config",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "BusyError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DocumentError": "errors",
@@ -71,7 +73,7 @@ _HOMES = {
     "FopeError": "errors",
     "FopeRotary": "fope.rotary",
     "ParityError": "errors",
-    "Request": "serving.engine",
+    "Request": "serving.requests",
     "SamplingParams": "serving.sampling",
     "Settings": "backends.choose",
     "Spectrum": "fope.spectrum",

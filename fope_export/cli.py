@@ -86,6 +86,7 @@ def _doctor_options(_: argparse.ArgumentParser) -> None:
 def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=Path, metavar="CKPT", help=f"folder with the checkpoint ({', '.join(LAYOUTS)})")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder for the bundle; one that stands there is replaced")
+    sub.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter that PEFT saved, to merge into it")
     sub.add_argument("--dtype", choices=(*DTYPES,), default=FP32.name, help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
     sub.add_argument(
@@ -93,24 +94,19 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--opset", type=_natural, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
     sub.add_argument("--extend", choices=("pi", "yarn"), help="change the frequencies for longer contexts")
-    sub.add_argument(
-        "--extend-to", type=_natural, metavar="TOKENS", help="how far (default: 16 x trained, at most 8192)"
-    )
+    sub.add_argument("--extend-to", type=_natural, metavar="TOKENS", help="how far (default: 16 x trained, <=8192)")
     sub.add_argument(
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
     sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
     sub.add_argument(
-        "--quantize",
-        choices=(*QUANTIZATIONS,),
+        "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
-    )
+    )  # fmt: skip
     sub.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
+        "--calibration", type=Path, metavar="FILE",
         help=f"text, or ids as .npy or .json, for {either(calibrated())} (default: Python's own)",
-    )
+    )  # fmt: skip
     _lock(sub)
 
 
@@ -130,10 +126,9 @@ def _optimize_options(sub: argparse.ArgumentParser) -> None:
 def _build_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument(
-        "--target",
-        default="tensorrt-rtx",
+        "--target", default="tensorrt-rtx",
         help="tensorrt (for the GPU at hand), tensorrt-rtx, or for GPUs by name tensorrt-rtx:sm86,sm89,sm120 (default)",
-    )
+    )  # fmt: skip
     sub.add_argument(
         "--plugin", action=argparse.BooleanOptionalAction, default=True, help="the rotation as one fused kernel"
     )
@@ -158,7 +153,7 @@ def _build_options(sub: argparse.ArgumentParser) -> None:
 
 def _validate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
-    sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
+    _origin(sub)
     sub.add_argument(
         "--lengths", type=_numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
     )
@@ -211,7 +206,7 @@ def _run_options(sub: argparse.ArgumentParser) -> None:
 
 def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
-    sub.add_argument("--checkpoint", type=Path, help="where the checkpoint is, if it has moved")
+    _origin(sub)
     sub.add_argument("--lengths", type=_numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
     sub.add_argument("--batch", type=_numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
     sub.add_argument("--rounds", type=_natural, default=5, help="everybody in turn in each (default: 5)")
@@ -224,6 +219,11 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
     _lock(sub)
+
+
+def _origin(sub: argparse.ArgumentParser) -> None:
+    for what in ("checkpoint", "adapter"):
+        sub.add_argument(f"--{what}", type=Path, help=f"where the {what} is, if it has moved")
 
 
 def _lock(sub: argparse.ArgumentParser) -> None:

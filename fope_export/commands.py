@@ -81,8 +81,8 @@ def export(args: argparse.Namespace) -> int:
     config = convert(options, ExportConfig, where="export", hint="See fope-export export --help.")
     with stages("export") as report:
         bundle = export_bundle(
-            args.checkpoint, args.out, config, calibration=args.calibration, lock_timeout=args.lock_timeout,
-            report=report, progress=report.progress,
+            args.checkpoint, args.out, config, adapter=args.adapter, calibration=args.calibration,
+            lock_timeout=args.lock_timeout, report=report, progress=report.progress,
         )  # fmt: skip
     if args.json:
         _print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
@@ -153,8 +153,8 @@ def validate(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle, verify=False)
     with progress("validate") as report:
         result = validate_bundle(
-            bundle, checkpoint=args.checkpoint, backend=args.backend, lengths=args.lengths, seed=args.seed,
-            load=args.load_inputs, save=args.save_inputs, report=report,
+            bundle, checkpoint=args.checkpoint, adapter=args.adapter, backend=args.backend, lengths=args.lengths,
+            seed=args.seed, load=args.load_inputs, save=args.save_inputs, report=report,
         )  # fmt: skip
     if args.json:
         _print_json(parity_record(bundle, result))
@@ -238,7 +238,7 @@ def bench(args: argparse.Namespace) -> int:
     old = read_old(args.compare) if args.compare else None
     bundle = Bundle.open(args.bundle)
     with stages("bench") as report:
-        result = bench_bundle(bundle, config, checkpoint=args.checkpoint, stage=report)
+        result = bench_bundle(bundle, config, checkpoint=args.checkpoint, adapter=args.adapter, stage=report)
     if args.json:
         _print_json(bench_record(bundle, result))
     else:

@@ -108,6 +108,19 @@ class BackendError(FopeError):
     """
 
 
+class BusyError(BackendError):
+    """An engine whose queue is full: the request was not taken.
+
+    >>> import fope_export as fx
+    >>> engine = fx.Engine(fx.load_backend("out"), slots=1, queue=1)
+    >>> for token in (100, 101, 102):
+    ...     handle = engine.submit(fx.Request(prompt=[token]))
+    Traceback (most recent call last):
+    ...
+    fope_export.errors.BusyError: 2 requests would wait, and 1 may
+    """
+
+
 class ParityError(FopeError):
     """A comparison that could not be made. (One that was made and failed is a result, not an error.)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from fope_export.backends.base import Backend, Ids, Logits, Slots
 from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
-from fope_export.serving.engine import Engine, Failed, Handle, Request, Token
+from fope_export.serving.engine import Engine
+from fope_export.serving.requests import Failed, Handle, Request, Token
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 

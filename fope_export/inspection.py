@@ -45,7 +45,7 @@ def _checkpoint(path: Path) -> Description:
     return {
         "checkpoint": {"path": str(path), "layout": checkpoint.layout, "parameters": f"{parameters:,}"},
         "model": _model(checkpoint.config),
-        "spectrum": _spectrum(checkpoint.config.spectrum, spectrum.describe()),
+        "spectrum": {**checkpoint.reading, **_spectrum(checkpoint.config.spectrum, spectrum.describe())},
         f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
         "files": {
             p.name: f"{_size(p)}  {digest}"
@@ -61,6 +61,7 @@ def _bundle(bundle: Bundle) -> Description:
             "path": str(bundle.path),
             "made by": f"fope-export {manifest.tool_version}",
             "from": f"{manifest.source.path} ({manifest.source.layout})",
+            **({"with the adapter": manifest.source.adapter.path} if manifest.source.adapter else {}),
             "written as": _written(manifest),
         },
         **_what(manifest),

@@ -67,7 +67,14 @@ def _value(size: str, sizes: Mapping[str, int]) -> int:
     return sum(int(f"{sign}{factor or 1}") * (int(x) if x.isdigit() else sizes[x]) for sign, factor, x in terms)
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AdapterSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The adapter that was merged into a checkpoint: `files` are SHA-256 by name."""
+
+    path: str
+    files: dict[Name, Digest]
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The checkpoint that a bundle was made from: `files` are SHA-256 by name. Of a module: its class, and the SHA-256
     of its `state_dict`.
     """
@@ -75,6 +82,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     path: str
     layout: str
     files: dict[Name, Digest]
+    adapter: AdapterSource | None = None
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):

@@ -105,8 +105,8 @@ def promises(rng: Rng, place: Place) -> list[str]:
 
 
 def promise_safetensors(rng: Rng, place: Place) -> list[str]:
-    folder = place.copy("hugging_face")
-    path = folder / "model.safetensors"
+    folder = place.copy(rng.choice(("hugging_face", "adapter")))
+    path = next(folder.glob("*.safetensors"))
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
@@ -203,10 +203,9 @@ def strange_tensors(rng: Rng, place: Place) -> list[str]:
 
 def shapes(rng: Rng, place: Place) -> list[str]:
     """Tensors whose shapes do not go together."""
-    name = rng.choice(("hugging_face", "pickled", "olmo"))
-    folder = place.copy(name)
-    path = folder / {"hugging_face": "model.safetensors", "pickled": "pytorch_model.bin", "olmo": "model.pt"}[name]
-    tensors = load_file(path) if name == "hugging_face" else torch.load(path)
+    folder = place.copy(rng.choice(("hugging_face", "pickled", "olmo", "adapter", "adapter")))
+    path = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt"))
+    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
     for key in rng.sample(list(tensors), rng.choice((1, 2, 5))):
         t = tensors[key]
         others = [
@@ -218,7 +217,7 @@ def shapes(rng: Rng, place: Place) -> list[str]:
             t.repeat(2, *[1] * (t.ndim - 1)),
         ]
         tensors[key] = rng.choice([*others, t.transpose(0, -1), t[..., :-1]]).contiguous()
-    save_file(tensors, path) if name == "hugging_face" else torch.save(tensors, path)
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
     return on_checkpoint(rng, place, folder)
 
 
@@ -227,7 +226,7 @@ def no_files(rng: Rng, place: Place) -> list[str]:
     if rng.random() < 0.4:
         path, argv = document(rng, place)
     elif rng.random() < 0.5:
-        folder = place.copy(rng.choice(("hugging_face", "sharded", "pickled", "olmo")))
+        folder = place.copy(rng.choice(("hugging_face", "sharded", "pickled", "olmo", "adapter")))
         path, argv = rng.choice(sorted(folder.iterdir())), on_checkpoint(rng, place, folder)
     else:
         folder = place.copy("bundle")

@@ -35,7 +35,9 @@ class Place:
 
 
 def make_sources(root: Path) -> Path:
-    """One small model as Hugging Face checkpoints (one file, several, pickled), one of the paper's, and a bundle."""
+    """One small model as Hugging Face checkpoints (one file, several, pickled) with an adapter, one of the paper's, and
+    a bundle.
+    """
     from fope_export.cli import main
     from fope_export.tokens import byte_tokenizer
 
@@ -52,6 +54,10 @@ def make_sources(root: Path) -> Path:
     for shard in shards:
         save_file({name: tensors[name] for name in tensors if index[name] == shard}, root / "sharded" / shard)
     (root / "sharded/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (root / "adapter").mkdir()
+    (root / "adapter/adapter_config.json").write_text(json.dumps(ADAPTER, indent=1))
+    (root / "adapter/tokenizer.json").write_text(byte_tokenizer().to_str())
+    save_file(adapter_tensors(), root / "adapter/adapter_model.safetensors")
     (root / "olmo/config.yaml").write_text(yaml.safe_dump({"run_name": "small", "model": FLAGS}))
     torch.save(olmo_tensors(), root / "olmo/model.pt")
     assert main(["export", str(root / "hugging_face"), str(root / "bundle")]) == 0
@@ -65,6 +71,12 @@ CONFIG = {
     "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "rope_scaling": {"rope_type": "default", "fope_init_factor": 0.1, "fope_sep_head": True},
     "tie_word_embeddings": False, "torch_dtype": "float32", "eos_token_id": 0,
+}  # fmt: skip
+ADAPTER = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": True,
+    "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {".*up_proj": 7}, "bias": "none",
+    "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["model.norm"], "layers_to_transform": [0, 1],
+    "layers_pattern": "layers", "trainable_token_indices": None, "layer_replication": None,
 }  # fmt: skip
 FLAGS = {
     "d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "mlp_hidden_size": 64, "vocab_size": VOCAB,
@@ -91,6 +103,17 @@ def hugging_face_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) * 0.05 for name, shape in made.items()}
 
 
+def adapter_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    made: dict[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,)}
+    for i in range(LAYERS):
+        for name, rank, rows in (("self_attn.q_proj", 2 + i, HIDDEN), ("mlp.up_proj", 2, 32)):
+            module = f"model.layers.{i}.{name}.lora_"
+            made |= {f"{module}A.weight": (rank, HIDDEN), f"{module}B.weight": (rows, rank)}
+            made[f"{module}magnitude_vector"] = (rows,)
+    return {f"base_model.model.{name}": torch.randn(shape) * 0.05 for name, shape in made.items()}
+
+
 def olmo_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     made = {"transformer.wte.weight": (VOCAB, HIDDEN), "transformer.ln_f.weight": (HIDDEN,)}
@@ -108,7 +131,9 @@ def olmo_tensors() -> dict[str, torch.Tensor]:
 
 
 def on_checkpoint(rng: Rng, place: Place, folder: Path) -> list[str]:
-    """A command that reads a checkpoint."""
+    """A command that reads a checkpoint, or an adapter and its base."""
+    if folder.name == "adapter":
+        return ["export", str(place.sources / "hugging_face"), str(place.out), "--adapter", str(folder)]
     command = rng.choice(("inspect", "export", "export", "validate"))
     if command == "validate":
         return ["validate", str(place.copy("bundle")), "--lengths", "5", "--checkpoint", str(folder)]
@@ -141,13 +166,17 @@ def seal(folder: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
+CONFIGURATIONS = {
+    "hugging_face": "config.json", "olmo": "config.yaml", "sharded": "model.safetensors.index.json",
+    "adapter": "adapter_config.json",
+}  # fmt: skip
+
+
 def document(rng: Rng, place: Place) -> tuple[Path, list[str]]:
     """A document from outside, and a command that reads it."""
-    which = rng.choice(("config", "yaml", "index", "tokenizer", "manifest", "inputs", "prompts", "calibration"))
-    if which in ("config", "yaml", "index"):
-        name = {"config": "hugging_face", "yaml": "olmo", "index": "sharded"}[which]
-        folder = place.copy(name)
-        file = {"config": "config.json", "yaml": "config.yaml", "index": "model.safetensors.index.json"}[which]
+    which = rng.choice((*CONFIGURATIONS, "tokenizer", "manifest", "inputs", "prompts", "calibration"))
+    if file := CONFIGURATIONS.get(which):
+        folder = place.copy(which)
         return folder / file, on_checkpoint(rng, place, folder)
     if which == "tokenizer":
         folder = place.copy("hugging_face")

@@ -34,6 +34,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     contender: str
     bundle: str
     checkpoint: str | None
+    adapter: str | None
     folder: str
     threads: int
     device: str = "cpu"
@@ -121,7 +122,7 @@ def _model(job: Job) -> Any:
     if job.contender == TWIN:
         return load_checkpoint(job.twin).model.to(job.device)
     bundle = Bundle.open(job.bundle, verify=False)
-    model = source_of(bundle, job.checkpoint).model.converted(bundle.manifest.export)
+    model = source_of(bundle, job.checkpoint, job.adapter).model.converted(bundle.manifest.export)
     if bundle.manifest.export.quantize:
         place_weights(bundle, model)
     return model.to(job.device)

@@ -177,14 +177,15 @@ def bench(
     config: BenchConfig = BenchConfig(),  # noqa: B008 (it is frozen)
     *,
     checkpoint: Path | None = None,
+    adapter: Path | None = None,
     stage: Stage = lambda text: None,
 ) -> BenchResult:
     """Time a bundle beside its checkpoint in PyTorch, and the peers that `config` asks for: in seconds to the first
     token and for each one after it. The bundle must have the report of a validation that passed; who computes something
     else than eager PyTorch is refused, and not timed.
 
-    `checkpoint` is the folder where the checkpoint is now (None: where it was exported from); `stage` is told what is
-    done next.
+    `checkpoint` is the folder where the checkpoint is now (None: where it was exported from), `adapter` that of the
+    adapter in it; `stage` is told what is done next.
 
     Raises BundleError when the bundle is not validated or its checkpoint is gone, and BackendError when eager PyTorch,
     which everything is compared with, cannot run.
@@ -196,7 +197,7 @@ def bench(
     """
     bundle = Bundle.of(bundle, verify=True)
     tested = {(each.backend, each.variant) for each in require_green(bundle)}
-    source_of(bundle, checkpoint)
+    source_of(bundle, checkpoint, adapter)
     machine, model, export = read_machine(), bundle.manifest.decoder(), bundle.manifest.export
     threads = config.threads or machine.cores
     entries: dict[str, Entry] = {}
@@ -206,7 +207,7 @@ def bench(
         jobs = [
             Job(
                 contender=name, bundle=str(bundle.path), checkpoint=str(checkpoint) if checkpoint else None,
-                folder=str(folder), threads=threads, device=config.device,
+                adapter=str(adapter) if adapter else None, folder=str(folder), threads=threads, device=config.device,
             )
             for name in _chosen(config)
         ]  # fmt: skip

@@ -41,23 +41,33 @@ def interpolate(freq: Tensor, original_length: int, length: int) -> Tensor:
 
 def yarn(
     freq: Tensor, dim: int, theta: float, *, scale: float, original_length: int,
-    beta_fast: float = 32.0, beta_slow: float = 1.0, factor: float = 1.0,
+    beta_fast: float = 32.0, beta_slow: float = 1.0, factor: float = 1.0, truncate: bool = True,
 ) -> Tensor:  # fmt: skip
     """YARN (arXiv 2309.00071, section 3.2): divide slow frequencies by `scale`, keep fast ones, blend between.
 
     freq [dim / 2], or the first of them. `factor` weighs the kept part (`len_extra_yarn_factor` of the authors' code; 1
-    in Hugging Face's).
+    in Hugging Face's); without `truncate` the blend ends between pairs.
     """
 
     def pair_of(rotations: float) -> float:
         return dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_of(beta_fast)), 0)
-    high: float = min(math.ceil(pair_of(beta_slow)), dim - 1)
+    first, last = pair_of(beta_fast), pair_of(beta_slow)
+    low = max(math.floor(first) if truncate else first, 0)
+    high: float = min(math.ceil(last) if truncate else last, dim - 1)
     high += 0.001 if low == high else 0.0
     ramp = ((torch.arange(len(freq), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = (1 - ramp) * factor
     return freq / scale * (1 - keep) + freq * keep
+
+
+def llama3(freq: Tensor, factor: float, *, low: float, high: float, original_length: int) -> Tensor:
+    """Llama 3.1's scaling (modeling_rope_utils.py of transformers): divide by `factor` what turns less than `low` times
+    in `original_length` tokens, keep what turns more than `high` times, blend between.
+    """
+    turns = original_length * freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * freq / factor + keep * freq
 
 
 def extended(freq: Tensor, dim: int, kind: str, *, original_length: int, length: int) -> Tensor:

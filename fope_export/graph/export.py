@@ -46,6 +46,7 @@ def export(
     out: str | Path,
     config: ExportConfig | None = None,
     *,
+    adapter: str | Path | None = None,
     calibration: Path | None = None,
     lock_timeout: float = TIMEOUT,
     report: Callable[[str], None] = lambda stage: None,
@@ -53,7 +54,8 @@ def export(
 ) -> Bundle:
     """Write the bundle of the checkpoint in folder `checkpoint` to folder `out`, whole or not at all.
 
-    A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `calibration` is a
+    A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `adapter` is a folder
+    with a LoRA adapter that PEFT saved, which is merged into the checkpoint first. `calibration` is a
     file of text or token ids, on which ranges are measured where `config` rounds inputs of linear layers; without it,
     the source of Python's standard library is. Another writer of `out` is waited for, for `lock_timeout` seconds.
     `report` is told each stage as it begins, and `progress` how many bytes of weights are written, and how many there
@@ -70,7 +72,7 @@ def export(
     out = Path(out)
     check_target(out)
     report("reading the checkpoint")
-    source = load_checkpoint(checkpoint)
+    source = load_checkpoint(checkpoint, adapter=adapter)
     config = (config or ExportConfig()).resolved(source.config.training_length)
     source = replace(source, model=source.model.converted(config))  # weights that it lacks are freed
     require_space(out, sum(parameter.nbytes for parameter in source.model.parameters()))
@@ -103,7 +105,7 @@ def _ranges(
         return {}
     report("calibrating")
     known = source.model.config
-    windows = calibration_windows(source.path, file, known.vocab_size, known.training_length)
+    windows = calibration_windows(source.tokenizer_folder, file, known.vocab_size, known.training_length)
     return calibrate(source.model, config.quantize, windows)
 
 
@@ -156,9 +158,8 @@ def add_plain_file(model: Path, config: ExportConfig) -> None:
 
 
 def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:
-    origin = Source(path=str(source.path.resolve()), layout=source.layout, files=source.hashes())
     spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
-    return manifest_of(model, config, origin, source.model.config, spectra)
+    return manifest_of(model, config, source.source(), source.model.config, spectra)
 
 
 def manifest_of(

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,12 @@ from fope_export.model.layouts.base import Layout, WeightMap
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that torch.compile, FSDP and activation checkpointing put around another, anywhere, and that hold nothing."""
 
+T = TypeVar("T")
 
-def named(stored: Mapping[str, Tensor], layout: Layout, weight_map: WeightMap, path: Path) -> dict[str, Tensor]:
-    """The tensors of the decoder by the names that the map knows: decoded, and without what its model was wrapped in.
+
+def named(stored: Mapping[str, T], layout: Layout, weight_map: WeightMap, path: Path) -> dict[str, T]:
+    """The decoder's tensors (or what is said of them) by the names that the map knows: decoded, and without what its
+    model was wrapped in.
 
     What stands before every name (`module.` of DataParallel) goes where the rest is then what the map wants.
 
@@ -29,13 +33,14 @@ def named(stored: Mapping[str, Tensor], layout: Layout, weight_map: WeightMap, p
             raise CheckpointError(
                 f"{path}: {other} and {name} are both {short}", hint="Save the state_dict of one model alone."
             )
-    prefix, *others = sorted(_prefixes(_wanted(weight_map), bare)) or [""]
+    prefix, *others = sorted(_prefixes(wanted_names(weight_map), bare)) or [""]
     if not others and all(name.startswith(prefix) for name in bare):
         bare = {name.removeprefix(prefix): original for name, original in bare.items()}
     return {name: stored[original] for name, original in bare.items() if not layout.foreign(name)}
 
 
-def _wanted(weight_map: WeightMap) -> set[str]:
+def wanted_names(weight_map: WeightMap) -> set[str]:
+    """The stored tensors that the decoder is made of."""
     return {name for names in weight_map.sources.values() for name in names}
 
 
@@ -59,7 +64,7 @@ def assemble(weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decode
     state = dict(weight_map.constants)
     for name, sources in weight_map.sources.items():
         state[name] = weight_map.made(name, [in_float32(weight_map, tensors, source, path) for source in sources])
-        _check(state[name], shapes[name], f"{path}: {sources[0]}")
+        _check(state[name], shapes[name], f"{path}: {sources[0]}", weight_map.split)
         if name.endswith(".freq"):
             _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")
     for name, value in weight_map.checksums.items():
@@ -67,12 +72,12 @@ def assemble(weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decode
             _check_frequencies(tensors[name], value, f"{path}: {name}")
     for name, original in copies:
         if name in tensors:
-            _check_copy(weight_map, tensors, name, original, path)
+            check_copy(weight_map, tensors, name, original, path)
     return state
 
 
 def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Path) -> None:
-    wanted = _wanted(weight_map)
+    wanted = wanted_names(weight_map)
     known = wanted | weight_map.copies.keys()
     known |= {name + SCALE for name in known} | weight_map.checksums.keys()
     for what, names, hint in (
@@ -80,10 +85,11 @@ def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Pat
         ("left over", tensors.keys() - known, "The configuration describes a smaller model or another layout."),
     ):
         if names:
-            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {_listed(names)}", hint=hint)
+            raise CheckpointError(f"{path}: {len(names)} tensors {what}: {listed(names)}", hint=hint)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first three."""
     first, *more = sorted(names)
     return ", ".join((first, *more[:2])) + (", …" if len(more) > 2 else "")
 
@@ -127,7 +133,8 @@ def _check_whole(stored: Tensor, where: str) -> None:
         )
 
 
-def _check_copy(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
+def check_copy(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
+    """Raises CheckpointError unless the tensor `name` is the one `of` which it is a copy."""
     if not torch.equal(in_float32(weight_map, tensors, name, path), in_float32(weight_map, tensors, of, path)):
         raise CheckpointError(
             f"{path}: {name} and {of} differ, and the configuration says that they are one",
@@ -151,11 +158,14 @@ def _check_frequencies(stored: Tensor, value: Tensor, where: str) -> None:
         )
 
 
-def _check(tensor: Tensor, shape: torch.Size, where: str) -> None:
+LENGTH = "The configuration must state the training length, not the length that is exported or served."
+
+
+def _check(tensor: Tensor, shape: torch.Size, where: str, split: str = "") -> None:
     if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
         raise CheckpointError(
             f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
-            hint="The configuration must state the training length, not the length that is exported or served.",
+            hint=split or LENGTH,
         )
     if tensor.shape != shape:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -13,9 +13,11 @@ from fope_export.bundle import Bundle, sha256
 from fope_export.config import ModelConfig, as_written
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
+from fope_export.manifest import AdapterSource, Source
+from fope_export.model.adapters import read_adapter
 from fope_export.model.assembly import assemble, named
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts import layouts, recognize
+from fope_export.model.layouts import ADAPTER, layouts, recognize
 from fope_export.model.layouts.base import Layout
 from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
@@ -36,6 +38,12 @@ class Checkpoint:
     model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """In words, whose reading of the configuration was taken, and what was done to the coefficients."""
+    adapter: Path | None = None
+    """The folder of the adapter that is merged into `model`."""
+    adapter_files: tuple[Path, ...] = ()
+    """What of it was read. With a tokenizer, that is the model's."""
 
     @property
     def dialect(self) -> str:
@@ -45,19 +53,36 @@ class Checkpoint:
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
-        return tuple(path for path in self.files if path.name in TOKENIZER_FILES)
+        own, added = (
+            tuple(path for path in files if path.name in TOKENIZER_FILES) for files in (self.files, self.adapter_files)
+        )
+        return added or own
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer is, if it has one."""
+        return next((path.parent for path in self.tokenizer_files), self.path)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each of `files`, by name."""
         return {path.name: sha256(path) for path in self.files}
 
+    def source(self) -> Source:
+        """What a bundle's manifest says of it."""
+        adapter = None
+        if self.adapter is not None:
+            hashes = {path.name: sha256(path) for path in self.adapter_files}
+            adapter = AdapterSource(path=str(self.adapter.resolve()), files=hashes)
+        return Source(path=str(self.path.resolve()), layout=self.layout, files=self.hashes(), adapter=adapter)
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+
+def load_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> Checkpoint:
     """Read the checkpoint in folder `path`, whose layout is recognized by what lies there. No code of it is executed,
-    and every tensor must be there, in its shape, with none left over.
+    and every tensor must be there, in its shape, with none left over. `adapter` is a folder with a LoRA adapter that
+    PEFT saved, which is merged into it.
 
     Raises CheckpointError where files are missing or contradict each other, and ConfigError for a configuration that no
-    model can have; both name the file.
+    model can have, or an adapter that is no such one; all name the file.
 
     >>> import fope_export as fx
     >>> checkpoint = fx.load_checkpoint("checkpoint")
@@ -67,23 +92,41 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     name, layout = recognize(folder)
     weight_map = layout.read(folder)
-    config = _with_ends(weight_map.config, folder)
     weights = _weights_file(folder, name, layout)
     stored, shards = read_tensors(weights)
     tensors = named(stored, layout, weight_map, weights)
+    if weight_map.fitted:
+        weight_map = weight_map.fitted({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    weight_map = replace(weight_map, config=_with_ends(weight_map.config, folder))
     _check_size(weight_map.config, tensors, weights)
+    adapter_files: tuple[Path, ...] = ()
+    if adapter is not None:
+        adapter = Path(adapter)
+        adapted = read_adapter(adapter)
+        tensors, weight_map = adapted.merged(tensors, layout, weight_map, weights)
+        has_tokens = adapted.check_tokenizer(weight_map.config.vocab_size)
+        adapter_files = _there(adapter, ADAPTER, adapted.weights.name, *(TOKENIZER_FILES if has_tokens else ()))
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(weight_map.config)
     model.load_state_dict(assemble(weight_map, tensors, model, weights), assign=True, strict=False)
     if weight_map.config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
     _check_spectra(model, weights)
     configurations = dict.fromkeys(each.configuration for _, each in layouts())
-    written = (*configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
-    files = tuple(path for each in written if (path := folder / each).exists())
+    files = _there(folder, *configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
+    model = model.eval().requires_grad_(False)
+    return Checkpoint(
+        folder, name, weight_map.config, model, files, weight_map.reading,
+        adapter=Path(adapter) if adapter else None, adapter_files=adapter_files,
+    )  # fmt: skip
+
+
+def _there(folder: Path, *names: str) -> tuple[Path, ...]:
+    """Those files that are in `folder`. Raises CheckpointError where one is no file."""
+    files = tuple(path for name in names if (path := folder / name).exists())
     for path in files:
         check_file(path, raises=CheckpointError)
-    return Checkpoint(folder, name, config, model.eval().requires_grad_(False), files)
+    return files
 
 
 def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -95,27 +138,44 @@ def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
         raise ConfigError(f"{folder / GENERATION}: {cause}", hint=cause.hint) from cause
 
 
-def source_of(bundle: Bundle, path: str | Path | None = None) -> Checkpoint:
-    """The checkpoint that `bundle` was made from, at `path` or where it then was.
+def source_of(bundle: Bundle, path: str | Path | None = None, adapter: str | Path | None = None) -> Checkpoint:
+    """The checkpoint that `bundle` was made from, at `path` or where it then was, with the adapter that was merged into
+    it, if one was, at `adapter` or where that was.
 
-    Raises BundleError when it is not there, when its files are not the ones that were exported, or when it is a module.
+    Raises BundleError when one is not there or its files are not the ones that were exported, and for a module.
     """
     bundle.manifest.decoder()
     source = bundle.manifest.source
-    folder = Path(path or source.path)
-    if not folder.is_dir():
+    if adapter and not source.adapter:
         raise BundleError(
-            f"{bundle.path}: its checkpoint is not at {folder}",
-            hint="Say where it is with --checkpoint, or bring it back.",
+            f"{bundle.path} was exported without an adapter", hint="Leave --adapter out, or export again with it."
         )
-    checkpoint = load_checkpoint(folder)
-    if (hashes := checkpoint.hashes()) != source.files:
-        differing = sorted(name for name in hashes.keys() | source.files if hashes.get(name) != source.files.get(name))
-        raise BundleError(
-            f"{folder} is not the checkpoint that {bundle.path} was exported from: {', '.join(differing)} differ",
-            hint="Give the original with --checkpoint, or export again.",
-        )
+    folder = _folder(bundle, path or source.path, "checkpoint")
+    merged = _folder(bundle, adapter or source.adapter.path, "adapter") if source.adapter else None
+    checkpoint = load_checkpoint(folder, adapter=merged)
+    found = checkpoint.source()
+    _check_same(bundle, folder, found.files, source.files, "checkpoint")
+    if merged and found.adapter and source.adapter:
+        _check_same(bundle, merged, found.adapter.files, source.adapter.files, "adapter")
     return checkpoint
+
+
+def _folder(bundle: Bundle, path: str | Path, what: str) -> Path:
+    """Raises BundleError where a bundle's checkpoint or adapter (`what`) is not at `path`."""
+    if not Path(path).is_dir():
+        raise BundleError(
+            f"{bundle.path}: its {what} is not at {path}", hint=f"Say where it is with --{what}, or bring it back."
+        )
+    return Path(path)
+
+
+def _check_same(bundle: Bundle, folder: Path, found: dict[str, str], wanted: dict[str, str], what: str) -> None:
+    """Raises BundleError where files in `folder` are not those, by name, that the bundle was exported from."""
+    if differing := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise BundleError(
+            f"{folder} is not the {what} that {bundle.path} was exported from: {', '.join(differing)} differ",
+            hint=f"Give the original with --{what}, or export again.",
+        )
 
 
 def _check_size(config: ModelConfig, tensors: Mapping[str, Tensor], path: Path) -> None:

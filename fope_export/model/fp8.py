@@ -7,7 +7,7 @@ store the byte of its exponent alone, as torch's float8_e8m0fnu or in uint8: 2 *
 (OCP Microscaling Formats 1.0, section 5.4.1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,10 @@ class Fp8:
     """Modules whose weights are not of 8 bits."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Fp8":
-        """Raises ConfigError naming the first field that means another way of storing."""
+    def of(cls, config: Mapping[str, Any], named: Callable[[str], str] = lambda name: name) -> "Fp8":
+        """`named` makes a name in the file the one that `multiplied` is given.
+
+        Raises ConfigError naming the first field that means another way of storing."""
         for name, supported in SUPPORTED.items():
             if (given := config.get(name)) not in supported:
                 wanted = " or ".join(repr(value) for value in supported if value is not None)
@@ -59,7 +61,9 @@ class Fp8:
             raise ConfigError(f"quantization_config.{EXCEPT} is no list of names", hint=HINT)
         kind = config.get("fmt")
         weights = (FORMATS[kind],) if kind else tuple(FORMATS.values())
-        return cls(weights, config.get("scale_fmt") == EXPONENTS, frozenset(plain))
+        return cls(
+            weights, config.get("scale_fmt") == EXPONENTS, frozenset(named(f"{name}.").rstrip(".") for name in plain)
+        )
 
     def multiplied(self, name: str, weight: Tensor, scale: Tensor, where: str) -> Tensor:
         """The weight `name` in float32.

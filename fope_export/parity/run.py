@@ -46,6 +46,7 @@ def validate(
     bundle: str | Path | Bundle,
     *,
     checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
     backend: str | None = None,
     lengths: Sequence[int] = (),
     seed: int = 0,
@@ -59,8 +60,9 @@ def validate(
     The cases are prefills of many lengths and steps with a cache; with `lengths`, in tokens, the prefills are of these
     instead. `seed` draws their tokens. `load` is a file with inputs, saved as Polygraphy's JSON, that are compared in
     the place of all these; `save` is one that the inputs are written to. `checkpoint` is the folder where the
-    checkpoint is now (None: where it was exported from), `backend` what runs the bundle (None: ONNX Runtime on the
-    CPU). `report` is told what is compared next, how many comparisons are done, and how many there are.
+    checkpoint is now (None: where it was exported from), `adapter` that of the adapter in it, and `backend` what runs
+    the bundle (None: ONNX Runtime on the CPU). `report` is told what is compared next, how many comparisons are done,
+    and how many there are.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
     cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, or when a length is not
@@ -75,7 +77,7 @@ def validate(
     if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
-    source, limits = source_of(bundle, checkpoint), BACKENDS[chosen].limits(bundle)
+    source, limits = source_of(bundle, checkpoint, adapter), BACKENDS[chosen].limits(bundle)
     axes = axes_of(bundle.manifest)
     if axes and (load or save):
         raise ParityError("inputs with positions on several axes are neither saved nor loaded", hint="Leave that out.")

@@ -3,82 +3,23 @@
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
-from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, no_room
-from fope_export.errors import BackendError, ConfigError
-from fope_export.serving.sampling import Draw, SamplingParams, sample
+from fope_export.errors import BackendError, BusyError, ConfigError
+from fope_export.serving.requests import Event, Failed, Finished, Handle, Request, Token, logprobs
+from fope_export.serving.sampling import Draw, sample
 
 SHARED = 16
 """Tokens that a prompt must begin as a slot does for these to be taken from there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of an `Engine`: an answer to the token ids `prompt`, drawn as `sampling` says, up to one of the
-    tokens `ends`, which belongs to it, or to `sampling.max_new_tokens` of them.
-
-    >>> import fope_export as fx
-    >>> request = fx.Request(prompt=[100, 101], sampling=fx.SamplingParams(max_new_tokens=3), ends=(10,))
-    """
-
-    prompt: Sequence[int]
-    sampling: SamplingParams = SamplingParams()  # noqa: RUF009 (it is frozen)
-    ends: Collection[int] = ()
-    choice: int = 0
-    """Tells answers to one prompt with one seed apart."""
-
-
-class Token(NamedTuple):
-    """The answer's next token."""
-
-    id: int
-
-
-class Finished(NamedTuple):
-    """The answer is whole: with an end token, with as many tokens as were asked for, or it was cancelled."""
-
-    reason: Literal["stop", "length", "cancelled"]
-
-
-class Failed(NamedTuple):
-    """There will be no more of the answer."""
-
-    cause: Exception
-
-
-Event = Token | Finished | Failed
-
-
-class Handle:
-    """A submitted request. Any thread may read what happens to it, and cancel it."""
-
-    def __init__(self, request: Request) -> None:
-        self.request, self.cancelled = request, False
-        self.events: SimpleQueue[Event] = SimpleQueue()
-        """Tokens, then Finished or Failed."""
-
-    def cancel(self) -> None:
-        """It ends with the next step."""
-        self.cancelled = True
-
-    def take(self) -> list[Event]:
-        """What happened since the last call; it does not wait."""
-        events: list[Event] = []
-        try:
-            while True:
-                events.append(self.events.get_nowait())
-        except Empty:
-            return events
 
 
 @dataclass
@@ -103,10 +44,28 @@ class _Work:
         """The prompt's tokens, each once."""
         return np.unique(self.handle.request.prompt)
 
-    @property
-    def draw(self) -> Draw:
+    def draw(self, size: int) -> Draw:
+        """What its next token, of a vocabulary of `size`, depends on."""
         request = self.handle.request
-        return Draw(request.sampling, len(request.prompt) + self.count, request.choice, self.seen, self.made)
+        allowed = request.grammar.allowed() if request.grammar else None
+        if self.count < request.sampling.min_new_tokens and request.ends:
+            allowed = np.ones(size, np.bool_) if allowed is None else allowed
+            if (longer := allowed & ~np.isin(np.arange(size), list(request.ends))).any():
+                allowed = longer
+        place = len(request.prompt) + self.count
+        return Draw(request.sampling, place, request.choice, self.seen, self.made, allowed)
+
+
+@dataclass
+class Counts:
+    """What an engine has done."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Fed or taken from a slot."""
+    cached_tokens: int = 0
+    """Those that were taken from a slot."""
+    new_tokens: int = 0
 
 
 class Engine:
@@ -127,12 +86,18 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, slots: int = 8, *, room: int = 1024, chunk: int | None = None, budget: int | None = None
-    ) -> None:
-        """`room` is as for `Backend.slots`. `chunk` tokens of a prompt are fed at a time: 0 is all, None what suits the
+        self, backend: Backend, slots: int = 8, *, room: int = 1024, chunk: int | None = None,
+        budget: int | None = None, spare: int = 0, queue: int | None = None, queued_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        """`slots` requests are answered at once, and as many more rows as `spare` says keep what ended ones held.
+        `room` is as for `Backend.slots`. `chunk` tokens of a prompt are fed at a time: 0 is all, None what suits the
         backend. A step feeds no more than `budget` tokens of prompts, or one chunk: None is a chunk's, 0 no bound.
+        `queue` requests may wait, with `queued_tokens` in their prompts together; None is no bound.
         """
-        self._backend, self._slots = backend, backend.slots(slots, room)
+        self.counts = Counts()
+        self._backend, self._limit, self._queue = backend, slots, (queue, queued_tokens)
+        slots += spare
+        self._slots = backend.slots(slots, room)
         size = backend.chunk if chunk is None else chunk
         self._chunk, self._budget = size or sys.maxsize, (size if budget is None else budget) or math.inf
         self._lock, self._closed = Lock(), False
@@ -141,14 +106,28 @@ class Engine:
         self._working: list[_Work] = []
         self._held: list[list[int]] = [[] for _ in range(slots)]
         """The tokens in each slot."""
+        self._told: list[Handle] = []
+        """Those that something happened to since the last step."""
         self._left, self._leaving = [0] * slots, count(1)
         """When each slot was left: larger is later."""
 
-    def submit(self, request: Request) -> Handle:
-        """Have it answered when there is a slot for it.
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._working)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
+
+    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Handle:
+        """Have it answered when there is a slot for it. `notify` is called by the engine's thread after a step in which
+        something happened to it.
 
         Raises ConfigError for an empty prompt, a token that there is not, in the prompt or with a bias, and a negative
-        choice, and BackendError for a prompt longer than a slot, and when the engine is closed.
+        choice, BackendError for a prompt longer than a slot, and when the engine is closed, and BusyError when too many
+        wait.
         """
         prompt, size, capacity = tuple(map(int, request.prompt)), self._backend.vocab_size, self._slots.capacity
         if not prompt:
@@ -160,12 +139,26 @@ class Engine:
         if capacity is not None and len(prompt) > capacity:
             raise no_room("tokens", len(prompt), capacity)
         request.sampling.check(size)
-        handle = Handle(replace(request, prompt=prompt, ends=frozenset(request.ends)))
+        handle = Handle(replace(request, prompt=prompt, ends=frozenset(request.ends)), notify)
         with self._lock:
             if self._closed:
                 raise BackendError("the engine is closed", hint="Make another.")
+            self._check_queue(len(prompt))
             self._waiting.append(handle)
         return handle
+
+    def _check_queue(self, tokens: int) -> None:
+        """Raises BusyError where one more request with as many tokens may not wait."""
+        waiting = [len(handle.request.prompt) for handle in self._waiting]
+        requests, limit = self._queue
+        free = self._limit - len(self._working)
+        sizes = (
+            ("requests", len(waiting) + 1 - free, requests),
+            ("tokens of prompts", sum(waiting[free:]) + tokens, limit),
+        )
+        for what, size, most in sizes:
+            if most is not None and size > most and len(waiting) >= free:
+                raise BusyError(f"{size} {what} would wait, and {most} may", hint="Try again later.")
 
     def step(self) -> bool:
         """Let requests leave and join, feed prompts, and add a token to every answer whose prompt is fed; whether there
@@ -174,7 +167,19 @@ class Engine:
         self._dismiss()
         self._admit()
         self._draw([*self._decode(), *self._feed()])
+        self.counts.steps += 1
+        self._notify()
         return bool(self._working or self._waiting)
+
+    def _notify(self) -> None:
+        told, self._told = dict.fromkeys(self._told), []
+        for handle in told:
+            if handle.notify:
+                handle.notify()
+
+    def _tell(self, handle: Handle, event: Event) -> None:
+        handle.events.put(event)
+        self._told.append(handle)
 
     def close(self) -> None:
         """Cancel what is left, and give the slots back."""
@@ -183,18 +188,19 @@ class Engine:
         for handle in (*(work.handle for work in self._working), *self._waiting):
             handle.cancel()
         self._dismiss()
+        self._notify()
         self._slots.close()
 
     def _dismiss(self) -> None:
-        """Tell those that were cancelled."""
-        for work in [work for work in self._working if work.handle.cancelled]:
-            self._end(work, Finished("cancelled"))
+        """Tell those that were cancelled, or whose deadline came."""
+        for work in [work for work in self._working if work.handle.cancelled or work.handle.late]:
+            self._end(work, Finished("cancelled" if work.handle.cancelled else "deadline"))
         with self._lock:
-            leaving = [handle for handle in self._waiting if handle.cancelled]
+            leaving = [handle for handle in self._waiting if handle.cancelled or handle.late]
             if leaving:
                 self._waiting = deque(handle for handle in self._waiting if handle not in leaving)
         for handle in leaving:
-            handle.events.put(Finished("cancelled"))
+            self._tell(handle, Finished("cancelled" if handle.cancelled else "deadline"))
 
     def _end(self, work: _Work, event: Finished | Failed) -> None:
         self._working.remove(work)
@@ -202,12 +208,12 @@ class Engine:
         if isinstance(event, Failed):  # nobody knows what it holds
             self._slots.free(work.slot)
             self._held[work.slot] = []
-        work.handle.events.put(event)
+        self._tell(work.handle, event)
 
     def _admit(self) -> None:
         """Give free slots to those that wait longest."""
         free = set(range(self._slots.count)) - {work.slot for work in self._working}
-        while free and self._waiting:
+        while len(self._working) < self._limit and self._waiting:
             handle = self._waiting.popleft()
             slot = self._slot_for(handle, free)
             free.remove(slot)
@@ -264,19 +270,35 @@ class Engine:
             except Exception as cause:
                 self._end(work, Failed(cause))
             else:
-                whole.append(work)
+                if work.handle.request.sampling.max_new_tokens:
+                    whole.append(work)
+                else:
+                    self._end(work, Finished("length"))
         return whole
 
     def _next_chunk(self, work: _Work) -> Sequence[int]:
-        work.fed = work.fed or self._reuse(work)
+        if not work.fed and work.handle.request.prompt_logprobs is None:
+            work.fed = work.handle.cached = self._reuse(work)
+            self.counts.cached_tokens += work.fed
+            self.counts.prompt_tokens += work.fed
         return work.handle.request.prompt[work.fed : work.fed + self._chunk]
 
     def _prefill(self, work: _Work, chunk: Sequence[int]) -> None:
-        (logits,) = self._slots.prefill(work.slot, np.array(chunk, np.int64), work.fed)
+        request, ids = work.handle.request, np.array(chunk, np.int64)
+        if not work.fed:
+            self._held[work.slot] = []
+        told = request.prompt_logprobs
+        logits = self._slots.prefill(work.slot, ids, work.fed, last=told is None)
         work.fed += len(chunk)
+        self.counts.prompt_tokens += len(chunk)
         self._held[work.slot].extend(chunk)
-        if work.fed == len(work.handle.request.prompt):
-            work.logits = logits
+        if told is not None:
+            follow = request.prompt[work.fed - len(chunk) + 1 : work.fed + 1]
+            work.handle.prompt_logprobs += [
+                logprobs(row, token, told) for row, token in zip(logits, follow, strict=False)
+            ]
+        if work.fed == len(request.prompt):
+            work.logits = logits[-1]
 
     def _reuse(self, work: _Work) -> int:
         """Have the slot hold what it, or another, has of the prompt: how many tokens."""
@@ -293,7 +315,7 @@ class Engine:
             return
         try:
             logits = np.stack([work.logits for work in ready if work.logits is not None])
-            tokens = sample(logits, [work.draw for work in ready])
+            tokens = sample(logits, [work.draw(logits.shape[1]) for work in ready])
         except Exception as cause:
             if len(ready) == 1:
                 self._end(ready[0], Failed(cause))
@@ -302,14 +324,19 @@ class Engine:
                     self._draw([work])
             return
         for work, token in zip(ready, tokens, strict=True):
-            self._tell(work, token)
+            self._add(work, token)
 
-    def _tell(self, work: _Work, token: int) -> None:
+    def _add(self, work: _Work, token: int) -> None:
         request = work.handle.request
+        assert work.logits is not None
+        told = None if request.logprobs is None else logprobs(work.logits, token, request.logprobs)
         work.last, work.count = token, work.count + 1
         work.made[token] += 1
-        work.handle.events.put(Token(token))
-        if token in request.ends:
+        self.counts.new_tokens += 1
+        self._tell(work.handle, Token(token, told))
+        if request.grammar:
+            request.grammar.accept(token)
+        if token in request.ends or (request.grammar and request.grammar.done):
             self._end(work, Finished("stop"))
         elif work.count == request.sampling.max_new_tokens:
             self._end(work, Finished("length"))

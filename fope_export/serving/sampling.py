@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.config import Checked, Count, Positive, Size
+from fope_export.config import Checked, Positive, Size
 from fope_export.errors import BackendError, ConfigError
 
 BITS = 53
@@ -28,7 +28,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     multiplies those below, of tokens in the prompt or the answer; `frequency_penalty` is taken from those of tokens in
     the answer, as often as they are there, and `presence_penalty` once. `temperature` divides them all. Then only the
     `top_k` likeliest tokens stay (0: all); of these the fewest whose probabilities reach `top_p`; of these what is at
-    least `min_p` times as likely as the likeliest. An answer has at most `max_new_tokens`.
+    least `min_p` times as likely as the likeliest. An answer has at most `max_new_tokens`, and does not end before it
+    has `min_new_tokens`.
 
     Raises ConfigError for a value that is not allowed.
 
@@ -37,7 +38,8 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     128
     """
 
-    max_new_tokens: Count = 128
+    max_new_tokens: Size = 128
+    min_new_tokens: Size = 0
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     top_k: Size = 0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -72,6 +74,8 @@ class Draw(NamedTuple):
     """Its tokens, each at least once."""
     made: Mapping[int, int] = {}
     """How often each token is in the answer so far."""
+    allowed: NDArray[np.bool_] | None = None
+    """Of each token of the vocabulary, whether it may come; None allows all."""
 
 
 def sample(logits: NDArray[Any], draws: Sequence[Draw]) -> list[int]:
@@ -97,11 +101,13 @@ def _next(logits: NDArray[Any], draw: Draw, largest: int) -> int:
 
 
 def adjusted(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
-    """The logits [V] after bias and penalties; themselves where there are none."""
+    """The logits [V] after bias and penalties, minus infinity where a token may not come; themselves where nothing is
+    asked for. Raises BackendError where none may come.
+    """
     sampling = draw.sampling
     repeats = sampling.repetition_penalty != 1 and (len(draw.prompt) or draw.made)
     counted = draw.made if sampling.presence_penalty or sampling.frequency_penalty else {}
-    if not (repeats or counted or sampling.logit_bias):
+    if not (repeats or counted or sampling.logit_bias or draw.allowed is not None):
         return logits
     changed = logits.astype(np.float64)
     for token, bias in sampling.logit_bias.items():
@@ -113,6 +119,10 @@ def adjusted(logits: NDArray[Any], draw: Draw) -> NDArray[Any]:
     if counted:
         tokens, counts = (np.fromiter(each, np.int64) for each in (counted.keys(), counted.values()))
         changed[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    if draw.allowed is not None:
+        if not draw.allowed.any():
+            raise BackendError("no token may come next", hint="The grammar and the logit_bias exclude each other.")
+        changed[~draw.allowed] = -np.inf
     return changed
 
 

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from fope_export.errors import ConfigError, FopeError
 from fope_export.model.checkpoint import load_checkpoint
-from fope_export.model.layouts.hugging_face import HfFlags, weight_map_of
+from fope_export.model.layouts.hf_fields import HfFlags
+from fope_export.model.layouts.hugging_face import weight_map_of
 from tests.model.hugging_face import config_of, tensors_of, write
+from tests.model.theirs import MARGIN, distance, exact_logits
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,21 +26,6 @@ SIZES = {
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 NEEDED: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {}, "qwen3_moe": EXPERTS}
 IDS = torch.randint(96, (2, 200), generator=torch.Generator().manual_seed(3))
-MARGIN = 1e-4
-"""Of the logits' spread. Both sides compute in float64, of sines and cosines that are rounded to float32 and so differ
-by 1e-7; a wrong reading moves logits by a hundred times the margin, which the tests make sure of."""
-
-
-def logits_of(folder: Path) -> Tensor:
-    model = load_checkpoint(folder).model.double()
-    positions = torch.arange(IDS.shape[1]).expand(IDS.shape)
-    with torch.inference_mode():
-        logits: Tensor = model(IDS, torch.ones_like(IDS), positions, model.empty_cache(len(IDS)))[0]
-    return logits
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.std())
 
 
 def theirs(kind: str, **fields: Any) -> tuple[PretrainedConfig, torch.nn.Module]:
@@ -69,24 +56,26 @@ def their_logits(model: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize("kind", NEEDED)
 def test_a_silent_config_gives_transformers_logits(kind: str, tmp_path: Path) -> None:
     _, model = theirs(kind)
-    assert distance(logits_of(saved(tmp_path, kind, model, NEEDED[kind])), their_logits(model)) < MARGIN
+    assert distance(exact_logits(saved(tmp_path, kind, model, NEEDED[kind]), IDS), their_logits(model)) < MARGIN
 
 
 def test_experts_weights_are_not_normalized_unless_it_is_said(tmp_path: Path) -> None:
     _, model = theirs("qwen3_moe")
     said = [saved(tmp_path / str(i), "qwen3_moe", model, EXPERTS | {"norm_topk_prob": i == 1}) for i in (0, 1)]
     wanted = their_logits(model)
-    assert distance(logits_of(said[0]), wanted) < MARGIN
-    assert distance(logits_of(said[1]), wanted) > 100 * MARGIN
+    assert distance(exact_logits(said[0], IDS), wanted) < MARGIN
+    assert distance(exact_logits(said[1], IDS), wanted) > 100 * MARGIN
     _, model = theirs("qwen3_moe", norm_topk_prob=True)
-    assert distance(logits_of(said[1]), their_logits(model)) < MARGIN
+    assert distance(exact_logits(said[1], IDS), their_logits(model)) < MARGIN
 
 
+TEXTS = ("qwen3_vl_text", "qwen3_vl_moe_text")
+"""Types of the text in multimodal models."""
 NO_MODEL = ("eos_token_id", "pad_token_id")
 """What ends a text or fills a row is no part of the model."""
 KNOWN = {
     kind: {name: getattr(config, name) for name in HfFlags.__struct_fields__ if hasattr(config, name)}
-    for kind, config in ((kind, AutoConfig.for_model(kind, num_hidden_layers=2)) for kind in NEEDED)
+    for kind, config in ((kind, AutoConfig.for_model(kind, num_hidden_layers=2)) for kind in (*NEEDED, *TEXTS))
 }
 """transformers' own values of the fields that we read, of those that it knows in each model type."""
 UNSAID = {field.name for field in msgspec.structs.fields(HfFlags) if field.required} | {"rope_theta", *EXPERTS}
@@ -123,9 +112,9 @@ CLAMPS = {"rope_clamp_floor_freq": True, "rope_clamp_floor_to_zero": True}
 def test_a_port_without_fourier_clamps_its_frequencies(kind: str, ratio: float, tmp_path: Path) -> None:
     model, _ = clamped(kind, 128, ratio)
     flags = CLAMPS | {"fourier": False, "rope_floor_freq_ratio": ratio}
-    wanted, got = their_logits(model), logits_of(saved(tmp_path / "port", kind, model, flags))
+    wanted, got = their_logits(model), exact_logits(saved(tmp_path / "port", kind, model, flags), IDS)
     assert distance(got, wanted) < MARGIN
-    assert distance(logits_of(saved(tmp_path / "rope", kind, model, {})), wanted) > 100 * MARGIN
+    assert distance(exact_logits(saved(tmp_path / "rope", kind, model, {}), IDS), wanted) > 100 * MARGIN
 
 
 @pytest.mark.parametrize(
@@ -138,7 +127,7 @@ def test_a_port_without_fourier_clamps_its_frequencies(kind: str, ratio: float, 
 )  # fmt: skip
 def test_a_port_that_clamps_nothing_is_rope(flags: dict[str, bool], tmp_path: Path) -> None:
     _, model = theirs("llama")
-    assert distance(logits_of(saved(tmp_path, "llama", model, flags)), their_logits(model)) < MARGIN
+    assert distance(exact_logits(saved(tmp_path, "llama", model, flags), IDS), their_logits(model)) < MARGIN
 
 
 def test_a_ports_base_may_stand_among_the_parameters() -> None:
@@ -266,15 +255,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two types": ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "is 'default' and 'lin"),
     "two bases": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0 and 10000.0"),
     "linear without factor": ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs a factor"),
-    "llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
-    "fope scaled as llama3": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "fope_init_factor": 0.5}}, "rope_type is 'llama3'"
+    "llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor"),
+    "fope scaled by the length of a text": (
+        {"rope_scaling": {"rope_type": "longrope", "factor": 8.0, "fope_init_factor": 0.5}}, "rope_type is 'longrope'"
     ),
     "unknown scaling field": (
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "field `attention_factor`"
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "attention_factor is given"
     ),
     "rope type elsewhere": ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
-    "part of the channels": ({"partial_rotary_factor": 0.5}, "unknown field `partial_rotary_factor`"),
+    "part of the channels": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1.0 is supported"),
     "soft cap": ({"final_logit_softcapping": 30.0}, "unknown field `final_logit_softcapping`"),
     "attention scale": ({"query_pre_attn_scalar": 16}, "unknown field `query_pre_attn_scalar`"),
     "null": ({"tie_word_embeddings": None}, "tie_word_embeddings: Expected `bool`"),

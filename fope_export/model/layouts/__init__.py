@@ -13,6 +13,8 @@ from fope_export.errors import CheckpointError
 if TYPE_CHECKING:
     from fope_export.model.layouts.base import Layout
 
+ADAPTER = "adapter_config.json"
+"""What PEFT's adapters have, in the place of a checkpoint's config.json."""
 LAYOUTS = {
     "native": "fope_export.model.layouts.native",
     "olmo": "fope_export.model.layouts.olmo",
@@ -38,5 +40,9 @@ def recognize(folder: Path) -> tuple[str, "Layout"]:
     for name, layout in layouts():
         if layout.recognize(folder):
             return name, layout
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder}: an adapter, and no checkpoint", hint="Export its base with it: export BASE OUT --adapter DIR."
+        )
     known = "; ".join(f"{name}: {layout.evidence}" for name, layout in layouts())
     raise CheckpointError(f"{folder}: no checkpoint layout recognized", hint=f"Looked for {known}.")

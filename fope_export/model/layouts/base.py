@@ -15,6 +15,8 @@ from fope_export.fope.spectrum import Spectrum
 from fope_export.model.fp8 import Fp8
 
 CONFIG = "config.json"
+Shapes = Mapping[str, tuple[int, ...]]
+"""What a file stores, by the names of a decoder that stands alone."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class WeightMap:
     `sources` maps decoder tensors to the stored tensors they are made of, `constants` holds those that no file stores,
     and `adapt` makes one (by its decoder name) of the stored ones. `checksums` are frequencies that a file may also
     store, with the values that they must then have, and `copies` maps what it may store twice to what that must equal.
-    `fp8` says how 8-bit weights are stored, if any may be.
+    `fp8` says how 8-bit weights are stored, if any may be. `reading` says in words what a configuration was taken for,
+    and `split` where implementations disagree about D. `fitted` makes the map for what is stored, where the
+    configuration leaves something open.
     """
 
     config: ModelConfig
@@ -34,6 +38,9 @@ class WeightMap:
     checksums: dict[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
     fp8: Fp8 | None = None
+    reading: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+    fitted: "Callable[[Shapes], WeightMap] | None" = None
 
     def made(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The decoder's tensor `name` of its stored ones. Raises CheckpointError where their shapes do not allow it."""
@@ -62,6 +69,8 @@ class Positions:
     """Our name of a coefficient tensor -> theirs."""
     adapt: Callable[[Tensor], Tensor] = lambda coef: coef
     """A stored coefficient tensor as [G, D, F]."""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
 
     def constants(self, rotary: str) -> dict[str, Tensor]:
         """What no file stores of the decoder's module `rotary`."""

@@ -167,8 +167,9 @@ def weight_map(flags: OlmoFlags, prefix: str = "") -> WeightMap:
         sources |= positions.sources(rotary, f"{theirs}.pos_emb")
     copies = {head: embed} if flags.weight_tying else {}
     return WeightMap(
-        model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies
-    )
+        model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies,
+        reading=positions.reading,
+    )  # fmt: skip
 
 
 LAYER_TENSORS = {

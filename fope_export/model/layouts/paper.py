@@ -18,6 +18,9 @@ from fope_export.fope.rotary import normalized
 from fope_export.fope.spectrum import Spectrum
 from fope_export.model.layouts.base import Positions, only_supported, without_clashes
 
+READING = "the paper's repository and rope_pp"
+"""Whose code the flags are read as."""
+
 
 class PaperFlags(Checked, frozen=True, kw_only=True):
     """Every flag of the position embedding with its default in the fork's ModelConfig."""
@@ -139,7 +142,9 @@ def positions(flags: PaperFlags, *, head_dim: int, groups: int, length: int) -> 
     if not flags.fourier:
         whole = Spectrum.rope((freq if flags.rope else freq[:0]).numpy(), head_dim)
         config = msgspec.structs.replace(whole.config, full_precision=flags.rope_full_precision)
-        return Positions(config, torch.from_numpy(whole.freq), freq, whole=whole)
+        return Positions(
+            config, torch.from_numpy(whole.freq), freq, whole=whole, reading={"read as": f"{READING} (RoPE)"}
+        )
     if flags.fourier_ignore_zero:
         freq = freq[freq != 0]
     config = SpectrumConfig(
@@ -154,7 +159,11 @@ def positions(flags: PaperFlags, *, head_dim: int, groups: int, length: int) -> 
         pairing="half",
         full_precision=flags.rope_full_precision,
     )
-    return Positions(config, freq, freq, stored=_stored(flags), adapt=partial(_adapt, flags))
+    norm = "each column divided by its sum over D" if flags.fourier_norm else "none"
+    return Positions(
+        config, freq, freq, stored=_stored(flags), adapt=partial(_adapt, flags),
+        reading={"read as": READING, "normalization": norm},
+    )  # fmt: skip
 
 
 def _stored(flags: PaperFlags) -> Mapping[str, str]:
