@@ -4,7 +4,7 @@ B batch, S sequence, A axes of positions, H query heads, K key-value heads, E he
 frequencies, J rows of coefficients, F rotated pairs, G coefficient groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -161,6 +161,7 @@ class FopeRotary(nn.Module):
     def create(
         cls, *, head_dim: int, groups: int, training_length: int, theta: float = 10_000.0,
         init: str = "eye_xavier_norm", gain: float = 0.3, pairing: str = "half",
+        sections: Sequence[int] = (), bases: int = 1,
         learnable: bool = False, normalize: bool = False, generator: torch.Generator | None = None,
     ) -> Self:  # fmt: skip
         """A fresh FoPE as the authors start it, for `groups` key-value heads with coefficients of their own (1: all
@@ -168,12 +169,15 @@ class FopeRotary(nn.Module):
 
         Of the frequencies theta ** (-2i / head_dim) it keeps the D that complete a period in `training_length`, and
         rotates F = min(D, head_dim / 4) pairs of channels. `init` names how coefficients are drawn, from `generator`,
-        and `gain` how far from those of RoPE; `pairing` is as for `Spectrum.rope`.
+        and `gain` how far from those of RoPE; `pairing` is as for `Spectrum.rope`. Where tokens have several positions
+        (of an image: time, height, width), `sections` says how often each of these axes has its turn among a head's
+        frequencies (mrope_section of Qwen3-VL). With `bases` 2 each series is a mixture of sines and cosines, and
+        begins as one of the first kind.
 
         Raises ConfigError for an unknown `init`, or where nothing is left to rotate.
         """
         freq = frequencies.floor_to_zero(frequencies.exponential(theta, head_dim), training_length)
-        freq = freq[freq != 0]
+        axis, freq = frequencies.axis_by_turns(sections, len(freq)), freq[freq != 0]
         shape = (groups, len(freq), min(len(freq), head_dim // 4))
         if not all(shape):
             raise ConfigError(
@@ -181,7 +185,11 @@ class FopeRotary(nn.Module):
                 hint="Train on longer sequences, or with more channels a head.",
             )
         sin_coef, cos_coef = (initial_coefficients(shape, init, gain, generator) for _ in range(2))
-        spectrum = Spectrum.fope(freq.numpy(), sin_coef.numpy(), cos_coef.numpy(), head_dim, pairing=pairing)
+        more = (bases - 1) * len(freq)
+        sin_coef, cos_coef = nn.functional.pad(sin_coef, (0, 0, 0, more)), nn.functional.pad(cos_coef, (0, 0, more, 0))
+        extended = {"axes": len(sections), "axis": axis[: len(freq)]} if len(sections) > 1 else {}
+        fields: dict[str, Any] = {"pairing": pairing, "bases": bases} | extended
+        spectrum = Spectrum.fope(freq.numpy(), sin_coef.numpy(), cos_coef.numpy(), head_dim, **fields)
         return cls.from_spectrum(spectrum, learnable=learnable, normalize=normalize)
 
     @classmethod

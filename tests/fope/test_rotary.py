@@ -83,6 +83,23 @@ def test_positions_of_another_kind_are_refused(fields: dict[str, Any], positions
         FopeRotary.from_spectrum(spectrum)(q, k, positions)
 
 
+def test_a_fresh_one_may_be_extended_and_begins_as_a_plain_one() -> None:
+    extensions: list[dict[str, Any]] = [{}, {"sections": (6, 5, 5), "bases": 2}]
+    made = [
+        FopeRotary.create(
+            head_dim=32, groups=2, training_length=256, generator=torch.Generator().manual_seed(0), **fields
+        )
+        for fields in extensions
+    ]
+    config = made[1].spectrum.config
+    assert (config.axes, config.bases, config.axis) == (3, 2, tuple(d % 3 for d in range(config.frequencies)))
+    q, k, positions = torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 32), torch.arange(5)[None]
+    for got, wanted in zip(made[1](q, k, positions), made[0](q, k, positions), strict=True):
+        close(got, wanted)
+    places = torch.stack((positions, positions + 1, positions + 2))
+    assert not torch.allclose(made[1](q, k, places)[0], made[0](q, k, positions)[0], atol=1e-2)
+
+
 def test_an_axis_is_no_weight() -> None:
     """The configuration has it, so that a plain checkpoint's tensors are those of one with axes."""
     spectrum, *_ = make(SHAPES[1], **THREE)
