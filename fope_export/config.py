@@ -18,6 +18,8 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 """Of one head. These two have far more than any model, and little enough to be made before weights are looked at."""
+Axes = Annotated[int, msgspec.Meta(ge=1, le=1 << 6)]
+"""Positions that a token may have."""
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 EXPERTS = 1 << 20
 """Experts of all layers together, at most."""
@@ -64,7 +66,7 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True, omit_defaults=True):
     sign: Literal[1, -1]
     pairing: Literal["half", "interleaved"]
     full_precision: bool  # rotate in float32 whatever the model's dtype
-    axes: Count = 1  # A, the positions of a token (of an image's: time, height, width)
+    axes: Axes = 1  # A, the positions of a token (of an image's: time, height, width)
     axis: tuple[Size, ...] = ()  # which of them each frequency takes; nothing where there is one
     bases: Literal[1, 2] = 1  # 2: sine and cosine are each a mixture of sines and cosines
 
