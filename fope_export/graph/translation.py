@@ -47,6 +47,8 @@ def _translate(
     axis: ir.Value | None, *told: float,
 ) -> Any:  # fmt: skip
     """A general call where there is an axis; `passes.AttachRotary` makes one of others that need it."""
+    if position_ids.dtype == ir.DataType.DOUBLE:
+        raise ExportError("a rotation's positions are float64", hint="Give them as float32, or as int64.")
     attributes = contract.attributes(
         dict(zip(contract.SETTINGS, told, strict=True)),
         dtype=int(q.dtype or ir.DataType.FLOAT),

@@ -20,7 +20,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import SpectrumConfig
 from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
-from fope_export.graph.passes import AXIS
+from fope_export.graph.passes import AXIS, POSITIONS
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
@@ -112,27 +112,31 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
 
 
 def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
-    """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum, or has other
-    axes. A call without an axis turns tokens by one position, which every spectrum allows.
+    """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum, or has another
+    axis. A call may turn tokens by one position, whatever their spectrum.
     """
     graph = read_onnx(bundle.model).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
-    calls, constants = [node for node in graph.node if node.domain == contract.DOMAIN], graph.initializer
+    values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+    calls = [node for node in graph.node if node.domain == contract.DOMAIN]
     different = []
     for module, rotary in rotaries(model).items():
         call = next((node for node in calls if node.name.startswith(f"{module}/")), onnx.NodeProto())
         owner = model.get_submodule(module.rpartition(".")[0])
         carried = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
-        wanted = _attributes(rotary.config, owner, types.get(next(iter(call.input), ""), 0))
+        queries = values.get(next(iter(call.input), ""))
+        wanted = _attributes(rotary.config, owner, queries.elem_type if queries else 0)
         same = all(name in carried and np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items())
-        axis = [tensor for tensor in constants if tensor.name in call.input[AXIS:]]
-        if not same or any(_numbers(tensor, bundle.path) != _axis(rotary.config) for tensor in axis):
+        positions = [values[name] for name in call.input[POSITIONS : POSITIONS + 1] if name in values]
+        axis = _axis(rotary.config, one=any(value.shape.dim[0].dim_value == 1 for value in positions))
+        carried_axes = [tensor for tensor in graph.initializer if tensor.name in call.input[AXIS:]]
+        if not same or any(_numbers(tensor, bundle.path) != axis for tensor in carried_axes):
             different.append(module)
     return different
 
 
-def _axis(config: SpectrumConfig) -> list[int]:
-    return [*config.axis] or [0] * config.frequencies
+def _axis(config: SpectrumConfig, *, one: bool) -> list[int]:
+    """Which position each frequency takes, where tokens have several, or `one`."""
+    return [0] * config.frequencies if one or not config.axis else [*config.axis]
 
 
 def _numbers(tensor: onnx.TensorProto, folder: Path) -> list[int]:

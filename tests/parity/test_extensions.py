@@ -16,7 +16,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
-from fope_export.errors import BackendError, ConfigError, ParityError
+from fope_export.errors import BackendError, ConfigError, ExportError, ParityError
 from fope_export.fope import contract
 from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.export import export
@@ -25,6 +25,7 @@ from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPTIMIZED
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.controls import AXES, FOLDED, PHASES, ROUNDED
+from fope_export.parity.localize import different_rotations
 from fope_export.parity.module import validate_module
 from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
@@ -148,6 +149,12 @@ def round_positions(model: onnx.ModelProto) -> None:
             node.input[2] = "rounded"
 
 
+def flip_sign(model: onnx.ModelProto) -> None:
+    """Of the second call."""
+    sign = next(each for each in calls(model)[1].attribute if each.name == "sign")
+    sign.f = -sign.f
+
+
 def axes_in(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     named = {node.input[6] for node in calls(model)}
     return [t for t in model.graph.initializer if t.name in named and numpy_helper.to_array(t).any()]
@@ -250,6 +257,20 @@ def test_a_module_at_whole_positions_rounds_none(tmp_path: Path) -> None:
     result = validate_module(bundle, module, [example])
     assert result.passed, result.failures
     assert not {AXES.name, PHASES.name, ROUNDED.name} & {control.name for control in result.controls}
+
+
+def test_text_alone_is_never_said_to_have_other_axes(checkpoint: Path, tmp_path: Path) -> None:
+    """Its calls are general for their phases' sake, and have one position."""
+    bundle, model = export(checkpoint, tmp_path / "out"), load_checkpoint(checkpoint).model
+    assert different_rotations(bundle, model) == []
+    after(bundle, flip_sign)
+    assert different_rotations(bundle, model) == ["layers.1.attention.rotary"]
+
+
+def test_positions_in_float64_are_refused(tmp_path: Path) -> None:
+    example = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16), torch.arange(5)[None].double()
+    with pytest.raises(ExportError, match="a rotation's positions are float64"):
+        export_module(Whole().eval(), example, tmp_path / "out")
 
 
 def test_what_cannot_be_is_refused(native: Path, bundle: Bundle, exported: Bundle, tmp_path: Path) -> None:
