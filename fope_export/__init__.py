@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fope_export.model.checkpoint import load_checkpoint as load_checkpoint
     from fope_export.parity.module import validate_module as validate_module
     from fope_export.parity.run import validate as validate
+    from fope_export.parity.stages import validate_stages as validate_stages
     from fope_export.serving.engine import Engine as Engine
     from fope_export.serving.requests import Request as Request
     from fope_export.serving.sampling import SamplingParams as SamplingParams
@@ -92,6 +93,7 @@ _HOMES = {
     "replace_rotary": "fope.replace",
     "validate": "parity.run",
     "validate_module": "parity.module",
+    "validate_stages": "parity.stages",
 }
 _FORMER = {"Sampling": "SamplingParams", "Text": "Tokenizer", "complete": "generate_text"}
 """Names of the version before, which work in this one."""

@@ -20,7 +20,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
 
 MADE = re.compile(
-    r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
+    r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench|stages)\.(json|html|xml)|engines/[^/]+\.(plan|json)"
 )
 """Files that only this program makes, and that it makes again."""
 COPIED = re.compile(
@@ -251,10 +251,11 @@ def _listed(folder: Path) -> set[str]:
         return set()
 
 
-def finish_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write `manifest` with the hashes of all files of `folder`: the last write of a bundle."""
+def finish_manifest(folder: Path, manifest: Manifest, known: Mapping[str, str] = {}) -> Manifest:
+    """Write `manifest` with the hashes of all files of `folder`, of which some are `known`: a bundle's last write."""
     names = [name for name in _files_in(folder) if name != MANIFEST]
-    manifest = msgspec.structs.replace(manifest, files={name: sha256(folder / name) for name in names})
+    files = {name: known.get(name) or sha256(folder / name) for name in names}
+    manifest = msgspec.structs.replace(manifest, files=files)
     _write_manifest(folder, manifest)
     return manifest
 

@@ -1,6 +1,6 @@
 """Generation on any backend: prompts in, tokens or text out. For requests of their own each, see `serving.engine`."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
@@ -11,7 +11,7 @@ from fope_export.backends.base import Backend, Ids, Logits, Slots
 from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
 from fope_export.serving.engine import Engine
-from fope_export.serving.requests import Failed, Handle, Request, Token
+from fope_export.serving.requests import Failed, Grammar, Handle, Request, Token
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 
@@ -27,13 +27,14 @@ def generate(
     eos: Tokens = None,
     chunk: int | None = None,
     max_batch: int = 0,
+    grammar: Callable[[], Grammar | None] = lambda: None,
 ) -> Generator[tuple[int, int]]:
     """Answer `prompts` of token ids: yield (number of a prompt, its next token) for each token of each answer.
 
     An answer ends with one of the tokens `eos`, which is yielded too, or after `sampling.max_new_tokens`. `max_batch`
     prompts are at work at once (0: all), and when one ends another takes its place. A prompt is fed `chunk` tokens at a
     time (None: as the backend is fastest; 0: all at once). What a prompt draws does not depend on the prompts beside
-    it.
+    it. `grammar` makes what each answer has to follow.
 
     Raises ConfigError for no prompt, an empty one, or a token outside the vocabulary, and what a backend raises.
 
@@ -43,7 +44,7 @@ def generate(
     >>> sorted(number for number, token in answers)
     [0, 0, 1, 1]
     """
-    for number, _, token in _answers(backend, prompts, sampling, eos, chunk, max_batch):
+    for number, _, token in _answers(backend, prompts, sampling, eos, chunk, max_batch, grammar):
         if token is not None:
             yield number, token
 
@@ -55,6 +56,7 @@ def _answers(
     eos: Tokens,
     chunk: int | None,
     max_batch: int,
+    grammar: Callable[[], Grammar | None],
 ) -> Generator[tuple[int, Handle, int | None]]:
     """Tokens as they come, and None when a prompt's are over."""
     if not prompts:
@@ -64,7 +66,7 @@ def _answers(
     with closing(Engine(backend, slots, room=room, chunk=chunk, budget=0)) as engine:
         ends = tokens_of(eos)
         left = {
-            number: engine.submit(Request(prompt=prompt, sampling=sampling, ends=ends))
+            number: engine.submit(Request(prompt=prompt, sampling=sampling, ends=ends, grammar=grammar()))
             for number, prompt in enumerate(prompts)
         }
         while left:
@@ -131,13 +133,14 @@ def generate_text(
     chunk: int | None = None,
     max_batch: int = 0,
     special: bool = True,
+    grammar: Callable[[], Grammar | None] = lambda: None,
 ) -> Iterator[tuple[int, str]]:
     """Answer `prompts` of text: yield (number of a prompt, text that became certain, perhaps none) for every token.
 
     `text` is the tokenizer of the bundle that `backend` runs. An answer ends before one of the strings `stop`, with one
     of the tokens `eos` (None: those that the bundle names), which is not shown, or after `sampling.max_new_tokens`.
-    With `special`, prompts get the tokens that the tokenizer puts around every text. `chunk` and `max_batch` are as for
-    `generate`, and so is what is raised; ConfigError also for an empty `stop`, and for a prompt that is no text.
+    With `special`, prompts get the tokens that the tokenizer puts around every text. `chunk`, `max_batch` and `grammar`
+    are as for `generate`, and so is what is raised; ConfigError also for an empty `stop`, and a prompt that is no text.
 
     >>> import fope_export as fx
     >>> text, backend = fx.Tokenizer("out"), fx.load_backend("out")
@@ -148,7 +151,7 @@ def generate_text(
     ends = text.ends if eos is None else tokens_of(eos)
     streams = [text.stream(stop) for _ in prompts]
     encoded = [text.encode(prompt, special=special) for prompt in prompts]
-    for number, handle, token in _answers(backend, encoded, sampling, ends, chunk, max_batch):
+    for number, handle, token in _answers(backend, encoded, sampling, ends, chunk, max_batch, grammar):
         stream = streams[number]
         if token is None:
             if piece := stream.flush():

@@ -34,12 +34,14 @@ def inspect(path: str | Path) -> Description:
 
 
 def _checkpoint(path: Path) -> Description:
-    from fope_export.model.checkpoint import load_checkpoint
+    from fope_export.model.checkpoint import open_checkpoint
 
-    checkpoint = load_checkpoint(path)
-    parameters = sum(p.numel() for p in checkpoint.model.parameters())
-    spectrum = checkpoint.model.attentions()[0].rotary.spectrum
-    tensors = {name: " x ".join(map(str, t.shape)) for name, t in checkpoint.model.state_dict().items()}
+    checkpoint = open_checkpoint(path)
+    checkpoint.weights.check()
+    model = checkpoint.outline
+    parameters = sum(p.numel() for p in model.parameters())
+    spectrum = model.attentions()[0].rotary.spectrum
+    tensors = {name: " x ".join(map(str, t.shape)) for name, t in model.state_dict().items()}
     shared = sum("layers.0." in name for name in tensors)
     shown = {name: shape for name, shape in tensors.items() if "layers." not in name or name.startswith("layers.0.")}
     return {

@@ -40,6 +40,10 @@ def _byte_vocabulary() -> dict[str, int]:
     return {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
 
 
+BYTES = _byte_vocabulary()
+"""Byte-level BPE's letter for a byte -> the byte."""
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of the bundle, empty where there is none. Raises BundleError where it is something else."""
     return documents.read_object(path, raises=BundleError, hint="Copy the file again.") if path.exists() else {}
@@ -78,6 +82,7 @@ class Tokenizer:
         self._cleans = self.config.get("clean_up_tokenization_spaces") is True
         added = self.tokenizer.get_added_tokens_decoder()
         self._special = {number: token.content for number, token in added.items() if token.special}
+        self._decoder = _decoder_of(self.tokenizer)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a prompt; with `special` also those that the tokenizer puts around every text.
@@ -92,6 +97,17 @@ class Tokenizer:
                 hint="Is it UTF-8? A character beyond 65535 must have both halves in JSON.",
             ) from cause
         return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token alone is in UTF-8, which need not be whole characters; of a special token its name."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None or token in self._special:
+            return (name or "").encode()
+        if _is_byte(name) and "ByteFallback" in self._decoder:
+            return bytes([int(name[3:5], 16)])
+        if "ByteLevel" in self._decoder:
+            return bytes(BYTES[letter] if letter in BYTES else ord(letter) & 255 for letter in name)
+        return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without that of special tokens."""

@@ -33,7 +33,7 @@ from fope_export.benchmark.contenders import (
 )
 from fope_export.benchmark.greedy import answer, distance, scores
 from fope_export.benchmark.process import Worker
-from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, bench, prompt, require_green
+from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, bench, prompt
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle, finish_manifest, sha256
 from fope_export.cli import main
@@ -43,6 +43,7 @@ from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import load_checkpoint, source_of
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
+from fope_export.validated import require_green
 
 SMALL = BenchConfig(lengths=(8, 16), batch=(1, 2), rounds=2, decoded=2, threads=1, backends=("onnxruntime",))
 Capture = pytest.CaptureFixture[str]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from fope_export.answering import _read_prompts
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.commands import _read_prompts
 from fope_export.errors import ConfigError
 from fope_export.graph.export import export
 from fope_export.model.decoder import Decoder

@@ -138,6 +138,14 @@ def by_axis(position_ids: Ids, axes: int | None) -> Ids:
     return np.moveaxis(position_ids, -1, 0)
 
 
+def for_decoder(feeds: Feeds, axes: int) -> Feeds:
+    """As a decoder takes them whose tokens may have positions on as many axes: positions [B, S] or [A, B, S]. Raises
+    BackendError as `by_axis` does.
+    """
+    positions = feeds.position_ids
+    return feeds._replace(position_ids=by_axis(positions, axes if positions.ndim > 2 else None))
+
+
 def axes_of(manifest: Manifest) -> int | None:
     """Axes of positions that a decoder's graph has; None where position_ids is [B, S]."""
     return manifest.decoder().spectrum.axes if manifest.export.position_axes else None

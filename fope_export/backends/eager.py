@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fope_export.backends.base import CHUNK, Feeds, Logits, Slots, by_axis
+from fope_export.backends.base import CHUNK, Feeds, Logits, Slots, for_decoder
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
@@ -47,10 +47,9 @@ class EagerBackend:
 
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
-        axes = self.model.config.spectrum.axes if feeds.position_ids.ndim > 2 else None
-        arrays = feeds._replace(position_ids=by_axis(feeds.position_ids, axes))
+        arrays = for_decoder(feeds, self.model.config.spectrum.axes)
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in arrays)
-        with _attention(self.model.embed.weight):
+        with attention_for(self.model.embed.weight):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
 
@@ -61,7 +60,7 @@ class EagerBackend:
         """The model is the caller's."""
 
 
-def _attention(weight: torch.Tensor) -> AbstractContextManager[None]:
+def attention_for(weight: torch.Tensor) -> AbstractContextManager[None]:
     """PyTorch's fused attention in half types packs keys for AVX-512 where the processor has it, and fails where
     ATEN_CPU_CAPABILITY takes it away: another is chosen then.
     """

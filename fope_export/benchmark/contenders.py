@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 
 from fope_export.backends.base import Backend, Ids, Logits, Slots, feeds_for
-from fope_export.backends.choose import BACKENDS, USUAL, Machine, Settings, load_backend
+from fope_export.backends.choose import BACKENDS, USUAL, Settings, load_backend
+from fope_export.backends.machine import Machine
 from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from fope_export.backends.choose import BACKENDS, Machine, read_machine
+from fope_export.backends.choose import BACKENDS
+from fope_export.backends.machine import Machine, read_machine
 from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
 from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker
@@ -20,20 +21,17 @@ from fope_export.benchmark.rounds import in_turn, ratio
 from fope_export.benchmark.twin import write_twin
 from fope_export.bundle import Bundle
 from fope_export.config import Checked, Count, ModelConfig
-from fope_export.documents import as_record, read_object
 from fope_export.dtypes import DTYPES
-from fope_export.errors import BackendError, BundleError, ConfigError, DocumentError, FopeError
-from fope_export.manifest import judged_files
+from fope_export.errors import BackendError, ConfigError, FopeError
 from fope_export.model.checkpoint import source_of
-from fope_export.parity.results import Tested
 from fope_export.scratch import scratch
+from fope_export.validated import require_green
 
 CHECKED = 24
 """Tokens of the prompt on which contenders show that they compute the same, and ANSWERED of their answers to it."""
 ANSWERED = 12
 PAUSE = 0.1
 """Seconds between contenders: a library's threads spin for a while when their work is over."""
-PARITY = "reports/parity.json"
 What = Literal["first", "next"]
 Stage = Callable[[str], None]
 
@@ -148,28 +146,6 @@ class BenchResult:
         tokens = cell.length + self.config.decoded / 2
         cache = cell.batch * tokens * numbers * self.cache_width
         return (entry.weight_bytes + cache) / cell.median("next") / self.bandwidth["read"]
-
-
-def require_green(bundle: Bundle) -> tuple[Tested, ...]:
-    """What of the bundle was validated. Raises BundleError unless that is what the files are now, and passed."""
-    path, hint = bundle.path / PARITY, f"Run `fope-export validate {bundle.path}` first."
-    if not path.is_file():
-        raise BundleError(f"{bundle.path} was not validated: it has no {PARITY}; wrong models are not timed", hint=hint)
-    try:
-        report = read_object(path)
-        tested = as_record(report.get("tested"), tuple[Tested, ...], "tested")
-    except DocumentError as cause:
-        raise BundleError(f"{path} is not a report: {cause}", hint=hint) from cause
-    if report.get("files") != judged_files(bundle.manifest) or not _are(tested, bundle):
-        raise BundleError(f"{path} is about other files than the bundle's", hint=hint)
-    if report.get("passed") is not True:
-        raise BundleError(f"{path} says that the bundle FAILED; wrong models are not timed", hint=hint)
-    return tested
-
-
-def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
-    """Whether what was tested is what the bundle has."""
-    return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)
 
 
 def bench(

@@ -5,7 +5,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import msgspec
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.external_data import CallbackInfo
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, ShapeInferencePass
 from torch.export import Dim, ExportedProgram
@@ -26,11 +24,14 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
 from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
+from fope_export.graph.streaming import Numbers, give_numbers, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import way_of
+from fope_export.hashing import HashedFile, Hashing
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file
-from fope_export.model.checkpoint import Checkpoint, load_checkpoint
+from fope_export.model.checkpoint import Checkpoint, open_checkpoint
+from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
 from fope_export.quantizations import calibrated
 
@@ -72,16 +73,16 @@ def export(
     out = Path(out)
     check_target(out)
     report("reading the checkpoint")
-    source = load_checkpoint(checkpoint, adapter=adapter)
+    source = open_checkpoint(checkpoint, adapter=adapter)
     config = (config or ExportConfig()).resolved(source.config.training_length)
-    source = replace(source, model=source.model.converted(config))  # weights that it lacks are freed
-    require_space(out, sum(parameter.nbytes for parameter in source.model.parameters()))
-    with creating(out, lock_timeout=lock_timeout) as folder:
+    outline, weights = source.outline.converted(config), ConvertedWeights(source, config)
+    require_space(out, sum(parameter.nbytes for parameter in outline.parameters()))
+    with creating(out, lock_timeout=lock_timeout) as folder, Hashing(source.files) as hashes:
         ranges = _ranges(source, config, calibration, report)
         report("tracing and translating")
-        model = to_onnx(source.model, config, ranges)
+        model = to_onnx(outline, config, ranges, weights.pieces)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
-        save(model, folder / MODEL, progress)
+        digests = save(model, folder / MODEL, progress)
         for name, content in companions(source.config, config, source.tokenizer_files).items():
             (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
@@ -89,7 +90,7 @@ def export(
         report("checking and hashing")
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
-        manifest = finish_manifest(folder, _manifest(source, config, model))
+        manifest = finish_manifest(folder, _manifest(source, config, model, outline, hashes()), digests)
     return Bundle(out, manifest)
 
 
@@ -104,9 +105,10 @@ def _ranges(
             )
         return {}
     report("calibrating")
-    known = source.model.config
-    windows = calibration_windows(source.tokenizer_folder, file, known.vocab_size, known.training_length)
-    return calibrate(source.model, config.quantize, windows)
+    windows = calibration_windows(
+        source.tokenizer_folder, file, source.config.vocab_size, source.config.training_length
+    )
+    return calibrate(source.model.converted(config), config.quantize, windows)
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -124,21 +126,48 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Write `model` to `path`, and its large tensors to a file beside it whose name ends with ".data"; `progress` is
-    told how many bytes of tensors are written, and how many there are.
+def save(
+    model: ir.Model, path: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, str]:
+    """Write `model` to `path`, and its large tensors, one at a time, to a file beside it whose name ends with ".data";
+    the SHA-256 of that file, by its name. `progress` is told how many bytes of tensors are written, and how many there
+    are.
 
     Raises ExportError where the disk refuses.
     """
-    total = weight_bytes(model)
-
-    def written(tensor: ir.TensorProtocol, place: CallbackInfo) -> None:
-        progress(min(place.offset + tensor.nbytes, total), total)
-
+    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    tensors, total, data = (
+        [value.const_value for value in values],
+        weight_bytes(model),
+        path.with_name(f"{path.name}.data"),
+    )
     try:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES, callback=written)
+        with data.open("wb") as stream:
+            file = HashedFile(stream)
+            for value in values:
+                value.const_value = _written(value.const_value, file, data)
+                progress(min(file.size, total), total)
+        ir.save(model, path)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {cause}", hint="Is there space on the disk?") from cause
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    return {data.name: file.hexdigest()}
+
+
+def _written(tensor: ir.TensorProtocol | None, file: HashedFile, data: Path) -> ir.TensorProtocol:
+    """Where in `file`, whose path is `data`, a tensor now is; itself where it is small."""
+    assert tensor is not None
+    if tensor.nbytes <= INLINE_BYTES:
+        return tensor
+    assert isinstance(tensor, ir.Tensor | ir.LazyTensor)
+    start = file.size
+    tensor.tofile(file)
+    return ir.ExternalTensor(
+        data.name, start, file.size - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
+        base_dir=data.parent,
+    )  # fmt: skip
 
 
 def check(path: Path) -> None:
@@ -157,9 +186,11 @@ def add_plain_file(model: Path, config: ExportConfig) -> None:
         check(passes.rewritten(model, model.with_name(plain_file(config)), edits))
 
 
-def _manifest(source: Checkpoint, config: ExportConfig, model: ir.Model) -> Manifest:
-    spectra = [attention.rotary.spectrum.describe() for attention in source.model.attentions()]
-    return manifest_of(model, config, source.source(), source.model.config, spectra)
+def _manifest(
+    source: Checkpoint, config: ExportConfig, model: ir.Model, outline: Decoder, hashes: dict[str, str]
+) -> Manifest:
+    spectra = [attention.rotary.spectrum.describe() for attention in outline.attentions()]
+    return manifest_of(model, config, source.source(hashes), outline.config, spectra)
 
 
 def manifest_of(
@@ -191,17 +222,25 @@ def _port(value: ir.Value) -> Port:
     return Port(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
 
 
-def to_onnx(model: Decoder, config: ExportConfig, ranges: Mapping[str, Ranges] | None = None) -> ir.Model:
+def to_onnx(
+    model: Decoder,
+    config: ExportConfig,
+    ranges: Mapping[str, Ranges] | None = None,
+    numbers: Numbers | None = None,
+) -> ir.Model:
     """The decoder as an ONNX graph with the contract's names for inputs and outputs; batch, new tokens and past may be
-    of any size. `ranges` are those of `calibrate`, where `config` rounds inputs.
+    of any size. `ranges` are those of `calibrate`, where `config` rounds inputs; `numbers` gives those of weights that
+    `model` has on the device "meta".
 
-    Weights are not copied: they are read from `model` when the result is saved, or here where they are quantized.
+    Weights are not copied: they are read when the result is saved, or here where they are quantized.
     """
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]
     with quiet():
-        program = trace(model, config.capacity or 0, position_axes=config.position_axes)
-        finished = lower(program, config, inputs, outputs, _dimensions)
+        program = trace(
+            without_numbers(model) if numbers else model, config.capacity or 0, position_axes=config.position_axes
+        )
+        finished = lower(program, config, inputs, outputs, _dimensions, numbers)
     if row := config.quantization:
         way_of(row).write(row.name, ranges or {})(finished)
     finished.graph.name = "fope_decoder"
@@ -218,11 +257,12 @@ def lower(
     inputs: Sequence[str],
     outputs: Sequence[str],
     dimensions: Callable[[ir.Model], Mapping[str, str]],
+    numbers: Numbers | None = None,
 ) -> ir.Model:
     """What torch traced, as an ONNX model: translated, optimized, and with every rotation a call of one function.
 
     Inputs and outputs get these names, in order. `dimensions` is given the translated model and says which of torch's
-    symbols gets which name as a size.
+    symbols gets which name as a size. `numbers` are as for `to_onnx`.
 
     Raises ExportError where the model writes to a buffer of its own.
     """
@@ -242,6 +282,8 @@ def lower(
             f"the model writes to its buffer {next(iter(written.values()))}",
             hint="A graph has no memory: make it an input and an output.",
         )
+    if numbers:
+        give_numbers(onnx_program.model.graph, numbers)
     passes.TransposeWeights()(onnx_program.model)
     onnx_program.optimize()
     finish = Sequential(

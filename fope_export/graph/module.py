@@ -90,11 +90,11 @@ def export_module(
     )
     source = Source(path=class_name(module), layout="module", files={"state_dict": state_hash(module)})
     with creating(out, lock_timeout=lock_timeout) as folder:
-        save(model, folder / MODEL)
+        digests = save(model, folder / MODEL)
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
         spectra = [rotary.spectrum.describe() for rotary in rotations.values()]
-        manifest = finish_manifest(folder, manifest_of(model, config, source, record, spectra))
+        manifest = finish_manifest(folder, manifest_of(model, config, source, record, spectra), digests)
     return Bundle(out, manifest)
 
 

@@ -17,6 +17,7 @@ from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.reading import load_onnx
+from fope_export.graph.streaming import Streamed
 from fope_export.graph.translation import function
 from fope_export.onnx_files import AGAIN
 
@@ -63,6 +64,8 @@ def _transposes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
 
 
 def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    if isinstance(tensor, Streamed):
+        return tensor.transposed(name)
     rows, columns = tensor.shape.numpy()
 
     def read() -> ir.TensorProtocol:

@@ -1,8 +1,9 @@
 """From stored tensors to the decoder's: every one accounted for, of the right shape, read as its layout says."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from fope_export.errors import CheckpointError
 from fope_export.model.decoder import Decoder
 from fope_export.model.fp8 import SCALE
-from fope_export.model.layouts.base import Layout, WeightMap
+from fope_export.model.layouts.base import Layout, Pieces, WeightMap
 
+PIECE = 1 << 22
+"""Numbers of a large tensor that are made at once, where it can be made in pieces."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that torch.compile, FSDP and activation checkpointing put around another, anywhere, and that hold nothing."""
 
@@ -50,30 +53,102 @@ def _prefixes(wanted: Container[str], names: Iterable[str]) -> set[str]:
     return {name[:i] for name, i in dots if name[i:] in wanted}
 
 
-def assemble(weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> dict[str, Tensor]:
-    """The decoder's state dict in float32, of the tensors in `path` by the map's names.
-
-    Raises CheckpointError naming the first tensor that is missing, left over, or not what the map says.
+@dataclass(frozen=True)
+class Weights:
+    """A decoder's tensors in float32. Each is made of the stored ones when it is asked for, checked then, and kept by
+    nobody here.
     """
-    # Of tensors that are one, a writer may keep either name (safetensors' save_model keeps the first of the alphabet).
-    copies = weight_map.copies.items()
-    kept = {original: name for name, original in copies if name in tensors and original not in tensors}
-    tensors = {**tensors, **{original: tensors[name] for original, name in kept.items()}}
-    _check_names(weight_map, tensors, path)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = dict(weight_map.constants)
-    for name, sources in weight_map.sources.items():
-        state[name] = weight_map.made(name, [in_float32(weight_map, tensors, source, path) for source in sources])
-        _check(state[name], shapes[name], f"{path}: {sources[0]}", weight_map.split)
+
+    weight_map: WeightMap
+    stored: Mapping[str, Tensor]
+    """By the map's names, in the dtypes that they are stored in; of a file that is mapped."""
+    shapes: Mapping[str, torch.Size]
+    """Of the decoder's tensors."""
+    path: Path
+
+    @classmethod
+    def of(cls, weight_map: WeightMap, tensors: Mapping[str, Tensor], model: Decoder, path: Path) -> Self:
+        """Of the tensors in `path` by the map's names, for `model`, whose own have no numbers.
+
+        Raises CheckpointError naming the first tensor that is missing, left over, or of another kind or shape than the
+        map says, and the first of the second copies and frequencies that is not what it must be.
+        """
+        # Of tensors that are one, a writer may keep either name (safetensors' save_model keeps the first of the
+        # alphabet).
+        copies = weight_map.copies.items()
+        kept = {original: name for name, original in copies if name in tensors and original not in tensors}
+        tensors = {**tensors, **{original: tensors[name] for original, name in kept.items()}}
+        _check_names(weight_map, tensors, path)
+        made = cls(weight_map, tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, path)
+        for name in weight_map.sources:
+            made._check(name)
+        for name, value in weight_map.checksums.items():
+            if name in tensors:
+                _check_frequencies(tensors[name], value, f"{path}: {name}")
+        for name, original in copies:
+            if name in tensors:
+                check_copy(weight_map, tensors, name, original, path)
+        return made
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all decoder tensors that are made; a tied head is the embedding."""
+        return (*self.weight_map.constants, *self.weight_map.sources)
+
+    def whole(self, name: str) -> Tensor:
+        """The decoder's tensor `name`. Raises CheckpointError where it is not finite, or has scales that it cannot."""
+        if name in self.weight_map.constants:
+            return self.weight_map.constants[name]
+        sources = self.weight_map.sources[name]
+        return self._finite(
+            name,
+            self.weight_map.made(
+                name, [in_float32(self.weight_map, self.stored, source, self.path) for source in sources]
+            ),
+        )
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The same in pieces along the first axis, one at a time, as small as the map allows and `PIECE` asks for; in
+        the dtype that is stored where that is no wider than float32 and the map only moves numbers.
+        """
+        sources, kind = self.weight_map.sources.get(name, ()), self.weight_map.pieces(name)
+        if kind is Pieces.STACKED:
+            each = len(sources) // self.shapes[name][0]
+            for i in range(0, len(sources), each):
+                parts = [_numbers(self.weight_map, self.stored, source, self.path) for source in sources[i : i + each]]
+                yield self._finite(name, self.weight_map.made(name, parts))
+        elif kind is Pieces.ROWS and sources:
+            for source in sources:
+                for part in _rows(self.weight_map, self.stored, source, self.path):
+                    yield self._finite(name, self.weight_map.made(name, [part]))
+        else:
+            yield self.whole(name)
+
+    def check(self) -> None:
+        """Make every tensor, a piece at a time. Raises CheckpointError naming the first that is not finite."""
+        for name in self.names:
+            for _ in self.pieces(name):
+                pass
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise CheckpointError(
+                f"{self.path}: {self.weight_map.sources[name][0]} holds NaN or infinity",
+                hint="The training run diverged, or the file is damaged.",
+            )
+        return tensor
+
+    def _check(self, name: str) -> None:
+        """Raises CheckpointError where stored tensors are not of a kind and shape that make the decoder's `name`."""
+        sources = self.weight_map.sources[name]
+        for source in sources:
+            _check_kind(self.weight_map, self.stored, source, self.path)
+        without_numbers = [torch.empty(self.stored[source].shape, device="meta") for source in sources]
+        where = f"{self.path}: {sources[0]}"
+        made = self.weight_map.made(name, without_numbers)
+        _check_shape(made.shape, self.shapes[name], where, self.weight_map.split)
         if name.endswith(".freq"):
-            _check_whole(tensors[sources[0]], f"{path}: {sources[0]}")
-    for name, value in weight_map.checksums.items():
-        if name in tensors:
-            _check_frequencies(tensors[name], value, f"{path}: {name}")
-    for name, original in copies:
-        if name in tensors:
-            check_copy(weight_map, tensors, name, original, path)
-    return state
+            _check_whole(self.stored[sources[0]], where)
 
 
 def _check_names(weight_map: WeightMap, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -102,8 +177,8 @@ def _next_step(wanted: Container[str], names: Iterable[str]) -> str:
     return f"Names begin with {' and with '.join(prefixes[:2])}: save the state_dict of one model alone."
 
 
-def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
-    """A stored tensor, multiplied out where it is of 8 bits."""
+def _check_kind(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Raises CheckpointError where a stored tensor is no numbers, or of 8 bits other than the configuration says."""
     tensor, scale = tensors[name], tensors.get(name + SCALE)
     if not tensor.is_floating_point() or any(x is not None and x.layout != torch.strided for x in (tensor, scale)):
         raise CheckpointError(
@@ -115,14 +190,33 @@ def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, 
             f"{path}: {name} is {tensor.dtype} {'without' if scale is None else 'and has'} {name}{SCALE}",
             hint="8-bit weights, and only they, come with a scale for each block.",
         )
-    if scale is None:
-        return tensor.to(torch.float32).contiguous()
-    if weight_map.fp8 is None:
+    if scale is not None and weight_map.fp8 is None:
         raise CheckpointError(
             f"{path}: {name} is {tensor.dtype}, and the configuration has no quantization_config",
             hint="It says what the scales stand for: bring the config.json that was written with the weights.",
         )
+
+
+def in_float32(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A stored tensor, multiplied out where it is of 8 bits."""
+    _check_kind(weight_map, tensors, name, path)
+    tensor, scale = tensors[name], tensors.get(name + SCALE)
+    if scale is None:
+        return tensor.to(torch.float32).contiguous()
+    assert weight_map.fp8  # _check_kind
     return weight_map.fp8.multiplied(name, tensor, scale, f"{path}: {name}")
+
+
+def _rows(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Iterator[Tensor]:
+    """A stored tensor, some of its rows at a time."""
+    stored = _numbers(weight_map, tensors, name, path)
+    yield from stored.split(max(PIECE // max(stored[:1].numel(), 1), 1))
+
+
+def _numbers(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A stored tensor as it is; in float32 where it is of 8 or 64 bits."""
+    stored = tensors[name]
+    return stored.contiguous() if stored.itemsize in (2, 4) else in_float32(weight_map, tensors, name, path)
 
 
 def _check_whole(stored: Tensor, where: str) -> None:
@@ -135,7 +229,10 @@ def _check_whole(stored: Tensor, where: str) -> None:
 
 def check_copy(weight_map: WeightMap, tensors: Mapping[str, Tensor], name: str, of: str, path: Path) -> None:
     """Raises CheckpointError unless the tensor `name` is the one `of` which it is a copy."""
-    if not torch.equal(in_float32(weight_map, tensors, name, path), in_float32(weight_map, tensors, of, path)):
+    for each in (name, of):
+        _check_kind(weight_map, tensors, each, path)
+    pairs = zip(*(_rows(weight_map, tensors, each, path) for each in (name, of)), strict=False)
+    if tensors[name].shape != tensors[of].shape or not all(torch.equal(a.float(), b.float()) for a, b in pairs):
         raise CheckpointError(
             f"{path}: {name} and {of} differ, and the configuration says that they are one",
             hint="Which of them was trained? If both were, tie_word_embeddings (weight_tying) is false.",
@@ -161,18 +258,14 @@ def _check_frequencies(stored: Tensor, value: Tensor, where: str) -> None:
 LENGTH = "The configuration must state the training length, not the length that is exported or served."
 
 
-def _check(tensor: Tensor, shape: torch.Size, where: str, split: str = "") -> None:
-    if where.endswith("_coef") and tensor.ndim == 3 == len(shape) and tensor.shape[1] != shape[1]:
+def _check_shape(found: torch.Size, shape: torch.Size, where: str, split: str) -> None:
+    """`split` is what else D could be."""
+    if where.endswith("_coef") and len(found) == 3 == len(shape) and found[1] != shape[1]:
         raise CheckpointError(
-            f"{where}: D is {tensor.shape[1]} in the weights but {shape[1]} from the configuration",
-            hint=split or LENGTH,
+            f"{where}: D is {found[1]} in the weights but {shape[1]} from the configuration", hint=split or LENGTH
         )
-    if tensor.shape != shape:
+    if found != shape:
         raise CheckpointError(
-            f"{where} has shape {tuple(tensor.shape)}, expected {tuple(shape)}",
+            f"{where} has shape {tuple(found)}, expected {tuple(shape)}",
             hint="The configuration and the weights belong to different models.",
-        )
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise CheckpointError(
-            f"{where} holds NaN or infinity", hint="The training run diverged, or the file is damaged."
         )

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -15,9 +16,9 @@ from fope_export.documents import check_file
 from fope_export.errors import BundleError, CheckpointError, ConfigError
 from fope_export.manifest import AdapterSource, Source
 from fope_export.model.adapters import read_adapter
-from fope_export.model.assembly import assemble, named
+from fope_export.model.assembly import Weights, named
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts import ADAPTER, layouts, recognize
+from fope_export.model.layouts import ADAPTER, check_no_adapter, layouts, recognize
 from fope_export.model.layouts.base import Layout
 from fope_export.model.tensors import read_tensors
 from fope_export.tokens import GENERATION, ends_of
@@ -28,22 +29,46 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+ROTARY = ".attention.rotary."
+"""In the names of a rotation's numbers."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was read and found consistent, its `layout` by name. `model` is a float32 decoder in eval mode."""
+    """A folder that was read and found consistent, its `layout` by name."""
 
     path: Path
     layout: str
     config: ModelConfig
-    model: Decoder
     files: tuple[Path, ...]
     """The files it was read from: configuration, weights, tokenizer."""
+    weights: Weights
+    """The decoder's tensors, which are made one at a time."""
     reading: Mapping[str, str] = field(default_factory=dict)
     """In words, whose reading of the configuration was taken, and what was done to the coefficients."""
     adapter: Path | None = None
-    """The folder of the adapter that is merged into `model`."""
+    """The folder of the adapter that is merged into it."""
     adapter_files: tuple[Path, ...] = ()
     """What of it was read. With a tokenizer, that is the model's."""
+
+    @cached_property
+    def model(self) -> Decoder:
+        """A float32 decoder in eval mode, all of it in memory. Raises CheckpointError where weights are not finite."""
+        return self._decoder({name: self.weights.whole(name) for name in self.weights.names})
+
+    @cached_property
+    def outline(self) -> Decoder:
+        """The same without the numbers of its matrices, which are on the device "meta": vectors and rotations alone."""
+        small = (name for name in self.weights.names if len(self.weights.shapes[name]) < 2 or ROTARY in name)
+        return self._decoder({name: self.weights.whole(name) for name in small})
+
+    def _decoder(self, state: dict[str, Tensor]) -> Decoder:
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        model.load_state_dict(state, assign=True, strict=False)
+        if self.config.tie_embeddings:
+            model.lm_head.weight = model.embed.weight
+        return model.eval().requires_grad_(False)
 
     @property
     def dialect(self) -> str:
@@ -67,13 +92,14 @@ class Checkpoint:
         """SHA-256 of each of `files`, by name."""
         return {path.name: sha256(path) for path in self.files}
 
-    def source(self) -> Source:
-        """What a bundle's manifest says of it."""
+    def source(self, hashes: dict[str, str] | None = None) -> Source:
+        """What a bundle's manifest says of it; with `hashes` where they are known."""
         adapter = None
         if self.adapter is not None:
-            hashes = {path.name: sha256(path) for path in self.adapter_files}
-            adapter = AdapterSource(path=str(self.adapter.resolve()), files=hashes)
-        return Source(path=str(self.path.resolve()), layout=self.layout, files=self.hashes(), adapter=adapter)
+            added = {path.name: sha256(path) for path in self.adapter_files}
+            adapter = AdapterSource(path=str(self.adapter.resolve()), files=added)
+        files = self.hashes() if hashes is None else hashes
+        return Source(path=str(self.path.resolve()), layout=self.layout, files=files, adapter=adapter)
 
 
 def load_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> Checkpoint:
@@ -89,36 +115,42 @@ def load_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> C
     >>> checkpoint.layout, checkpoint.config.num_layers
     ('native', 2)
     """
+    checkpoint = open_checkpoint(path, adapter=adapter)
+    _ = checkpoint.model
+    return checkpoint
+
+
+def open_checkpoint(path: str | Path, *, adapter: str | Path | None = None) -> Checkpoint:
+    """The same before its weights are read: only when one is made is it known to be finite. Those that an adapter
+    changes are in memory.
+    """
     folder = Path(path)
     name, layout = recognize(folder)
     weight_map = layout.read(folder)
-    weights = _weights_file(folder, name, layout)
-    stored, shards = read_tensors(weights)
-    tensors = named(stored, layout, weight_map, weights)
+    file = _weights_file(folder, name, layout)
+    stored, shards = read_tensors(file)
+    tensors = named(stored, layout, weight_map, file)
     if weight_map.fitted:
         weight_map = weight_map.fitted({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     weight_map = replace(weight_map, config=_with_ends(weight_map.config, folder))
-    _check_size(weight_map.config, tensors, weights)
+    _check_size(weight_map.config, tensors, file)
     adapter_files: tuple[Path, ...] = ()
     if adapter is not None:
         adapter = Path(adapter)
         adapted = read_adapter(adapter)
-        tensors, weight_map = adapted.merged(tensors, layout, weight_map, weights)
+        tensors, weight_map = adapted.merged(tensors, layout, weight_map, file)
         has_tokens = adapted.check_tokenizer(weight_map.config.vocab_size)
         adapter_files = _there(adapter, ADAPTER, adapted.weights.name, *(TOKENIZER_FILES if has_tokens else ()))
     with torch.device("meta"):
-        model = Decoder(weight_map.config)
-    model.load_state_dict(assemble(weight_map, tensors, model, weights), assign=True, strict=False)
-    if weight_map.config.tie_embeddings:
-        model.lm_head.weight = model.embed.weight
-    _check_spectra(model, weights)
+        weights = Weights.of(weight_map, tensors, Decoder(weight_map.config), file)
     configurations = dict.fromkeys(each.configuration for _, each in layouts())
-    files = _there(folder, *configurations, GENERATION, weights.name, *shards, *TOKENIZER_FILES)
-    model = model.eval().requires_grad_(False)
-    return Checkpoint(
-        folder, name, weight_map.config, model, files, weight_map.reading,
+    files = _there(folder, *configurations, GENERATION, file.name, *shards, *TOKENIZER_FILES)
+    checkpoint = Checkpoint(
+        folder, name, weight_map.config, files, weights, weight_map.reading,
         adapter=Path(adapter) if adapter else None, adapter_files=adapter_files,
     )  # fmt: skip
+    _check_spectra(checkpoint.outline, file)
+    return checkpoint
 
 
 def _there(folder: Path, *names: str) -> tuple[Path, ...]:
@@ -152,7 +184,7 @@ def source_of(bundle: Bundle, path: str | Path | None = None, adapter: str | Pat
         )
     folder = _folder(bundle, path or source.path, "checkpoint")
     merged = _folder(bundle, adapter or source.adapter.path, "adapter") if source.adapter else None
-    checkpoint = load_checkpoint(folder, adapter=merged)
+    checkpoint = open_checkpoint(folder, adapter=merged)
     found = checkpoint.source()
     _check_same(bundle, folder, found.files, source.files, "checkpoint")
     if merged and found.adapter and source.adapter:
@@ -191,6 +223,7 @@ def _weights_file(folder: Path, name: str, layout: Layout) -> Path:
     for file in layout.weights:
         if (folder / file).exists():
             return folder / file
+    check_no_adapter(folder)
     raise CheckpointError(
         f"{folder}: no weights, expected {' or '.join(layout.weights)}",
         hint=f"The folder looks like layout {name} ({layout.evidence}).",

@@ -84,17 +84,23 @@ class Attention(nn.Module):
 
     def fold_padding(self) -> None:
         """Leave padded channels unrotated, their constant in what makes q and k (`fope.folding`)."""
-        folding = folding_of(self.rotary.config)
-        norms = [norm for norm in (self.q_norm, self.k_norm) if isinstance(norm, nn.RMSNorm)]
-        scale = torch.ones_like(folding.scale) if norms else folding.scale
-        rows = (self.heads + self.kv_heads) * self.head_dim
-        for name, parameter in list(self.att_proj.named_parameters()):
-            turned, kept = parameter.tensor_split((rows,))
-            folded = _folded(turned, folding.channels, scale)
-            setattr(self.att_proj, name, nn.Parameter(torch.cat((folded, kept)), requires_grad=False))
-        for norm in norms:
-            norm.weight = nn.Parameter(_folded(norm.weight, folding.channels, folding.scale), requires_grad=False)
-        self.rotary.config = folding.config
+        config = folding_of(self.rotary.config).config
+        for name, parameter in list(self.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            if not parameter.is_meta and (folded := self.folded(name, parameter)) is not parameter:
+                setattr(self.get_submodule(module), leaf, nn.Parameter(folded, requires_grad=False))
+        self.rotary.config = config
+
+    def folded(self, name: str, parameter: Tensor) -> Tensor:
+        """What becomes of its parameter `name` by that; itself where it stays."""
+        module, folding = name.partition(".")[0], folding_of(self.rotary.config)
+        if module in ("q_norm", "k_norm"):
+            return _folded(parameter, folding.channels, folding.scale)
+        if module != "att_proj":
+            return parameter
+        scale = torch.ones_like(folding.scale) if isinstance(self.q_norm, nn.RMSNorm) else folding.scale
+        turned, kept = parameter.tensor_split(((self.heads + self.kv_heads) * self.head_dim,))
+        return torch.cat((_folded(turned, folding.channels, scale), kept))
 
 
 def _folded(parameter: Tensor, channels: Tensor, scale: Tensor) -> Tensor:
@@ -168,17 +174,19 @@ class Decoder(nn.Module):
                 hint="Give it as int64; a module of your own may have positions in between (export_module).",
             )
         x = self.embed(input_ids)
-        if self.capacity:
-            mask, written = static_mask(attention_mask, input_ids.shape[1], x.dtype, self.capacity)
-            step = Step(mask, position_ids, written, write)
-        else:
-            mask = causal_mask(attention_mask, input_ids.shape[1], x.dtype)
-            step = Step(mask, position_ids, input_ids[:, 0], append)
+        step = self.step_of(input_ids, attention_mask, position_ids, x.dtype)
         present: Cache = []
         for layer, past in zip(self.layers, past_key_values, strict=True):
             x, grown = layer(x, step, past)
             present.append(grown)
         return self.lm_head(self.norm(x[:, -logits_to_keep:] if logits_to_keep else x)), present
+
+    def step_of(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Step:
+        """What all layers share of what `forward` is given, where activations are of `dtype`."""
+        if self.capacity:
+            mask, written = static_mask(attention_mask, input_ids.shape[1], dtype, self.capacity)
+            return Step(mask, position_ids, written, write)
+        return Step(causal_mask(attention_mask, input_ids.shape[1], dtype), position_ids, input_ids[:, 0], append)
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache with no past, of the model's dtype and on its device."""
@@ -195,7 +203,8 @@ class Decoder(nn.Module):
 
     def converted(self, config: ExportConfig) -> Self:
         """A decoder with the dtype, frequencies and folding that `config` asks for; the rotation's numbers stay
-        float32. This one stays as it is, and weights that do not change are shared with it.
+        float32. This one stays as it is, and weights that do not change are shared with it. Those without numbers, on
+        the device "meta", stay so.
 
         Raises ConfigError where its frequencies cannot be extended, or not that far, where nothing can be folded, or
         where there is one axis of positions and all are asked for; ExportError where the dtype cannot hold a weight.
@@ -217,20 +226,11 @@ class Decoder(nn.Module):
             )
         if config.fold_padding:
             made._fold_padding()
-        made.check_range(DTYPES[config.dtype])
-        return made.to(DTYPES[config.dtype])
-
-    def check_range(self, dtype: torch.dtype) -> None:
-        """Raises ExportError naming the first weight that would be infinite in `dtype`."""
-        for name, weight in self.named_parameters():
-            if name.endswith("_coef"):
-                continue  # stays float32
-            if (largest := weight.abs().max()).to(dtype).isinf():
-                last = torch.finfo(dtype).max
-                raise ExportError(
-                    f"{name} reaches {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {last:.6g}",
-                    hint=f"Export in {BF16.name}, which has almost float32's range, or in {FP32.name}.",
-                )
+        dtype = DTYPES[config.dtype]
+        for name, weight in made.named_parameters():
+            if not (name.endswith("_coef") or weight.is_meta):  # coefficients stay float32
+                check_range(name, weight.abs().max(), dtype)
+        return made.to(dtype)
 
     def _fold_padding(self) -> None:
         """Fold every layer's padded channels into its projections; logits stay, the cache becomes another one."""
@@ -241,6 +241,16 @@ class Decoder(nn.Module):
     def attentions(self) -> list[Attention]:
         """Every layer's attention, in order."""
         return [module for module in self.modules() if isinstance(module, Attention)]
+
+
+def check_range(name: str, largest: Tensor, dtype: torch.dtype) -> None:
+    """Raises ExportError where `largest`, the largest absolute value of the weight `name`, is infinite in `dtype`."""
+    if largest.to(dtype).isinf():
+        last = torch.finfo(dtype).max
+        raise ExportError(
+            f"{name} reaches {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at {last:.6g}",
+            hint=f"Export in {BF16.name}, which has almost float32's range, or in {FP32.name}.",
+        )
 
 
 def causal_mask(attention_mask: Tensor, sequence: int, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fope_export.backends.base import Ids
+from fope_export.backends.base import Feeds, Ids
 from fope_export.parity.cases import Case
 
 
@@ -28,13 +28,18 @@ def image_between(length: int, axes: int) -> Ids:
     return positions
 
 
-def with_image(case: Case, axes: int) -> Case:
-    """The same tokens, each row's with an image between them."""
-    _, mask, positions = case.feeds
+def image_in(feeds: Feeds, axes: int) -> Feeds:
+    """The same tokens without a past, each row's with an image between them."""
+    _, mask, positions = feeds
     spread = np.repeat(positions[..., None], axes, axis=-1)
     for row, count in enumerate(np.count_nonzero(mask, axis=1)):
         spread[row, -count:] = positions[row, -count] + image_between(count, axes)
-    return replace(case, name=f"{case.name}, an image in it", feeds=case.feeds._replace(position_ids=spread))
+    return feeds._replace(position_ids=spread)
+
+
+def with_image(case: Case, axes: int) -> Case:
+    """See `image_in`."""
+    return replace(case, name=f"{case.name}, an image in it", feeds=image_in(case.feeds, axes))
 
 
 def with_images(cases: Iterable[Case], axes: int) -> list[Case]:

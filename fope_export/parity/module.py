@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fope_export import dtypes
-from fope_export.backends.choose import BACKENDS, choose, read_machine
+from fope_export.backends.choose import BACKENDS, choose
 from fope_export.backends.eager import in_numpy
+from fope_export.backends.machine import read_machine
 from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BundleError, ParityError

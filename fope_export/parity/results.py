@@ -8,6 +8,7 @@ from fope_export.parity.extended import Reach
 from fope_export.parity.judge import LIMITS, ColumnVerdict, Measure, Verdict
 from fope_export.parity.localize import Divergence
 from fope_export.parity.quantized import Cost
+from fope_export.validated import Tested
 
 RATIOS = {
     "rms": "all tokens",
@@ -49,15 +50,6 @@ class ColumnResult:
 
     name: str
     verdict: ColumnVerdict
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What the cases ran on: a backend, its variant of the bundle, and the hashes of the files that this is made of."""
-
-    backend: str
-    variant: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds, axes_of
-from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import FP32
@@ -27,8 +29,9 @@ from fope_export.parity.extended import reach_of
 from fope_export.parity.judge import Noise, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
-from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, Tested
+from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place
 from fope_export.parity.yardstick import Look, Yardstick
+from fope_export.validated import Tested
 
 LOCALIZED = 256
 """Tokens of a failing case that the search for the first difference looks at."""
@@ -65,8 +68,9 @@ def validate(
     and how many there are.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
-    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, or when a length is not
-    positive or has no room.
+    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, when a length is not
+    positive or has no room, or when the machine has not the memory for the checkpoint in float64: `validate_stages`
+    needs that of a layer.
 
     >>> import fope_export as fx
     >>> result = fx.validate("out", lengths=(7,))
@@ -78,6 +82,7 @@ def validate(
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
     source, limits = source_of(bundle, checkpoint, adapter), BACKENDS[chosen].limits(bundle)
+    _check_memory(bundle, source)
     axes = axes_of(bundle.manifest)
     if axes and (load or save):
         raise ParityError("inputs with positions on several axes are neither saved nor loaded", hint="Leave that out.")
@@ -86,6 +91,21 @@ def validate(
     if save:
         save_inputs(save, bundle.manifest, cases)
     return _compared(bundle, source, chosen, cases, seed, report)
+
+
+def memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_memory(bundle: Bundle, source: Checkpoint) -> None:
+    needed = sum(parameter.numel() for parameter in source.outline.parameters()) * torch.float64.itemsize
+    if needed > (there := memory()):
+        raise ParityError(
+            f"{bundle.path} needs {needed / 1e9:,.0f} GB to be compared in float64, and this machine has "
+            f"{there / 1e9:,.0f} GB",
+            hint="`fope-export validate --stages` goes through it layer by layer.",
+        )
 
 
 def _compared(

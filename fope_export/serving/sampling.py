@@ -48,7 +48,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
-    seed: Size = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
     def check(self, vocab_size: int) -> None:
         """Raises ConfigError where `logit_bias` names a token that a vocabulary of `vocab_size` does not have, or adds

@@ -222,8 +222,11 @@ def test_what_is_missing_of_a_folder_is_named(base: Path, tmp_path: Path) -> Non
     refused(base, tmp_path / "nowhere", "no adapter_config.json")
 
 
-def test_an_adapter_is_no_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside its base's config.json"])
+def test_an_adapter_is_no_checkpoint(beside: bool, tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path)
+    if beside:
+        (adapter / "config.json").write_text(json.dumps(config_of("intern_bias")))
     with pytest.raises(CheckpointError, match="an adapter, and no checkpoint") as caught:
         load_checkpoint(adapter)
     assert "--adapter" in caught.value.hint

@@ -29,6 +29,7 @@ from fope_export.parity.localize import different_rotations
 from fope_export.parity.module import validate_module
 from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
+from fope_export.parity.stages import validate_stages
 from tests.conftest import small_decoder, write_native
 from tests.extensions import extended, extended_decoder, seen, truth_at
 from tests.support import same_function, tokens
@@ -182,6 +183,14 @@ def test_dropped_phases_are_refused_and_found(spoilt: Bundle) -> None:
     result = validate(spoilt, lengths=SHORT)
     assert not result.passed and result.place
     assert set(result.place.tensors) == {f"layers.{i}.attention.rotary.sin_coef" for i in range(2)}
+
+
+def test_layer_by_layer_too(exported: Bundle, spoilt: Bundle) -> None:
+    result = validate_stages(exported)
+    assert result.passed, result.failures
+    after(spoilt, swap_axes)
+    failed = [stage.name for stage in validate_stages(spoilt).stages if stage.own.failed]
+    assert failed == ["layers.0", "layers.1"]
 
 
 class Pair(nn.Module):

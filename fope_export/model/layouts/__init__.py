@@ -40,9 +40,14 @@ def recognize(folder: Path) -> tuple[str, "Layout"]:
     for name, layout in layouts():
         if layout.recognize(folder):
             return name, layout
+    check_no_adapter(folder)
+    known = "; ".join(f"{name}: {layout.evidence}" for name, layout in layouts())
+    raise CheckpointError(f"{folder}: no checkpoint layout recognized", hint=f"Looked for {known}.")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises CheckpointError where what lies in the place of a checkpoint is an adapter."""
     if (folder / ADAPTER).exists():
         raise CheckpointError(
             f"{folder}: an adapter, and no checkpoint", hint="Export its base with it: export BASE OUT --adapter DIR."
         )
-    known = "; ".join(f"{name}: {layout.evidence}" for name, layout in layouts())
-    raise CheckpointError(f"{folder}: no checkpoint layout recognized", hint=f"Looked for {known}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 """What a file stores, by the names of a decoder that stands alone."""
 
 
+class Pieces(Enum):
+    """In which pieces along its first axis a decoder tensor can be made of stored ones, so that a large one need never
+    be whole in memory.
+    """
+
+    WHOLE = auto()
+    """It cannot."""
+    ROWS = auto()
+    """Each of its rows (or an expert's matrix) is made of one that is stored, in their order, by moving numbers."""
+    STACKED = auto()
+    """Each of its matrices is made of as many stored tensors, an expert's, by moving numbers."""
+
+
 @dataclass(frozen=True)
 class WeightMap:
     """The decoder that a folder's configuration describes, and where each of its tensors comes from.
@@ -28,7 +42,8 @@ class WeightMap:
     store, with the values that they must then have, and `copies` maps what it may store twice to what that must equal.
     `fp8` says how 8-bit weights are stored, if any may be. `reading` says in words what a configuration was taken for,
     and `split` where implementations disagree about D. `fitted` makes the map for what is stored, where the
-    configuration leaves something open.
+    configuration leaves something open. `pieces` says, by a decoder tensor's name, of which parts of its stored ones
+    `adapt` makes parts of it.
     """
 
     config: ModelConfig
@@ -41,6 +56,7 @@ class WeightMap:
     reading: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     fitted: "Callable[[Shapes], WeightMap] | None" = None
+    pieces: Callable[[str], Pieces] = lambda name: Pieces.WHOLE
 
     def made(self, name: str, tensors: list[Tensor]) -> Tensor:
         """The decoder's tensor `name` of its stored ones. Raises CheckpointError where their shapes do not allow it."""

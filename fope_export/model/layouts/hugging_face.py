@@ -23,6 +23,7 @@ from fope_export.model.layouts import hf_fields, hf_rope, paper
 from fope_export.model.layouts.base import (
     CONFIG,
     Layout,
+    Pieces,
     Positions,
     Shapes,
     WeightMap,
@@ -150,6 +151,7 @@ def weight_map(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, 
         fp8=None if flags.quantization_config is None else Fp8.of(flags.quantization_config, _tensor_name),
         split=positions.split,
         reading=positions.reading,
+        pieces=partial(_pieces, config.num_kv_heads != flags.num_key_value_heads, sources),
     )
 
 
@@ -188,15 +190,26 @@ def _layer_experts(count: int, mlp: str, stored: Shapes) -> dict[str, tuple[str,
     }
 
 
+OF_AN_EXPERT = {"proj": 2, "out": 1}
+"""Our two tensors of a mixture's layer -> how many stored ones make an expert's part, where each has its own."""
+
+
+def _pieces(repeated: bool, sources: Mapping[str, tuple[str, ...]], name: str) -> Pieces:
+    """With `repeated` key-value heads, each stands for several."""
+    if name.endswith("_coef") or (repeated and ".att_proj." in name):
+        return Pieces.WHOLE
+    apart = name.rpartition("feed_forward.")[2] in OF_AN_EXPERT and not sources[name][0].endswith(EXPERTS)
+    return Pieces.STACKED if apart else Pieces.ROWS
+
+
 def _adapt(
     config: ModelConfig, flags: HfFlags, kind: Kind, positions: Positions, name: str, tensors: list[Tensor]
 ) -> Tensor:
     if name.endswith("_coef"):
         return positions.adapt(tensors[0])
-    if name.endswith(("feed_forward.proj", "feed_forward.out")):
-        assert config.experts
+    if each := OF_AN_EXPERT.get(name.rpartition("feed_forward.")[2]):
         if tensors[0].ndim == 2:
-            return torch.stack([part.T for part in join(tensors).chunk(config.experts.count)]).contiguous()
+            return torch.stack([join(tensors[i : i + each]).T for i in range(0, len(tensors), each)]).contiguous()
         return _fused(tensors[0] if kind.fused_in_out else tensors[0].transpose(1, 2), name)
     if ".att_proj." in name and config.num_kv_heads != flags.num_key_value_heads:
         q, *others = tensors

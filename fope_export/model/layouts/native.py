@@ -10,7 +10,7 @@ from fope_export.config import CONTRADICTION, ModelConfig, convert
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import contract, frequencies
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts.base import CONFIG, Layout, WeightMap, model_type, read_json
+from fope_export.model.layouts.base import CONFIG, Layout, Pieces, WeightMap, model_type, read_json
 
 WEIGHTS = "model.safetensors"
 
@@ -20,7 +20,8 @@ def _read(folder: Path) -> WeightMap:
     config = convert(read_json(path), ModelConfig, where=str(path))
     _check_training_length(config, path)
     copies = {"lm_head.weight": "embed.weight"} if config.tie_embeddings else {}
-    return WeightMap(config, {name: (name,) for name in stored_names(config)}, copies=copies)
+    sources = {name: (name,) for name in stored_names(config)}
+    return WeightMap(config, sources, copies=copies, pieces=lambda name: Pieces.ROWS)
 
 
 def _check_training_length(config: ModelConfig, path: Path) -> None:

@@ -17,7 +17,15 @@ from fope_export.config import Count, Layers, ModelConfig, Positive, SpectrumCon
 from fope_export.documents import read_yaml
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.model.layouts import paper
-from fope_export.model.layouts.base import Layout, Positions, WeightMap, join, only_supported, without_clashes
+from fope_export.model.layouts.base import (
+    Layout,
+    Pieces,
+    Positions,
+    WeightMap,
+    join,
+    only_supported,
+    without_clashes,
+)
 from fope_export.model.layouts.paper import PaperFlags
 
 FILE = "config.yaml"
@@ -168,7 +176,7 @@ def weight_map(flags: OlmoFlags, prefix: str = "") -> WeightMap:
     copies = {head: embed} if flags.weight_tying else {}
     return WeightMap(
         model_config(flags, positions.config), sources, constants, partial(_adapt, positions), copies=copies,
-        reading=positions.reading,
+        reading=positions.reading, pieces=lambda name: Pieces.WHOLE if name.endswith("_coef") else Pieces.ROWS,
     )  # fmt: skip
 
 

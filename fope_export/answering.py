@@ -1,0 +1,257 @@
+"""The commands that answer: `run` a prompt, `serve` whoever asks."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fope_export.commands import PASSED, print_json
+from fope_export.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from fope_export.bundle import Bundle
+    from fope_export.serving.host import Host
+    from fope_export.serving.requests import Grammar
+    from fope_export.tokens import Tokenizer
+
+LONGEST = 8192
+"""Tokens of a prompt with its answer, where nobody says more."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the bundle `args.bundle` answers to a prompt, to a file of prompts or messages, or to token ids; the
+    fields of SamplingParams among `args` say how. Raises as `load_backend` and `generate_text` do, and ConfigError for
+    arguments that exclude each other.
+    """
+    from fope_export.backends.choose import Settings, load_backend
+    from fope_export.bundle import Bundle
+    from fope_export.config import convert
+    from fope_export.generation import generate, generate_text
+    from fope_export.onnx_files import check_graphs
+    from fope_export.serving.sampling import SamplingParams
+    from fope_export.terminal import report_speed, waiting
+    from fope_export.tokens import Tokenizer
+
+    options = {name: getattr(args, name) for name in SamplingParams.__struct_fields__}
+    sampling = convert(
+        options | {"logit_bias": dict(args.logit_bias)}, SamplingParams, where="run", hint="See fope-export run --help."
+    )
+    _check(args)
+    with waiting("loading"):
+        bundle = Bundle.open(args.bundle)
+        check_graphs(bundle)
+        settings = Settings(optimized=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
+        backend = load_backend(bundle, _backend(args, bundle), settings)
+    ends = bundle.manifest.decoder().ends
+    if args.prompt_ids:
+        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk)
+        _print_ids((token for _, token in steps), as_json=args.json)
+        return PASSED
+    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts) if args.prompts else [""]
+    asked, text = _asked(args, bundle, prompts), Tokenizer(bundle.path)
+    pieces = generate_text(
+        backend, text, asked or prompts, sampling, stop=args.stop, eos=ends, chunk=args.chunk,
+        max_batch=args.max_batch, special=not asked, grammar=_grammar(args, text, bundle),
+    )  # fmt: skip
+    texts = [""] * len(prompts)
+    with report_speed() as count:
+        for row, piece in pieces:
+            texts[row] += piece
+            count(piece)
+            if len(prompts) == 1 and not args.json:
+                print(piece, end="", flush=True)
+    if args.json:
+        print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
+    elif len(prompts) == 1:
+        print()
+    else:
+        for prompt, written in zip(prompts, texts, strict=True):
+            print(f"--- {prompt}\n{written}")
+    return PASSED
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Answer OpenAI's API with the bundles `args.bundles` until a signal comes. Raises as `load_backend` does, and
+    BundleError for a bundle whose report is not about what is to be served.
+    """
+    from fope_export.documents import read_text
+    from fope_export.serving.server import listen
+
+    key = read_text(args.api_key_file, raises=ConfigError).strip() if args.api_key_file else None
+    if key == "":
+        raise ConfigError(f"{args.api_key_file} holds no key", hint="Write one line into it.")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    listening = listen(args.host, args.port)
+    with closing(listening):
+        return _answer(listening, key, args)
+
+
+def _answer(listening: "socket", key: str | None, args: argparse.Namespace) -> int:
+    from fope_export.serving.app import State
+    from fope_export.serving.server import address, serve
+    from fope_export.terminal import ERRORS, waiting
+
+    with waiting("loading"):
+        hosts = _hosts(args)
+    url = address(listening)
+
+    def told() -> None:
+        if args.json:
+            print(json.dumps({"url": url}), flush=True)
+        else:
+            ERRORS.print(f"answering at {url}/v1: {', '.join(hosts)}", markup=False)
+
+    try:
+        serve(State(hosts, key), listening, drain=args.drain, origins=args.cors, told=told)
+    finally:
+        for host in hosts.values():
+            host.close()
+    return PASSED
+
+
+def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
+    """The host of each bundle by its name, ready. Raises FopeError where one cannot be, and then none runs."""
+    paths = [Path(path) for path in args.bundles]
+    names = args.served_model_name or [path.resolve().name for path in paths]
+    if len(names) != len(paths) or len(set(names)) != len(names):
+        raise ConfigError(
+            f"{len(paths)} bundles are called {', '.join(names)}", hint="Give each a name with --served-model-name."
+        )
+    hosts: dict[str, Host] = {}
+    try:
+        for name, path in zip(names, paths, strict=True):
+            hosts[name] = _host(name, path, args)
+            hosts[name].start()
+    except BaseException:
+        for host in hosts.values():
+            host.close()
+        raise
+    return hosts
+
+
+def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
+    from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend
+    from fope_export.backends.machine import read_machine
+    from fope_export.bundle import Bundle
+    from fope_export.onnx_files import check_graphs
+    from fope_export.serving.host import Host, Sizes
+
+    bundle = Bundle.open(path)
+    check_graphs(bundle)
+    backend = choose(_backend(args, bundle), read_machine(), bundle.manifest.export)
+    variant = BACKENDS[backend].variant(bundle)
+    if not args.unvalidated:
+        _check_report(bundle, args.report, backend, variant.name)
+    settings = Settings(threads=args.threads)
+    sizes = Sizes(
+        slots=args.slots, length=args.max_model_len or min(16 * bundle.manifest.decoder().training_length, LONGEST),
+        spare_bytes=args.prefix_cache, queue=args.max_queued, queued_tokens=args.max_queued_tokens, chunk=args.chunk,
+    )  # fmt: skip
+    return Host(name, bundle, partial(load_backend, bundle, backend, settings, variant=variant.name), sizes)
+
+
+def _backend(args: argparse.Namespace, bundle: "Bundle") -> str:
+    """What was asked for, or what is fastest here, which is told on stderr."""
+    from fope_export.backends.choose import BACKENDS, fastest
+    from fope_export.backends.machine import read_machine
+    from fope_export.terminal import ERRORS
+
+    if args.backend is not None:
+        return str(args.backend)
+    name, reasons = fastest(bundle, read_machine())
+    if read_machine().gpus:
+        ERRORS.print(f"backend {name}, {BACKENDS[name].what}" + (f" ({reasons})" if reasons else ""), markup=False)
+    return name
+
+
+def _check_report(bundle: "Bundle", folder: Path | None, backend: str, variant: str) -> None:
+    """Raises BundleError unless a report says that this backend computes this variant of the bundle right."""
+    from fope_export.validated import require_green
+
+    tested = require_green(bundle, folder)
+    if (backend, variant) not in {(each.backend, each.variant) for each in tested}:
+        passed = ", ".join(f"{each.variant} in {each.backend}" for each in tested)
+        raise BundleError(
+            f"{bundle.path}: the report is about {passed}, and {variant} in {backend} is to be served",
+            hint=f"Run `fope-export validate {bundle.path} --backend {backend}`, or serve it --unvalidated.",
+        )
+
+
+def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:
+    vocabulary = bundle.manifest.decoder().vocab_size
+    if max(ids) >= vocabulary:
+        raise ConfigError(f"token {max(ids)} is outside the vocabulary of {vocabulary}", hint="Ids start at 0.")
+    return ids
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Before anything loads."""
+    if args.system is not None and not (args.chat or args.messages):
+        raise ConfigError("--system is the first message of a chat, and this is none", hint="Add --chat.")
+    if args.chat and args.prompt_ids:
+        raise ConfigError("--chat makes a prompt of text, and --prompt-ids gives ids", hint="Leave one of them out.")
+    for option in ("stop", "json_schema", "regex", "grammar") if args.prompt_ids else ():
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} needs text, and --prompt-ids gives ids", hint="Leave one of them out.")
+
+
+def _asked(args: argparse.Namespace, bundle: "Bundle", prompts: Sequence[str]) -> list[str]:
+    """What the chat template makes of each prompt, or of the messages in a file; nothing without a chat."""
+    if not (args.chat or args.messages):
+        return []
+    from fope_export.chat import Chat, read_messages
+
+    chat = Chat(bundle.path)
+    first = [] if args.system is None else [{"role": "system", "content": args.system}]
+    if args.messages:
+        return [chat.render([*first, *read_messages(args.messages)])]
+    return [chat.render([*first, {"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def _grammar(args: argparse.Namespace, text: "Tokenizer", bundle: "Bundle") -> "Callable[[], Grammar | None]":
+    """What makes the grammar that an answer has to follow, if one is asked for. Raises ConfigError where it is none."""
+    from fope_export.documents import read_text
+    from fope_export.serving.structured import Form, Forms
+
+    if args.regex is not None:
+        form = Form("regex", args.regex)
+    elif path := args.json_schema or args.grammar:
+        form = Form("json_schema" if args.json_schema else "grammar", read_text(path, raises=ConfigError))
+    else:
+        return lambda: None
+    decoder = bundle.manifest.decoder()
+    forms = Forms(text, decoder.vocab_size, decoder.ends)
+    forms.follow(form)
+    return partial(forms.follow, form)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Lines end with a line feed alone, or with a carriage return before it: other separators belong to a prompt."""
+    from fope_export.documents import read_json_lines, read_text
+
+    hint = "One prompt a line; in a .jsonl file, one JSON string a line; in UTF-8."
+    if path.suffix == ".jsonl":
+        prompts = read_json_lines(path, raises=ConfigError, hint=hint)
+    else:
+        lines = read_text(path, raises=ConfigError, hint=hint).split("\n")
+        prompts = [line for each in lines if (line := each.removesuffix("\r")).strip(" \t")]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"{path}: no prompts", hint=hint)
+    return prompts
+
+
+def _print_ids(ids: Iterable[int], *, as_json: bool) -> None:
+    if as_json:
+        print_json(list(ids))
+        return
+    for i, token in enumerate(ids):
+        print(f"{',' if i else ''}{token}", end="", flush=True)
+    print()

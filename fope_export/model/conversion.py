@@ -1,0 +1,48 @@
+"""The weights of a checkpoint as an export has them, made one at a time when they are written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fope_export.config import ExportConfig
+from fope_export.model.checkpoint import ROTARY, Checkpoint
+from fope_export.model.decoder import DTYPES, Attention, check_range
+
+ATTENTION = ".attention."
+
+
+@dataclass(frozen=True)
+class ConvertedWeights:
+    """What `Decoder.converted` makes of the weights of `source`, without a decoder that has them all. The rotation's
+    own numbers are those of the converted `Checkpoint.outline`.
+    """
+
+    source: Checkpoint
+    config: ExportConfig
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The weight `name` in the dtype of the export, in pieces along its first axis, one at a time.
+
+        Raises CheckpointError where it is not finite, and ExportError where the dtype cannot hold it.
+        """
+        dtype = DTYPES[self.config.dtype]
+        for piece in self._pieces(name):
+            if dtype != piece.dtype and piece.numel() and piece.abs().max().to(dtype).isinf():
+                largest = torch.stack([each.abs().max() for each in self._pieces(name) if each.numel()]).max()
+                check_range(name, largest.float(), dtype)
+            yield piece.to(dtype)
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        """As they are stored; in float32, folded, where that is asked for."""
+        weights = self.source.weights
+        if self.source.config.tie_embeddings and name == "lm_head.weight":
+            name = "embed.weight"
+        layer, inside, parameter = name.partition(ATTENTION)
+        if self.config.fold_padding and inside and ROTARY not in name:
+            attention = self.source.outline.get_submodule(layer + ATTENTION.rstrip("."))
+            assert isinstance(attention, Attention)
+            yield attention.folded(parameter, weights.whole(name))
+        else:
+            yield from weights.pieces(name)

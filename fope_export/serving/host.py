@@ -1,0 +1,186 @@
+"""One bundle behind a server: its engine in a thread of its own, its tokenizer, and what it may be asked."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
+from typing import Any
+
+from fope_export.backends.base import Backend
+from fope_export.bundle import Bundle
+from fope_export.chat import Chat
+from fope_export.config import ModelConfig
+from fope_export.dtypes import DTYPES
+from fope_export.errors import BackendError, BundleError, FopeError
+from fope_export.serving.engine import Engine
+from fope_export.serving.requests import Failed, Handle, Request
+from fope_export.serving.sampling import SamplingParams
+from fope_export.serving.structured import Form, Forms
+from fope_export.tokens import GENERATION, Tokenizer, read_object
+
+IDLE = 0.5
+"""Seconds that an idle engine sleeps at most, so that its heart is heard."""
+STALE = 60.0
+"""Seconds without a heartbeat after which it is not alive: longer than any one call of a backend."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a host has room for."""
+
+    slots: int = 8
+    length: int = 8192
+    """Tokens of a prompt and its answer together."""
+    spare_bytes: int = 0
+    """Of keys and values that are kept of requests that ended."""
+    queue: int | None = None
+    queued_tokens: int | None = None
+    chunk: int | None = None
+    batch_invariant: bool = False
+
+
+class Host:
+    """Answers requests about one bundle; any thread may call it. `load` makes its backend, in the engine's own thread.
+
+    Raises BundleError where the bundle has no tokenizer.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, load: Callable[[], Backend], sizes: Sizes) -> None:
+        self.name, self.bundle, self._load, self.sizes = name, bundle, load, sizes
+        self.model = bundle.manifest.decoder()
+        self.text = Tokenizer(bundle.path)
+        self.chat = _chat(bundle.path)
+        self.defaults = _defaults(bundle.path)
+        self.created = int((bundle.path / "fope_export.json").stat().st_mtime)
+        self.engine: Engine | None = None
+        self.failure: Exception | None = None
+        """Why it is not ready, once it is known."""
+        self._forms: Forms | None = None
+        self._work, self._ready, self._closing = Event(), Event(), False
+        self._beat = monotonic()
+        self._thread = Thread(target=self._run, name=f"engine of {name}", daemon=True)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt and its answer together, at most."""
+        capacity = self.bundle.manifest.export.capacity
+        return min(self.sizes.length, capacity) if capacity else self.sizes.length
+
+    @property
+    def alive(self) -> bool:
+        """Whether its engine's thread does something, or waits for something to do."""
+        return self._thread.is_alive() and monotonic() - self._beat < STALE
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has made a token since it began, or failed last."""
+        return self._ready.is_set() and self.alive
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return self.engine is None or not (self.engine.running or self.engine.waiting)
+
+    def start(self) -> None:
+        """Load, and make a first token. Raises what went wrong."""
+        self._thread.start()
+        while not self._ready.wait(0.05):
+            if not self._thread.is_alive():
+                raise self.failure or BackendError(f"{self.name} did not start", hint="See the log.")
+
+    def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Handle:
+        """As `Engine.submit`. Raises BackendError also while there is no engine."""
+        if self.engine is None or not self.ready:
+            raise BackendError(f"{self.name} is not ready", hint="Try again later.")
+        handle = self.engine.submit(request, notify)
+        self._work.set()
+        return handle
+
+    def wake(self) -> None:
+        """Something was cancelled."""
+        self._work.set()
+
+    def follow(self, form: Form) -> Any:
+        """A grammar for one answer. Raises ConfigError where there is none, BackendError without llguidance."""
+        self._forms = self._forms or Forms(self.text, self.model.vocab_size, self.model.ends)
+        return self._forms.follow(form)
+
+    def close(self) -> None:
+        """Cancel what is left, and end the thread."""
+        self._closing = True
+        self._work.set()
+        self._thread.join(STALE)
+
+    def _run(self) -> None:
+        try:
+            backend = self._load()
+        except Exception as cause:
+            self.failure = cause
+            return
+        while not self._closing:
+            try:
+                self._serve(backend)
+            except Exception as cause:
+                log.exception("the engine of %s failed", self.name)
+                self.failure, fresh = cause, not self._ready.is_set()
+                self._ready.clear()
+                if fresh:  # it never worked, or does not any more
+                    break
+        backend.close()
+
+    def _serve(self, backend: Backend) -> None:
+        """Until it is closed, or the engine fails."""
+        sizes, row = self.sizes, self.length * bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
+        engine = Engine(
+            backend, sizes.slots, room=min(1024, self.length), chunk=sizes.chunk, spare=sizes.spare_bytes // row,
+            queue=sizes.queue, queued_tokens=sizes.queued_tokens,
+        )  # fmt: skip
+        try:
+            _probe(engine)
+            self.engine = engine
+            self._ready.set()
+            while not self._closing:
+                self._beat = monotonic()
+                if not engine.step():
+                    self._work.wait(IDLE)
+                    self._work.clear()
+        finally:
+            engine.close()
+
+
+def _probe(engine: Engine) -> None:
+    """Make a token. Raises what goes wrong."""
+    handle = engine.submit(Request(prompt=[0], sampling=SamplingParams(max_new_tokens=1)))
+    while engine.step():
+        pass
+    for event in handle.take():
+        if isinstance(event, Failed):
+            raise event.cause
+
+
+def bytes_of_a_token(model: ModelConfig, dtype: str) -> int:
+    """Of its keys and values in all layers."""
+    row = DTYPES[dtype]
+    size = (row.widened or row).itemsize
+    return 2 * model.num_layers * model.num_kv_heads * model.spectrum.head_dim * size
+
+
+def _chat(folder: Path) -> Chat | None:
+    try:
+        return Chat(folder)
+    except BundleError:
+        return None
+
+
+def _defaults(folder: Path) -> Mapping[str, Any]:
+    """What generation_config.json says about how to draw."""
+    known, given = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), read_object(folder / GENERATION)
+    return {name: given[name] for name in known if isinstance(given.get(name), int | float)}
+
+
+def reason_of(cause: Exception) -> str:
+    """What went wrong inside, for somebody outside."""
+    return f"{cause}. {cause.hint}" if isinstance(cause, FopeError) else f"{type(cause).__name__} in the engine"
