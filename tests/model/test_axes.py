@@ -1,6 +1,5 @@
 """Positions on several axes in Hugging Face's layout: logits are those of transformers' Qwen3-VL, RoPE and FoPE."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +145,8 @@ def test_sections_are_those_of_qwen2_vl(axis: tuple[int, ...]) -> None:
     spectrum = Spectrum.fope(plain.freq, plain.sin_coef, plain.cos_coef, HEAD_DIM, sin_pad=0.0, axes=3, axis=axis)
     q, k, places = torch.randn(1, 30, 4, HEAD_DIM), torch.randn(1, 30, 2, HEAD_DIM), PLACES[:, None, 60:90]
     angles = places[..., None].float() * torch.from_numpy(plain.freq)
-    both: Callable[[Tensor], Tensor] = lambda wave: torch.cat((wave, wave), -1)  # noqa: E731
-    wanted = apply_multimodal_rotary_pos_emb(
-        q.transpose(1, 2), k.transpose(1, 2), both(angles.cos()), both(angles.sin()), SECTIONS
-    )
+    cos, sin = (torch.cat((wave, wave), -1) for wave in (angles.cos(), angles.sin()))
+    wanted = apply_multimodal_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin, SECTIONS)
     for got, x in zip(FopeRotary.from_spectrum(spectrum)(q, k, places), wanted, strict=True):
         if axis == IN_SECTIONS:
             close(got, x.transpose(1, 2))
