@@ -38,6 +38,7 @@ def export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
+    sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
     sub.add_argument(
         "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",

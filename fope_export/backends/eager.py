@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fope_export.backends.base import CHUNK, Feeds, Logits, Slots
+from fope_export.backends.base import CHUNK, Feeds, Logits, Slots, for_decoder
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
@@ -47,7 +47,8 @@ class EagerBackend:
 
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
-        inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
+        arrays = for_decoder(feeds, self.model.config.spectrum.axes)
+        inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in arrays)
         with attention_for(self.model.embed.weight):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present

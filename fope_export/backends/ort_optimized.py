@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Ids, Logits, empty_past
+from fope_export.backends.base import Feeds, Ids, Logits, axes_of, by_axis, empty_past
 from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
@@ -29,14 +29,18 @@ class Bound:
 
     def __init__(
         self, session: Any, device: Device, tensors: Sequence[Array], tokens: int, width: int, vocab_size: int, *,
-        last: bool, graph: int | None = None,
+        last: bool, axes: int | None, graph: int | None = None,
     ) -> None:  # fmt: skip
-        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E] on a device. `graph` is the
-        CUDA graph to be captured, -1 for none, where the session captures any.
+        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E] on a device. `axes` are
+        those of the graph's positions, None where there is one. `graph` is the CUDA graph to be captured, -1 for none,
+        where the session captures any.
         """
         rows, self._device = len(tensors[0]), device
         shapes = {"input_ids": tokens, "attention_mask": width, "position_ids": tokens}
         self._hosts: dict[str, Any] = {name: np.zeros((rows, size), np.int64) for name, size in shapes.items()}
+        self._axes = axes
+        if axes:
+            self._hosts["position_ids"] = np.zeros((axes, rows, tokens), np.int64)
         self._hosts[KEPT] = np.arange(-1 if last else -tokens, 0)
         self._inputs = {name: device.placed(host) for name, host in self._hosts.items()}
         self._places, self._new = np.arange(width), np.arange(width) >= width - tokens
@@ -58,8 +62,8 @@ class Bound:
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
 
     def run(self, ids: Ids, positions: Ids, past: Ids) -> Logits:
-        """Tokens [B, S], each row's after `past` [B] others."""
-        self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, positions
+        """Tokens [B, S] at positions [B, S] or [B, S, A], each row's after `past` [B] others."""
+        self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, by_axis(positions, self._axes)
         self._hosts["attention_mask"][:] = (self._places < past[:, None]) | self._new
         self._device.upload(self._hosts, self._inputs)
         self._session.run_with_iobinding(self._binding, self._options)
@@ -291,7 +295,10 @@ class OptimizedOrtBackend:
     def bind(self, tensors: Sequence[Array], tokens: int, width: int, last: bool, graph: int | None) -> Bound:
         """See `Bound`; without a number nothing is captured."""
         graph = -1 if self.graphs and graph is None else graph
-        return Bound(self._session, self.device, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
+        return Bound(
+            self._session, self.device, tensors, tokens, width, self.vocab_size,
+            last=last, axes=axes_of(self._manifest), graph=graph,
+        )  # fmt: skip
 
     def run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
         """Raises BackendError with what ONNX Runtime says."""
