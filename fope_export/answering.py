@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         bundle = Bundle.open(args.bundle)
         check_graphs(bundle)
         settings = Settings(optimized=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
-        backend = load_backend(bundle, args.backend, settings)
+        backend = load_backend(bundle, _backend(args, bundle), settings)
     ends = bundle.manifest.decoder().ends
     if args.prompt_ids:
         steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk)
@@ -137,14 +137,15 @@ def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
 
 
 def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
-    from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend, read_machine
+    from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend
+    from fope_export.backends.machine import read_machine
     from fope_export.bundle import Bundle
     from fope_export.onnx_files import check_graphs
     from fope_export.serving.host import Host, Sizes
 
     bundle = Bundle.open(path)
     check_graphs(bundle)
-    backend = choose(args.backend, read_machine(), bundle.manifest.export)
+    backend = choose(_backend(args, bundle), read_machine(), bundle.manifest.export)
     variant = BACKENDS[backend].variant(bundle)
     if not args.unvalidated:
         _check_report(bundle, args.report, backend, variant.name)
@@ -152,8 +153,23 @@ def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
     sizes = Sizes(
         slots=args.slots, length=args.max_model_len or min(16 * bundle.manifest.decoder().training_length, LONGEST),
         spare_bytes=args.prefix_cache, queue=args.max_queued, queued_tokens=args.max_queued_tokens, chunk=args.chunk,
+        batch_invariant=args.batch_invariant,
     )  # fmt: skip
     return Host(name, bundle, partial(load_backend, bundle, backend, settings, variant=variant.name), sizes)
+
+
+def _backend(args: argparse.Namespace, bundle: "Bundle") -> str:
+    """What was asked for, or what is fastest here, which is told on stderr."""
+    from fope_export.backends.choose import BACKENDS, fastest
+    from fope_export.backends.machine import read_machine
+    from fope_export.terminal import ERRORS
+
+    if args.backend is not None:
+        return str(args.backend)
+    name, reasons = fastest(bundle, read_machine())
+    if read_machine().gpus:
+        ERRORS.print(f"backend {name}, {BACKENDS[name].what}" + (f" ({reasons})" if reasons else ""), markup=False)
+    return name
 
 
 def _check_report(bundle: "Bundle", folder: Path | None, backend: str, variant: str) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fope_export import plots, report
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, Cell, What
 from fope_export.bundle import Bundle

@@ -55,7 +55,8 @@ def demo(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Print what this machine has, and what it can do or why not. Always PASSED."""
-    from fope_export.backends.choose import abilities, read_machine
+    from fope_export.backends.choose import abilities
+    from fope_export.backends.machine import read_machine
     from fope_export.terminal import RESULTS, doctor_table, print_sections
 
     machine = read_machine()

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from fope_export import plots, report
 from fope_export.backends.base import Ids
-from fope_export.backends.choose import load_backend, read_machine
+from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
 from fope_export.evaluation import loss_by_length

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fope_export import plots
-from fope_export.backends.choose import Machine, read_machine
+from fope_export.backends.machine import Machine, read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig
 from fope_export.lock import TIMEOUT

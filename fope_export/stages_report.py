@@ -7,7 +7,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.manifest import REPORTS, judged_files
 from fope_export.parity.localize import LIMITS

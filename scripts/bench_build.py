@@ -20,7 +20,7 @@ from bench_export import RESULTS
 from rich.console import Console
 from rich.table import Table
 
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.config import BuildConfig, CacheName, ExportConfig

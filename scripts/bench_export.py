@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fope_export.backends.base import Backend, Ids
-from fope_export.backends.choose import load_backend, read_machine
+from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.benchmark.greedy import distance

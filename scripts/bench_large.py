@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from bench_export import RESULTS, timed_export
 
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.shapes import write_checkpoint
 

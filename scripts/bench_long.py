@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle

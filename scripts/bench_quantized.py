@@ -25,8 +25,9 @@ from bench_export import CASES, RESULTS
 from rich.console import Console
 from rich.table import Table
 
-from fope_export.backends.choose import load_backend, read_machine
+from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bench_report import processor
 from fope_export.benchmark.rounds import in_turn, medians, ratio
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint

@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.bench_report import processor
 from fope_export.dtypes import DTYPES
 from fope_export.model.layouts import hugging_face

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from fope_export import plots
-from fope_export.backends.choose import load_backend, read_machine
+from fope_export.backends.choose import load_backend
+from fope_export.backends.machine import read_machine
 from fope_export.benchmark.contenders import OURS
 from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import NAMES, shipped

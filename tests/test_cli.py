@@ -155,7 +155,7 @@ def test_a_reader_who_leaves_early_gets_no_traceback(bundle: Bundle) -> None:
 
 
 def test_a_mistake_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("fope_export.backends.choose.read_machine", lambda: 1 / 0)
+    monkeypatch.setattr("fope_export.backends.machine.read_machine", lambda: 1 / 0)
     assert main(["doctor"]) == 70
     told = capsys.readouterr().err
     assert "ZeroDivisionError" in told and "please report" in told

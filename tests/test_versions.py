@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fope_export.backends.choose import choose, load_backend, read_machine
+from fope_export.backends.choose import choose, load_backend
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError

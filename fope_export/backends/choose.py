@@ -1,106 +1,24 @@
-"""Which backends there are, what this machine has, and the choice between them with every reason."""
+"""Which backends there are, and the choice between them with every reason."""
 
-import os
-import platform
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING
 
+from fope_export.backends.machine import Machine, read_machine
 from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BackendError
 from fope_export.manifest import MODEL, plain_file
-from fope_export.processes import output
-from fope_export.tensorrt import compile
 from fope_export.tensorrt.api import LIBRARIES
 from fope_export.tensorrt.record import BUILD_IT, plan_in, records
 
 if TYPE_CHECKING:  # the doctor has no NumPy
     from fope_export.backends.base import Backend, Limits
 
-PACKAGES = (
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "matplotlib",
-    "polygraphy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-genai",
-    "optimum-onnx",
-    "tensorrt",
-    "tensorrt-rtx",
-)
-
-
 PORTABLE = ExportConfig()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was read once: everything decided from it can be decided again without the machine."""
-
-    system: str
-    python: str
-    cores: int
-    gpus: tuple[str, ...]
-    packages: Mapping[str, str]
-    """Installed versions by distribution name."""
-    compiler: str = ""
-    """What compiles the TensorRT plugin, with versions."""
-    without_compiler: str = ""
-    """Why nothing does."""
-
-
-@cache
-def read_machine() -> Machine:
-    """This machine, read once. Imports nothing heavy."""
-    compiler, without_compiler = _compiler()
-    return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        gpus=_gpus(),
-        packages={name: installed for name in PACKAGES if (installed := _installed(name))},
-        compiler=compiler,
-        without_compiler=without_compiler,
-    )
-
-
-def _compiler() -> tuple[str, str]:
-    try:
-        tools = compile.find_toolchain()
-    except BackendError as refusal:
-        return "", str(refusal)
-    if tools.headers_version is None:
-        return "", "TensorRT's headers are missing: set TENSORRT_ROOT, or pip install --no-deps kernel-lens"
-    return f"nvcc {tools.nvcc_version}, TensorRT headers {tools.headers_version}", ""
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _gpus() -> tuple[str, ...]:
-    if not (tool := shutil.which("nvidia-smi")):
-        return ()
-    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = output(command, timeout=20)
-    except (OSError, TimeoutExpired):
-        return ()
-    return tuple(done.stdout.split("\n")[:-1]) if done.returncode == 0 else ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +71,20 @@ class Row:
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
     widens: bool = False
     """Whether it computes a copy where the dtype has one (`Dtype.widened`)."""
+    rank: int = 0
+    """Where nobody chooses, who can run a bundle and has the highest runs it; never one with 0."""
+    unfit: Callable[[Bundle, Machine], str] = lambda bundle, machine: ""
+    """Why what the bundle has is for another machine, or nothing."""
+
+    def against(self, bundle: Bundle, machine: Machine) -> str:
+        """Why `machine` cannot run `bundle` so, or nothing."""
+        refusals = [each.refusal(bundle) for each in self.variants]
+        return (
+            self.missing(machine)
+            or self.too_old(machine, bundle.manifest.export)
+            or ("" if None in refusals else str(refusals[-1]))
+            or self.unfit(bundle, machine)
+        )
 
     def arithmetic(self, bundle: Bundle) -> str:
         """The dtype that it computes the bundle in."""
@@ -242,6 +174,13 @@ def _without_engine(bundle: Bundle) -> BackendError | None:
         return error
 
 
+def _for_another_gpu(bundle: Bundle, machine: Machine) -> str:
+    built = records(bundle)[-1].architectures
+    if not built or not machine.architectures or set(built) & set(machine.architectures):
+        return ""
+    return f"the engine is for {', '.join(built)}, and here is {', '.join(machine.architectures)}"
+
+
 def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
     from fope_export.backends.ort_optimized import OptimizedOrtBackend
 
@@ -309,17 +248,21 @@ BACKENDS: dict[str, Row] = {
         lambda bundle: _limits(bundle.manifest.export.capacity),
         _without_ort,
         widens=True,
+        rank=1,
     ),
     "onnxruntime-cuda": Row(
         "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
         (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True, captured=True),),
+        rank=2,
     ),
     "tensorrt": Row(
         "its engine in TensorRT on a GPU",
         _without_trt,
         (Variant("engine", _load_trt, _engine, _without_engine),),
         _trt_limits,
+        rank=3,
+        unfit=_for_another_gpu,
     ),
     "torch": Row("its checkpoint in PyTorch, eager", _without_torch, (Variant("checkpoint", _load_eager),)),
 }
@@ -365,6 +308,19 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
             + (f" `run` can also take --backend {' or '.join(others)}." if others else ""),
         )
     return name
+
+
+def fastest(bundle: Bundle, machine: Machine) -> tuple[str, str]:
+    """The backend that `machine` runs `bundle` fastest in, and why it is none of those before it: an engine for its
+    GPU, then ONNX Runtime on the GPU, then on the CPU. Raises BackendError where it runs in none.
+    """
+    reasons = list[str]()
+    for name, row in sorted(BACKENDS.items(), key=lambda item: -item[1].rank):
+        if row.rank:
+            if not (reason := row.against(bundle, machine)):
+                return name, "; ".join(reasons)
+            reasons.append(f"{name}: {reason}")
+    raise BackendError(f"{bundle.path} runs in nothing here: {'; '.join(reasons)}", hint="See `fope-export doctor`.")
 
 
 def load_backend(

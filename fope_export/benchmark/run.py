@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from fope_export.backends.choose import BACKENDS, Machine, read_machine
+from fope_export.backends.choose import BACKENDS
+from fope_export.backends.machine import Machine, read_machine
 from fope_export.benchmark.contenders import ALLOWED, CONTENDERS, EAGER, PEERS, TWIN, Job
 from fope_export.benchmark.greedy import distance
 from fope_export.benchmark.process import Worker

@@ -237,7 +237,9 @@ def to_onnx(
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]
     with quiet():
-        program = trace(without_numbers(model) if numbers else model, config.capacity or 0)
+        program = trace(
+            without_numbers(model) if numbers else model, config.capacity or 0, position_axes=config.position_axes
+        )
         finished = lower(program, config, inputs, outputs, _dimensions, numbers)
     if row := config.quantization:
         way_of(row).write(row.name, ranges or {})(finished)
@@ -297,9 +299,9 @@ def lower(
     return finished
 
 
-def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
+def trace(model: Decoder, capacity: int = 0, *, position_axes: bool = False) -> ExportedProgram:
     """What torch.export makes of the decoder: batch, new tokens and past may be of any size; with a `capacity`, in
-    tokens, the cache is static and as long as that.
+    tokens, the cache is static and as long as that; with `position_axes`, tokens have positions on all axes.
 
     The sizes of the example are all different, so that none is taken for another.
     """
@@ -313,15 +315,16 @@ def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
     # One tensor given twice would be exported as one input.
     cache = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
     tokens = {0: Dim(BATCH), 1: Dim(SEQUENCE)}
+    positions = torch.zeros(config.spectrum.axes, batch, sequence, dtype=torch.int64) if position_axes else ids.clone()
     kept = {0: Dim(BATCH)} if capacity else {0: Dim(BATCH), 2: Dim(PAST)}
     dynamic = {
         "input_ids": tokens,
         "attention_mask": {0: Dim(BATCH), 1: Dim.DYNAMIC},
-        "position_ids": tokens,
+        "position_ids": {1: Dim(BATCH), 2: Dim(SEQUENCE)} if position_axes else tokens,
         "past_key_values": [(kept,) * 2] * config.num_layers,
     }
     with torch.no_grad():
-        return torch.export.export(model, (ids, mask, ids.clone(), cache), dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(model, (ids, mask, positions, cache), dynamic_shapes=dynamic, strict=False)
 
 
 def cache_names(prefix: str, config: ModelConfig) -> list[str]:

@@ -6,8 +6,11 @@ import json
 import logging
 import secrets
 import time
+from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fope_export.errors import BusyError, ConfigError, FopeError
@@ -24,12 +27,16 @@ from fope_export.serving import protocol
 from fope_export.serving.calls import Call, calls_of_chat, calls_of_completion
 from fope_export.serving.host import Host, reason_of
 from fope_export.serving.metrics import Metrics
+from fope_export.serving.openapi import description
 from fope_export.serving.protocol import RequestError, parse, refused
 
 BODY = 4 << 20
 """Bytes of a request, at most."""
 PATIENCE = 30.0
 """Seconds that a request may take to arrive."""
+PAGE = Path(__file__).parent / "page" / "index.html"
+POLICY = "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""The page brings all that it needs, and asks nobody but this server."""
 RETRY = "1"
 """Seconds after which a full queue is worth another try."""
 log = logging.getLogger(__name__)
@@ -70,6 +77,8 @@ def application(state: State, origins: Sequence[str] = ()) -> Starlette:
         Route("/tokenize", guarded(tokenize), methods=["POST"]),
         Route("/detokenize", guarded(detokenize), methods=["POST"]),
         Route("/metrics", guarded(metrics), methods=["GET"]),
+        Route("/", guarded(page), methods=["GET"]),
+        Route("/openapi.json", guarded(openapi), methods=["GET"]),
         Route("/health/live", live, methods=["GET"]),
         Route("/health/ready", ready, methods=["GET"]),
     ]
@@ -92,6 +101,8 @@ def guarded(handler: Handler) -> Handler:
             response = await handler(request)
         except RequestError as cause:
             response = JSONResponse(cause.body, cause.status)
+            if cause.status == 401:
+                response.headers["WWW-Authenticate"] = 'Basic realm="the API key, as password", charset="UTF-8"'
         except BusyError as cause:
             response = JSONResponse(RequestError(str(cause), status=429).body, 429, {"Retry-After": RETRY})
         except ConfigError as cause:
@@ -112,10 +123,20 @@ def _check_key(request: Request) -> None:
     state: State = request.app.state.server
     if state.key is None:
         return
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), state.key.encode()):
+    if not hmac.compare_digest(_given_key(request).encode(), state.key.encode()):
         raise RequestError("the API key is missing or wrong", hint="Send Authorization: Bearer KEY.", status=401,
                            code="invalid_api_key")  # fmt: skip
+
+
+def _given_key(request: Request) -> str:
+    """As programs send it, or as browsers do, as a password."""
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            return b64decode(given).decode().partition(":")[2]
+        except ValueError:
+            return ""
+    return given.strip() if kind.lower() == "bearer" else ""
 
 
 async def body_of(request: Request) -> bytes:
@@ -275,6 +296,17 @@ async def metrics(request: Request) -> Response:
     """For Prometheus."""
     state: State = request.app.state.server
     return PlainTextResponse(state.metrics.page(state.hosts.values()), media_type="text/plain; version=0.0.4")
+
+
+async def page(_: Request) -> Response:
+    """For people."""
+    return HTMLResponse(PAGE.read_bytes(), headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
+
+
+async def openapi(request: Request) -> Response:
+    """What may be asked, for programs."""
+    state: State = request.app.state.server
+    return JSONResponse(description(version("fope-export"), state.hosts))
 
 
 async def live(request: Request) -> Response:

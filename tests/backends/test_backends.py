@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fope_export.backends.base import Backend, feeds_for
-from fope_export.backends.choose import BACKENDS, load_backend, read_machine
+from fope_export.backends.choose import BACKENDS, load_backend
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError, BundleError, require

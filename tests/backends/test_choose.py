@@ -1,14 +1,19 @@
 """The choice of a backend, on machines that are not there."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fope_export.backends.choose import BACKENDS, PORTABLE, Machine, abilities, choose, read_machine
+from fope_export.backends.choose import BACKENDS, PORTABLE, abilities, choose, fastest
+from fope_export.backends.machine import Machine, read_machine
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
+from fope_export.graph.export import export
+from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPTIMIZED
 
 
@@ -164,3 +169,35 @@ def test_a_variant_is_had_by_its_name_and_knows_its_files() -> None:
 def test_this_machine_is_read() -> None:
     given = read_machine()
     assert given.cores >= 1 and {"torch", "onnx", "onnxruntime"} <= set(given.packages)
+
+
+@pytest.fixture(scope="module")
+def halved(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """An optimized bundle in float16."""
+    return optimize(export(native, tmp_path_factory.mktemp("halved") / "out", ExportConfig(dtype="fp16")))
+
+
+GPU = replace(EVERYTHING, architectures=("sm90",))
+
+
+@pytest.mark.parametrize(
+    ("given", "built", "half", "wanted", "reasons"),
+    [
+        (FULL, (), False, "onnxruntime", ("tensorrt: ", "onnxruntime-cuda: ")),
+        (GPU, ("sm90",), True, "tensorrt", ()),
+        (GPU, ("sm86", "sm120"), True, "onnxruntime-cuda", ("the engine is for sm86, sm120, and here is sm90",)),
+        (GPU, None, True, "onnxruntime-cuda", ("has no engine",)),
+        (GPU, (), False, "tensorrt", ()),  # built on the GPU at hand
+        (GPU, None, False, "onnxruntime", ("has no engine", "has no optimized file in float16")),
+        (replace(GPU, packages=FULL.packages), ("sm90",), True, "onnxruntime", ("onnxruntime-gpu is not installed",)),
+    ],
+)  # fmt: skip
+def test_the_fastest_that_bundle_and_machine_have(
+    given: Machine, built: tuple[str, ...] | None, half: bool, wanted: str, reasons: tuple[str, ...],
+    bundle: Bundle, halved: Bundle, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made = [] if built is None else [SimpleNamespace(architectures=built)]
+    monkeypatch.setattr("fope_export.backends.choose.records", lambda bundle: made)
+    name, told = fastest(halved if half else bundle, given)
+    assert name == wanted and all(reason in told for reason in reasons)
+    assert "torch" not in name and "torch: " not in told

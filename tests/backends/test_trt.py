@@ -9,7 +9,7 @@ import torch
 
 from fope_export import validate
 from fope_export.backends.base import feeds_for
-from fope_export.backends.choose import read_machine
+from fope_export.backends.machine import read_machine
 from fope_export.backends.trt import TrtBackend, limits_of, sizes_of
 from fope_export.bundle import Bundle
 from fope_export.config import BuildConfig, CacheName, ExportConfig

@@ -279,3 +279,9 @@ def test_many_clients_get_their_own_answers(server: Served, backend: Backend, te
 def test_what_was_not_validated_is_not_served(asked: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(asked.path), "--port", "0"]) == 2
     assert "was not validated" in capsys.readouterr().err
+
+
+def test_it_describes_itself(server: Served) -> None:
+    document = server.http.get("/openapi.json").json()
+    assert document["openapi"] == "3.1.0" and document["paths"].keys() >= {"/v1/completions", "/health/ready"}
+    assert document["components"]["schemas"]["Completion"]["properties"]["model"] == {"enum": ["model"]}

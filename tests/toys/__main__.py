@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fope_export.backends.choose import BACKENDS, abilities, choose, read_machine
+from fope_export.backends.choose import BACKENDS, abilities, choose
+from fope_export.backends.machine import read_machine
 from fope_export.backends.versions import too_old
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle

@@ -1,8 +1,9 @@
 """PyTorch under another name, as a backend of a file of its own would be."""
 
 from fope_export.backends.base import Backend
-from fope_export.backends.choose import Machine, Row, Settings, Variant
+from fope_export.backends.choose import Row, Settings, Variant
 from fope_export.backends.eager import EagerBackend
+from fope_export.backends.machine import Machine
 from fope_export.bundle import Bundle
 from fope_export.model.checkpoint import source_of
 
