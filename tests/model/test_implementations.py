@@ -1,5 +1,6 @@
 """Every implementation in docs/checkpoints.md: its logits, and that a planted deviation is refused."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
