@@ -38,7 +38,7 @@ def image_in(feeds: Feeds, axes: int) -> Feeds:
 
 
 def with_image(case: Case, axes: int) -> Case:
-    """See `image_in`."""
+    """The case with the feeds of `image_in`, named for it."""
     return replace(case, name=f"{case.name}, an image in it", feeds=image_in(case.feeds, axes))
 
 
