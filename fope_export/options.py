@@ -158,12 +158,12 @@ def serve(sub: argparse.ArgumentParser) -> None:
     """Of the server."""
     sub.add_argument("bundles", type=Path, nargs="+", metavar="OUT", help="one bundle or several")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=_natural, default=8000, help="0 takes a free one (default: 8000)")
+    sub.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
     sub.add_argument("--served-model-name", nargs="+", metavar="NAME", help="for each bundle (default: its folder's)")
-    sub.add_argument("--slots", type=_natural, default=8, help="answers at once, of each bundle (default: 8)")
+    sub.add_argument("--slots", type=_positive, default=8, help="answers at once, of each bundle (default: 8)")
     sub.add_argument(
         "--max-model-len",
-        type=_natural,
+        type=_positive,
         metavar="TOKENS",
         help="a prompt with its answer (default: 16 x trained, or 8192)",
     )
@@ -184,7 +184,9 @@ def serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="the key that every request but health must send"
     )
-    sub.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="to finish at SIGTERM (default: 30)")
+    sub.add_argument(
+        "--drain", type=_seconds, default=30.0, metavar="SECONDS", help="to finish at SIGTERM (default: 30)"
+    )
     sub.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a page that may ask; may be repeated"
     )
@@ -272,6 +274,18 @@ def _natural(text: str) -> int:
     if not DIGITS.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not one number from 0 on")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if (number := _natural(text)) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{number} is not one of 65,536 ports")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not (number := _natural(text)):
+        raise argparse.ArgumentTypeError("0 is too few")
+    return number
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -118,7 +118,8 @@ class Tokenizer:
         """A decoder for tokens that arrive one by one; its text ends before any of the strings `stop`. Raises
         ConfigError where one of these is empty.
         """
-        return TextStream(self.tokenizer, stop, special=self._special, cleans=self._cleans)
+        in_runs = "ByteFallback" in self._decoder
+        return TextStream(self.tokenizer, stop, special=self._special, in_runs=in_runs, cleans=self._cleans)
 
 
 def ends_of(folder: Path) -> tuple[int, ...]:
@@ -146,12 +147,18 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], *, special: dict[int, str], cleans: bool = False
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        stop: Sequence[str],
+        *,
+        special: dict[int, str],
+        in_runs: bool,
+        cleans: bool = False,
     ) -> None:
         if not all(stop):
             raise ConfigError("a stop string is empty", hint="Leave it out, or give the text that ends the answer.")
         self._tokenizer, self._stop, self._special = tokenizer, stop, special
-        self._in_runs = "ByteFallback" in _decoder_of(tokenizer)
+        self._in_runs = in_runs
         self._ids: list[int] = []
         self._start, self._read = 0, 0
         self._cleaner = _Cleaner() if cleans else None
@@ -200,7 +207,7 @@ class TextStream:
         if stops := [at for stop in self._stop if (at := held.find(stop)) >= 0]:
             self.stopped = True
             return self._take(min(stops))
-        ends = (n for stop in self._stop for n in range(1, len(stop)) if held.endswith(stop[:n]))
+        ends = (n for stop in self._stop for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n]))
         return self._take(len(held) - max(ends, default=0))
 
     def _take(self, count: int) -> str:

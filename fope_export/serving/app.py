@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -21,6 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from fope_export.errors import BusyError, ConfigError, FopeError
 from fope_export.serving import protocol
@@ -86,6 +87,7 @@ def application(state: State, origins: Sequence[str] = ()) -> Starlette:
         routes=routes, middleware=middleware if origins else [],
         exception_handlers={HTTPException: _http_error, Exception: _broken},
     )  # fmt: skip
+    app.router.redirect_slashes = False
     app.state.server = state
     return app
 
@@ -123,20 +125,20 @@ def _check_key(request: Request) -> None:
     state: State = request.app.state.server
     if state.key is None:
         return
-    if not hmac.compare_digest(_given_key(request).encode(), state.key.encode()):
+    if not hmac.compare_digest(_given_key(request), state.key.encode()):
         raise RequestError("the API key is missing or wrong", hint="Send Authorization: Bearer KEY.", status=401,
                            code="invalid_api_key")  # fmt: skip
 
 
-def _given_key(request: Request) -> str:
+def _given_key(request: Request) -> bytes:
     """As programs send it, or as browsers do, as a password."""
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "basic":
+    kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+    if kind.lower() == b"basic":
         try:
-            return b64decode(given).decode().partition(":")[2]
+            return b64decode(given).partition(b":")[2]
         except ValueError:
-            return ""
-    return given.strip() if kind.lower() == "bearer" else ""
+            return b""
+    return given.strip() if kind.lower() == b"bearer" else b""
 
 
 async def body_of(request: Request) -> bytes:
@@ -144,13 +146,15 @@ async def body_of(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"Content-Type is {kind[:60]!r}, expected application/json", status=415)
-    received = bytearray()
+    received, large = bytearray(), RequestError(f"the body has more than {BODY:,} bytes", status=413)
+    if int(request.headers.get("content-length", 0)) > BODY:
+        raise large
     try:
         async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
                 received += part
                 if len(received) > BODY:
-                    raise RequestError(f"the body has more than {BODY:,} bytes", status=413)
+                    raise large
     except TimeoutError as cause:
         raise RequestError(f"the body did not arrive within {PATIENCE:.0f} s", status=408) from cause
     return bytes(received)
@@ -177,45 +181,48 @@ def _described(host: Host) -> dict[str, Any]:
 
 async def completions(request: Request) -> Response:
     """/v1/completions."""
-    asked = parse(await body_of(request), protocol.Completion)
-    host = _host(request, asked.model)
-    return await _answer(request, asked, calls_of_completion(host, asked))
+    return await _answer(request, protocol.Completion, calls_of_completion)
 
 
 async def chat(request: Request) -> Response:
     """/v1/chat/completions."""
-    asked = parse(await body_of(request), protocol.Chat)
-    host = _host(request, asked.model)
-    return await _answer(request, asked, await asyncio.to_thread(calls_of_chat, host, asked))
+    return await _answer(request, protocol.Chat, calls_of_chat)
 
 
-def _host(request: Request, name: str) -> Host:
+A = TypeVar("A", bound=protocol.Asked)
+
+
+async def _answer(request: Request, kind: type[A], calls_of: Callable[[Host, A], Call]) -> Response:
     state: State = request.app.state.server
+    body = await body_of(request)
     if state.draining:
         raise RequestError("the server is shutting down", status=503)
-    return state.host(name)
-
-
-async def _answer(request: Request, asked: protocol.Asked, call: Call) -> Response:
-    state: State = request.app.state.server
-    state.metrics.begin(call)
     state.open += 1
+    streamed = False
     try:
+        asked, call = await asyncio.to_thread(_understood, state, body, kind, calls_of)
         call.submit(asyncio.get_running_loop())
-    except BaseException:
-        state.open -= 1
-        raise
-    request.state.note |= {"model": call.host.name, "prompt_tokens": call.prompt_tokens}
-    if asked.stream:
-        options = asked.stream_options or protocol.StreamOptions()
-        events = _events(request, state, call, usage=options.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        request.state.note |= {"model": call.host.name, "prompt_tokens": call.prompt_tokens}
+        if streamed := asked.stream:
+            return _Stream(request, state, call)
+        return await _whole(request, state, call)
+    finally:
+        state.open -= not streamed
+
+
+def _understood(state: State, body: bytes, kind: type[A], calls_of: Callable[[Host, A], Call]) -> tuple[A, Call]:
+    """Tokenizers, templates and grammars may take long, and the loop does not wait for them."""
+    asked = parse(body, kind)
+    return asked, calls_of(state.host(asked.model), asked)
+
+
+async def _whole(request: Request, state: State, call: Call) -> Response:
     try:
         await _until_whole(request, state, call)
     finally:
         _end(request, state, call)
     if call.failure:
-        raise RequestError(reason_of(call.failure), status=500)
+        raise RequestError(reason_of(call.failure), status=503 if state.draining else 500)
     return Response(msgspec.json.encode(call.whole()), media_type="application/json")
 
 
@@ -241,7 +248,23 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(request: Request, state: State, call: Call, *, usage: bool) -> AsyncIterator[bytes]:
+class _Stream(StreamingResponse):
+    """An answer in pieces. It ends the call, even where nobody takes a first one."""
+
+    def __init__(self, request: Request, state: State, call: Call) -> None:
+        events = _events(request, state, call)
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._asked, self._state, self._answered = request, state, call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _end(self._asked, self._state, self._answered)
+            self._state.open -= 1
+
+
+async def _events(request: Request, state: State, call: Call) -> AsyncIterator[bytes]:
     """Server-sent events, the last of which is [DONE]; a stream that ends without it is not whole."""
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -258,17 +281,15 @@ async def _events(request: Request, state: State, call: Call, *, usage: bool) ->
         if call.failure:
             yield b"data: " + json.dumps(RequestError(reason_of(call.failure), status=500).body).encode() + b"\n\n"
             return
-        if usage:
+        if call.asked.tells_usage:
             yield b"data: " + msgspec.json.encode(call.chunk([], usage=call.usage)) + b"\n\n"
         yield b"data: [DONE]\n\n"
     finally:
         gone.cancel()
-        _end(request, state, call)
 
 
 def _end(request: Request, state: State, call: Call) -> None:
     call.cancel()
-    state.open -= 1
     state.metrics.end(call)
     request.state.note["completion_tokens"] = call.completion_tokens
 
@@ -278,7 +299,7 @@ async def tokenize(request: Request) -> Response:
     state: State = request.app.state.server
     asked = parse(await body_of(request), protocol.Tokenize)
     host = state.host(asked.model)
-    tokens = host.text.encode(asked.prompt, special=asked.add_special_tokens)
+    tokens = await asyncio.to_thread(host.text.encode, asked.prompt, special=asked.add_special_tokens)
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": host.length})
 
 
@@ -289,7 +310,7 @@ async def detokenize(request: Request) -> Response:
     host = state.host(asked.model)
     if outside := [token for token in asked.tokens if token >= host.model.vocab_size]:
         raise RequestError(f"token {outside[0]} is outside the vocabulary of {host.model.vocab_size}", param="tokens")
-    return JSONResponse({"prompt": host.text.decode(asked.tokens)})
+    return JSONResponse({"prompt": await asyncio.to_thread(host.text.decode, asked.tokens)})
 
 
 async def metrics(request: Request) -> Response:

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from fope_export.serving.sampling import SamplingParams
 
 USUAL = 16
 """Tokens of a completion where nobody says how many."""
+ANSWERS = 2048
+"""Of one request, at most."""
 
 
 class Call:
@@ -28,7 +31,8 @@ class Call:
         self.changed = asyncio.Event()
         self.failure: Exception | None = None
         self.prompt_tokens = sum(map(len, prompts))
-        self.began, self.first, self.last = time.monotonic(), 0.0, 0.0
+        self.began, self.before, self.last = time.monotonic(), 0.0, 0.0
+        """When it came, and when something was told of it, last but one and last."""
         self._answers: list[Answer] = []
         self._told: list[Piece] = [Piece() for _ in requests]
         """What was told of each answer."""
@@ -38,7 +42,8 @@ class Call:
         """Have them answered. Raises BusyError and BackendError as `Host.submit`; then none is."""
 
         def notify() -> None:
-            loop.call_soon_threadsafe(self.changed.set)
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(self.changed.set)
 
         try:
             for request in self._requests:
@@ -90,8 +95,7 @@ class Call:
             if not (piece.text or piece.tokens or piece.reason):
                 continue
             piece = self._with_echo(index, piece)
-            self.last = time.monotonic()
-            self.first = self.first or self.last
+            self.before, self.last = self.last, time.monotonic()
             chunk = self.chunk([self._choice(index, piece)])
             whole.text += piece.text
             whole.tokens += piece.tokens
@@ -157,7 +161,7 @@ def calls_of_completion(host: Host, asked: Completion) -> Call:
             raise RequestError(
                 f"token {outside[0]} is outside the vocabulary of {host.model.vocab_size}", param="prompt"
             )
-    limit = USUAL if asked.max_tokens is None else asked.max_tokens
+    limit = host.defaults.get("max_new_tokens", USUAL) if asked.max_tokens is None else asked.max_tokens
     if limit == 0 and not asked.echo:
         raise RequestError("max_tokens is 0, and nothing is echoed", param="max_tokens")
     scored = asked.logprobs if asked.echo else None
@@ -171,14 +175,16 @@ def calls_of_chat(host: Host, asked: Chat) -> Call:
     if asked.top_logprobs and not asked.logprobs:
         raise RequestError("top_logprobs needs logprobs", param="top_logprobs")
     try:
-        text = host.chat.render(asked.messages)
+        text = host.chat.render(asked.plain)
     except ConfigError as cause:
         raise refused(cause, "messages") from cause
     prompt = host.text.encode(text, special=False)
     limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     if limit == 0:
         raise RequestError("max_completion_tokens is 0", param="max_completion_tokens")
-    given, limit = limit is not None, limit if limit is not None else max(host.length - len(prompt), 1)
+    given = limit is not None
+    if limit is None:
+        limit = host.defaults.get("max_new_tokens", max(host.length - len(prompt), 1))
     return _call(host, asked, [prompt], limit, told=(asked.top_logprobs or 0) if asked.logprobs else None, given=given)
 
 
@@ -186,6 +192,11 @@ def _call(
     host: Host, asked: Asked, prompts: Sequence[Sequence[int]], limit: int, *, told: int | None,
     scored: int | None = None, given: bool,
 ) -> Call:  # fmt: skip
+    if len(prompts) * asked.n > ANSWERS:
+        raise RequestError(
+            f"{len(prompts):,} prompts with {asked.n} answers each, and {ANSWERS:,} answers may be asked for at once",
+            param="prompt" if len(prompts) > 1 else "n",
+        )
     longest = max(map(len, prompts))
     if longest + limit > host.length and not given and longest < host.length:
         limit = host.length - longest
@@ -196,8 +207,12 @@ def _call(
             prompt_tokens=longest, max_tokens=limit, max_model_len=host.length,
         )  # fmt: skip
     sampling = _sampling(host, asked, limit)
-    sampling.check(host.model.vocab_size)
-    ends = {*asked.stop_token_ids, *(() if asked.ignore_eos else host.model.ends)}
+    try:
+        sampling.check(size := host.model.vocab_size)
+    except ConfigError as cause:
+        raise refused(cause, "logit_bias") from cause
+    stops = (token for token in asked.stop_token_ids if token < size)
+    ends = {*stops, *(() if asked.ignore_eos else host.model.ends)}
     requests = [
         Request(
             prompt=prompt,

@@ -66,6 +66,8 @@ class Counts:
     cached_tokens: int = 0
     """Those that were taken from a slot."""
     new_tokens: int = 0
+    failures: int = 0
+    """Calls of the backend that failed."""
 
 
 class Engine:
@@ -186,13 +188,15 @@ class Engine:
         handle.events.put(event)
         self._told.append(handle)
 
-    def close(self) -> None:
-        """Cancel what is left, and give the slots back."""
+    def close(self, cause: Exception | None = None) -> None:
+        """End what is left, cancelled or failed for a `cause`, and give the slots back."""
         with self._lock:
             self._closed = True
-        for handle in (*(work.handle for work in self._working), *self._waiting):
-            handle.cancel()
-        self._dismiss()
+            left = [*(work.handle for work in self._working), *self._waiting]
+            self._waiting.clear()
+        self._working.clear()
+        for handle in left:
+            self._tell(handle, Failed(cause) if cause else Finished("cancelled"))
         self._notify()
         self._slots.close()
 
@@ -219,7 +223,8 @@ class Engine:
         """Give free slots to those that wait longest."""
         free = set(range(self._slots.count)) - {work.slot for work in self._working}
         while len(self._working) < self._limit and self._waiting:
-            handle = self._waiting.popleft()
+            with self._lock:  # others count those that wait
+                handle = self._waiting.popleft()
             slot = self._slot_for(handle, free)
             free.remove(slot)
             self._working.append(_Work(handle, slot))
@@ -255,6 +260,7 @@ class Engine:
         try:
             logits = self._slots.decode([work.slot for work in ready], [work.last for work in ready])
         except Exception as cause:
+            self.counts.failures += 1
             for work in ready:
                 self._end(work, Failed(cause))
             return []
@@ -275,6 +281,7 @@ class Engine:
                     self._prefill(work, chunk)
                     fed += len(chunk)
             except Exception as cause:
+                self.counts.failures += 1
                 self._end(work, Failed(cause))
             else:
                 if work.handle.request.sampling.max_new_tokens:

@@ -79,11 +79,6 @@ class Host:
         """Whether it has made a token since it began, or failed last."""
         return self._ready.is_set() and self.alive
 
-    @property
-    def idle(self) -> bool:
-        """Whether nobody waits for an answer."""
-        return self.engine is None or not (self.engine.running or self.engine.waiting)
-
     def start(self) -> None:
         """Load, and make a first token. Raises what went wrong."""
         self._thread.start()
@@ -93,9 +88,10 @@ class Host:
 
     def submit(self, request: Request, notify: Callable[[], None] | None = None) -> Handle:
         """As `Engine.submit`. Raises BackendError also while there is no engine."""
-        if self.engine is None or not self.ready:
+        engine = self.engine
+        if engine is None or not self.ready:
             raise BackendError(f"{self.name} is not ready", hint="Try again later.")
-        handle = self.engine.submit(request, notify)
+        handle = engine.submit(request, notify)
         self._work.set()
         return handle
 
@@ -108,10 +104,14 @@ class Host:
         self._forms = self._forms or Forms(self.text, self.model.vocab_size, self.model.ends)
         return self._forms.follow(form)
 
-    def close(self) -> None:
-        """Cancel what is left, and end the thread."""
+    def stop(self) -> None:
+        """Have what is left fail, and the thread end soon."""
         self._closing = True
         self._work.set()
+
+    def close(self) -> None:
+        """The same, and wait for it."""
+        self.stop()
         self._thread.join(STALE)
 
     def _run(self) -> None:
@@ -125,14 +125,15 @@ class Host:
                 self._serve(backend)
             except Exception as cause:
                 log.exception("the engine of %s failed", self.name)
-                self.failure, fresh = cause, not self._ready.is_set()
+                self.failure = cause
                 self._ready.clear()
-                if fresh:  # it never worked, or does not any more
+                if self.engine is None:  # it never worked, or does not any more
                     break
         backend.close()
 
     def _serve(self, backend: Backend) -> None:
-        """Until it is closed, or the engine fails."""
+        """Until it is closed, or the engine fails; `engine` is None until a token was made."""
+        self.engine = None
         sizes, row = self.sizes, self.length * bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
         engine = Engine(
             backend, sizes.slots, room=min(1024, self.length), chunk=sizes.chunk, spare=sizes.spare_bytes // row,
@@ -143,17 +144,35 @@ class Host:
             self.engine = engine
             self._ready.set()
             while not self._closing:
-                self._beat = monotonic()
-                if not engine.step():
+                if not self._step(engine):
                     self._work.wait(IDLE)
                     self._work.clear()
-        finally:
-            engine.close()
+        except Exception as cause:
+            engine.close(cause)
+            raise
+        engine.close(BackendError(f"{self.name} is shutting down", hint="Ask again elsewhere."))
+
+    def _step(self, engine: Engine) -> bool:
+        """Whether there is more to do. Where the backend failed, nothing is ready until it has made a token again.
+
+        Raises what goes wrong when nobody else asks for one.
+        """
+        self._beat, counts = monotonic(), engine.counts
+        failures, made = counts.failures, counts.new_tokens
+        more = engine.step()
+        if counts.failures > failures:
+            self._ready.clear()
+        elif counts.new_tokens > made:
+            self._ready.set()
+        elif not (more or self._ready.is_set()):
+            _probe(engine)
+            self._ready.set()
+        return more
 
 
 def _probe(engine: Engine) -> None:
-    """Make a token. Raises what goes wrong."""
-    handle = engine.submit(Request(prompt=[0], sampling=SamplingParams(max_new_tokens=1)))
+    """Make a token of a prompt, and one of that. Raises what goes wrong."""
+    handle = engine.submit(Request(prompt=[0], sampling=SamplingParams(max_new_tokens=2)))
     while engine.step():
         pass
     for event in handle.take():
@@ -176,8 +195,9 @@ def _chat(folder: Path) -> Chat | None:
 
 
 def _defaults(folder: Path) -> Mapping[str, Any]:
-    """What generation_config.json says about how to draw."""
-    known, given = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"), read_object(folder / GENERATION)
+    """What generation_config.json says about how to draw, and how much."""
+    known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+    given = read_object(folder / GENERATION)
     return {name: given[name] for name in known if isinstance(given.get(name), int | float)}
 
 

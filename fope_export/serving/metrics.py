@@ -38,24 +38,16 @@ class Metrics:
             "request_success", "Answers that are whole.", labelnames=["model_name", "finished_reason"],
             namespace=PREFIX, registry=self._registry,
         )  # fmt: skip
-        self._seen: dict[str, float] = {}
-
-    def begin(self, call: Call) -> None:
-        """A request came."""
-        self._seen[call.id] = 0.0
 
     def token(self, call: Call) -> None:
         """Something was told of it."""
-        before = self._seen.get(call.id, 0.0)
-        if before:
-            self._between.labels(call.host.name).observe(call.last - before)
+        if call.before:
+            self._between.labels(call.host.name).observe(call.last - call.before)
         else:
-            self._first.labels(call.host.name).observe(call.first - call.began)
-        self._seen[call.id] = call.last
+            self._first.labels(call.host.name).observe(call.last - call.began)
 
     def end(self, call: Call) -> None:
         """It is over."""
-        self._seen.pop(call.id, None)
         if call.over and not call.failure:
             self._whole.labels(call.host.name).observe(max(call.last - call.began, 0.0))
             for reason in call.reasons:

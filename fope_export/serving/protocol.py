@@ -11,26 +11,28 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from fope_export.config import Size
+from fope_export.documents import DEPTH
 from fope_export.errors import ConfigError, FopeError, cut
 from fope_export.serving.sampling import Penalty, Probability
 from fope_export.serving.structured import ANY_OBJECT, Form
 
 STOPS = 16
-Stop = Annotated[str, msgspec.Meta(min_length=1)]
+Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 Stops = Annotated[list[Stop], msgspec.Meta(max_length=STOPS)]
 Top = Annotated[int, msgspec.Meta(ge=0, le=20)]
 Choices = Annotated[int, msgspec.Meta(ge=1, le=128)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 IGNORED = frozenset(("user", "metadata", "service_tier"))
 """Fields of a request that change nothing here."""
-UNSUPPORTED = {
-    "tools": "No model here is trained to call tools.",
-    "tool_choice": "No model here is trained to call tools.",
-    "functions": "No model here is trained to call functions.",
-    "function_call": "No model here is trained to call functions.",
-    "suffix": "No model here fills in the middle.",
-    "best_of": "Ask for n answers, and choose.",
+UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "tools": ("No model here is trained to call tools.", ([],)),
+    "tool_choice": ("No model here is trained to call tools.", ("none", "auto")),
+    "functions": ("No model here is trained to call functions.", ([],)),
+    "function_call": ("No model here is trained to call functions.", ("none", "auto")),
+    "suffix": ("No model here fills in the middle.", ("",)),
+    "best_of": ("Ask for n answers, and choose.", (1,)),
 }
+"""Field -> why it is refused, and the values that ask for nothing."""
 
 
 class RequestError(FopeError):
@@ -56,14 +58,14 @@ class RequestError(FopeError):
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a stream also tells."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A schema with its name."""
 
     schema: dict[str, Any]
-    name: str = ""
+    name: str | None = None
     description: str | None = None
     strict: bool | None = None
 
@@ -113,6 +115,11 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with what it used."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
     def biases(self) -> dict[int, float]:
         """By token id."""
         try:
@@ -150,6 +157,20 @@ class Completion(Asked, frozen=True, kw_only=True):
         return texts or lists or [ids]
 
 
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of what a message says."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """What every message of a chat has; templates may know more."""
+
+    role: Annotated[str, msgspec.Meta(min_length=1)]
+    content: str | list[Part]
+
+
 class Chat(Asked, frozen=True, kw_only=True):
     """A request to /v1/chat/completions."""
 
@@ -158,6 +179,16 @@ class Chat(Asked, frozen=True, kw_only=True):
     max_tokens: Size | None = None
     logprobs: bool = False
     top_logprobs: Top | None = None
+
+    @property
+    def plain(self) -> list[dict[str, Any]]:
+        """The messages, in one text each. Raises RequestError where one has no role, or says what is no text."""
+        try:
+            read = [msgspec.convert(message, Message) for message in self.messages]
+        except msgspec.ValidationError as cause:
+            raise RequestError(f"messages: {cut(cause)}", param="messages") from cause
+        texts = [m.content if isinstance(m.content, str) else "\n".join(part.text for part in m.content) for m in read]
+        return [message | {"content": text} for message, text in zip(self.messages, texts, strict=True)]
 
 
 class Tokenize(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,12 +215,13 @@ def parse(body: bytes, kind: type[T]) -> T:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as cause:
         raise RequestError(f"the body is not JSON: {cut(cause)}") from cause
+    _check_depth(data)
     if not isinstance(data, dict):
         raise RequestError(f"the body is {cut(json.dumps(data))}, expected an object")
     fields = {name: value for name, value in data.items() if value is not None and name not in IGNORED}
     known = {field.name for field in msgspec.structs.fields(kind)}
-    for name, reason in UNSUPPORTED.items():
-        if name in fields and name not in known and fields[name] not in (1, [], "none", "auto"):
+    for name, (reason, nothing) in UNSUPPORTED.items():
+        if name in fields and name not in known and (fields[name] is True or fields[name] not in nothing):
             raise RequestError(f"{name} is not supported", hint=reason, param=name, code="unsupported_parameter")
     fields = {name: value for name, value in fields.items() if name in known or name not in UNSUPPORTED}
     if unknown := sorted(fields.keys() - known):
@@ -205,6 +237,17 @@ def parse(body: bytes, kind: type[T]) -> T:
         raise RequestError(f"{name + ': ' if name else ''}{cut(message)}", param=name or None) from cause
     except RecursionError as cause:
         raise RequestError("the body is nested too deep") from cause
+
+
+def _check_depth(data: Any) -> None:
+    """Raises RequestError where lists and objects are nested deeper than DEPTH."""
+    level: list[Any] = [[data]]
+    for _ in range(DEPTH + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise RequestError(f"the body is nested deeper than {DEPTH}")
 
 
 def _missing(message: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +15,10 @@ LARGEST = 1 << 16
 """Characters of a schema, an expression or a grammar, at most."""
 ITEMS, FUEL, STATES, SYMBOLS = 2_000, 1_000_000, 50_000, 100_000
 """Bounds on what one of them may make llguidance do: alternatives at once, work, states of its lexer, its own size."""
+
+
+BLANK = " ?"
+"""What may stand between the signs of JSON: a model that may write blanks without end does."""
 
 
 class Form(NamedTuple):
@@ -52,7 +57,7 @@ class Forms:
         )  # fmt: skip
         matchers = self._library.LLMatcher
         makers = {
-            "json_schema": matchers.grammar_from_json_schema,
+            "json_schema": partial(matchers.grammar_from_json_schema, defaults={"whitespace_pattern": BLANK}),
             "regex": matchers.grammar_from_regex,
             "grammar": matchers.grammar_from_lark,
         }

@@ -48,7 +48,10 @@ class Served:
         """What comes back for bytes on a connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS) as connection:
             connection.sendall(sent)
-            return connection.recv(1 << 16)
+            received = connection.recv(1 << 16)
+            while b"}" not in received and (more := connection.recv(1 << 16)):
+                received += more
+            return received
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Its exit code after a signal."""

@@ -21,6 +21,7 @@ from fope_export.tokens import Tokenizer
 from tests.serving.served import Served
 
 PROMPT = "def main("
+CHAT = "/v1/chat/completions"
 GREEDY: dict[str, Any] = {"model": "model", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
 
 
@@ -62,6 +63,19 @@ def test_a_chat_and_its_stream(server: Served, backend: Backend, text: Tokenizer
     pieces = [*server.client.chat.completions.create(**fields, stream=True)]
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == choice.message.content
     assert pieces[0].choices[0].delta.role == "assistant"
+
+
+def test_messages_have_roles_and_say_text(server: Served) -> None:
+    def asked(*messages: Any) -> httpx.Response:
+        return server.ask({"model": "model", "messages": messages, "max_tokens": 4, "temperature": 0}, CHAT)
+
+    for message in ({"content": "x"}, {"role": 5, "content": "x"}, {"role": "user"}, {"role": "user", "content": 7}):
+        assert (answer := asked(message)).status_code == 400 and answer.json()["error"]["param"] == "messages"
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    assert asked({"role": "user", "content": [image]}).status_code == 400
+    parts = [{"type": "text", "text": text} for text in ("a", "b")]
+    answers = [asked({"role": "user", "content": said}).json()["choices"] for said in (parts, "a\nb")]
+    assert answers[0] == answers[1]
 
 
 def test_log_probabilities_are_the_packages(server: Served, backend: Backend) -> None:
@@ -144,7 +158,9 @@ def test_answers_of_a_form(streamed: bool, server: Served) -> None:
 WRONG: list[tuple[dict[str, Any], int, str | None]] = [
     ({"model": "another"}, 404, "model"), ({"stop": 5}, 400, "stop"), ({"stop": ""}, 400, "stop"),
     ({"stop": ["x"] * 17}, 400, "stop"), ({"logit_bias": [1, 2]}, 400, "logit_bias"),
-    ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"999": 1}}, 400, None),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"999": 1}}, 400, "logit_bias"),
+    ({"stop": "x" * 1001}, 400, "stop"), ({"suffix": "none"}, 400, "suffix"), ({"best_of": True}, 400, "best_of"),
+    ({"prompt": ["a"] * 1000, "n": 3}, 400, "prompt"),
     ({"temperature": -1}, 400, "temperature"), ({"temperature": "warm"}, 400, "temperature"),
     ({"top_p": 1.5}, 400, "top_p"), ({"top_k": -2}, 400, "top_k"), ({"n": 0}, 400, "n"), ({"n": 500}, 400, "n"),
     ({"max_tokens": -1}, 400, "max_tokens"), ({"max_tokens": 0}, 400, "max_tokens"),
@@ -175,6 +191,7 @@ def test_a_wrong_request_is_told_what_is_wrong(
 
 def test_null_is_absent_and_some_fields_are_ignored(server: Served) -> None:
     more = {"anything": None, "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "best_of": 1}
+    more |= {"stream_options": {"include_usage": None}}
     assert server.ask(GREEDY | more).json()["choices"] == server.ask(GREEDY).json()["choices"]
 
 
@@ -193,6 +210,11 @@ RAW: dict[str, tuple[bytes, int]] = {
         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400
     ),
     "no HTTP": (b"hello\r\n\r\n", 400),
+    "a long head": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n", 400),
+    "a length that is too large": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 99999999\r\n\r\n", 413
+    ),
     "a method nobody knows": (b"BREW /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", 400),
 }  # fmt: skip
 
@@ -200,7 +222,8 @@ RAW: dict[str, tuple[bytes, int]] = {
 @pytest.mark.parametrize("name", RAW)
 def test_what_is_hardly_a_request(name: str, server: Served) -> None:
     sent, status = RAW[name]
-    assert server.raw(sent).startswith(f"HTTP/1.1 {status}".encode())
+    answer = server.raw(sent)
+    assert answer.startswith(f"HTTP/1.1 {status}".encode()) and b'{"error":' in answer.replace(b" ", b"")
     assert server.http.get("/health/ready").status_code == 200
 
 
@@ -208,6 +231,13 @@ BODIES: dict[str, tuple[bytes, str, int]] = {
     "no JSON": (b"{", "application/json", 400),
     "deep": (b"[" * 100_000, "application/json", 400),
     "deep inside": (b'{"prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}", "application/json", 400),
+    "deeper than a schema": (
+        b'{"structured_outputs": {"json": ' + b'{"a":' * 70 + b"1" + b"}" * 72,
+        "application/json",
+        400,
+    ),
+    "deep as Python's stack": (b'{"prompt":' + b"[" * 980 + b"]" * 980 + b"}", "application/json", 400),
+    "null": (b"null", "application/json", 400),
     "a list": (b"[]", "application/json", 400),
     "a number": (b"7", "application/json", 400),
     "no UTF-8": (b'{"prompt": "\xff"}', "application/json", 400),
@@ -226,6 +256,7 @@ def test_bodies_that_are_refused(name: str, server: Served) -> None:
 
 def test_routes(server: Served) -> None:
     assert server.http.get("/nowhere").status_code == 404
+    assert server.ask(GREEDY, "/v1/completions/").status_code == 404
     assert server.http.get("/v1/completions").status_code == 405
     assert server.http.get("/v1/models/model").json()["id"] == "model"
     assert server.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
