@@ -153,6 +153,7 @@ def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
     sizes = Sizes(
         slots=args.slots, length=args.max_model_len or min(16 * bundle.manifest.decoder().training_length, LONGEST),
         spare_bytes=args.prefix_cache, queue=args.max_queued, queued_tokens=args.max_queued_tokens, chunk=args.chunk,
+        batch_invariant=args.batch_invariant,
     )  # fmt: skip
     return Host(name, bundle, partial(load_backend, bundle, backend, settings, variant=variant.name), sizes)
 

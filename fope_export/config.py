@@ -18,6 +18,8 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 """Of one head. These two have far more than any model, and little enough to be made before weights are looked at."""
+Axes = Annotated[int, msgspec.Meta(ge=1, le=1 << 6)]
+"""Positions that a token may have."""
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 EXPERTS = 1 << 20
 """Experts of all layers together, at most."""
@@ -45,8 +47,9 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise ConfigError(f"{field.name} is {value}, expected a finite number", hint=CONTRADICTION)
 
 
-class SpectrumConfig(Checked, frozen=True, kw_only=True):
-    """What one layer's position embedding is, apart from its numbers. No field has a default: a guess is a wrong model.
+class SpectrumConfig(Checked, frozen=True, kw_only=True, omit_defaults=True):
+    """What one layer's position embedding is, apart from its numbers. No field of plain FoPE has a default: a guess is
+    a wrong model. The last three are extensions of it, and left out where it has none.
 
     D kept frequencies are mixed into F rotated channel pairs, separately for each of G coefficient groups; the other
     rotary_dim / 2 - F pairs are "rotated" by the constants `sin_pad` and `cos_pad`. What a head has beyond its first
@@ -63,9 +66,24 @@ class SpectrumConfig(Checked, frozen=True, kw_only=True):
     sign: Literal[1, -1]
     pairing: Literal["half", "interleaved"]
     full_precision: bool  # rotate in float32 whatever the model's dtype
+    axes: Axes = 1  # A, the positions of a token (of an image's: time, height, width)
+    axis: tuple[Size, ...] = ()  # which of them each frequency takes; nothing where there is one
+    bases: Literal[1, 2] = 1  # 2: sine and cosine are each a mixture of sines and cosines
+
+    @property
+    def rows(self) -> int:
+        """J, what each series is a mixture of."""
+        return self.bases * self.frequencies
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.axes > 1 and len(self.axis) != self.frequencies) or (self.axes == 1 and self.axis):
+            raise ConfigError(
+                f"{self.axes} axes of positions, and axis names {len(self.axis)} for {self.frequencies} frequencies",
+                hint=CONTRADICTION,
+            )
+        if self.axis and max(self.axis) >= self.axes:
+            raise ConfigError(f"axis names {max(self.axis)}, and there are {self.axes} from 0 on", hint=CONTRADICTION)
         for name in ("head_dim", "rotary_dim"):
             if (size := getattr(self, name)) % 2:
                 raise ConfigError(f"{name} is {size}, and channel pairs need an even one", hint=CONTRADICTION)
@@ -178,7 +196,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     place, and needs opset 24. Weights, activations and cache are of `dtype`; angles, series and statistics are float32
     in any case. `quantize` names how linear layers are rounded: their weights, or weights and calibrated inputs.
     `extend` changes the frequencies for contexts of `extend_to` tokens, longer than in training. `fold_padding` leaves
-    padded channel pairs unrotated, with their constant factor in the q and k projections.
+    padded channel pairs unrotated, with their constant factor in the q and k projections. `position_axes` has the graph
+    take a token's positions on all axes that the model has, as images need it; text alone needs one.
 
     An `opset`, `capacity` or `extend_to` of None is chosen by `resolved`, which `export` calls: the lowest opset, and
     room for 16 times the training length or 8192 tokens, whichever is less, but never less than the training length.
@@ -199,6 +218,7 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     extend_to: Count | None = None
     quantize: QuantizationName | None = None
     fold_padding: bool = False
+    position_axes: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,7 +260,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         weights = f", {self.quantize} {rounded}" if self.quantize else ""
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
         folded = ", padding folded" if self.fold_padding else ""
-        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}"
+        axes = ", positions on all axes" if self.position_axes else ""
+        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
         """The same with an opset, and a capacity or `extend_to` where they apply, in the place of None; for a model

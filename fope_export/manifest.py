@@ -204,10 +204,11 @@ SIZES = ("batch", "sequence", "past_sequence", "total_sequence")
 def decoder_inputs(model: ModelConfig, export: ExportConfig) -> dict[str, Port]:
     """The inputs that a decoder's graph has, by name: the new tokens, and the cache of each layer."""
     batch, sequence, past, total = SIZES
+    axes: list[int | str] = [model.spectrum.axes] if export.position_axes else []
     tokens: dict[str, list[int | str]] = {
         "input_ids": [batch, sequence],
         "attention_mask": [batch, total],
-        "position_ids": [batch, sequence],
+        "position_ids": [*axes, batch, sequence],
     }
     dtype = DTYPES[export.dtype].element
     room = export.capacity if export.cache == "static" else past

@@ -38,6 +38,7 @@ def export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
+    sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
     sub.add_argument(
         "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
@@ -188,6 +189,9 @@ def serve(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a page that may ask; may be repeated"
+    )
+    sub.add_argument(
+        "--batch-invariant", action="store_true", help="alike to the last bit in any company; each step runs all slots"
     )
     sub.add_argument("--unvalidated", action="store_true", help="serve what no report says is right")
     sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")

@@ -9,8 +9,8 @@ The checkpoint is random, in bfloat16, in Hugging Face's layout with FoPE, a sha
 layer and removed at the end, as all else is. Memory is RssAnon + RssShmem, added over the command's processes; pages of
 mapped files, which the system takes back when it needs them, are stated apart.
 
-The bound of CI follows from the model: what a model of as many layers that are 64 wide takes, and beyond that once the
-largest tensor in the export's dtype, and 64 MiB for the pieces that tensors are made in.
+The bound of CI follows from the model: what a model of as many layers that are 64 wide takes, and beyond that its two
+largest tensors in the export's dtype (one is made while one is written), and 64 MiB for the pieces they are made in.
 
 All threads but one are left to others: many that wait for each other on a busy machine take several times as long.
 """
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -107,8 +108,8 @@ def drawn(name: str, shape: tuple[int, ...], random: np.random.Generator) -> Ten
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path) -> tuple[int, int]:
-    """A shard for each layer and one for the rest of each end; numbers of parameters, and of those of the largest
-    tensor of the decoder.
+    """A shard for each layer and one for the rest of each end; numbers of parameters, and of those of the decoder's two
+    largest tensors.
     """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -124,7 +125,7 @@ def write_checkpoint(config: dict[str, Any], folder: Path) -> tuple[int, int]:
         where |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-    return sum(sizes), max(*sizes, 2 * config["hidden_size"] * config["intermediate_size"])
+    return sum(sizes), sum(sorted((*sizes, 2 * config["hidden_size"] * config["intermediate_size"]))[-2:])
 
 
 def processes(root: int) -> Iterator[int]:
@@ -222,8 +223,9 @@ def measure(size: str, dtype: str, folder: Path, *, stages: bool) -> dict[str, A
     export = measured("export", str(folder / "checkpoint"), str(folder / "out"), "--dtype", dtype)
     validated = measured("validate", str(folder / "out"), "--stages") if stages else None
     return {
+        "load": round(os.getloadavg()[1], 1),
         "size": size, "dtype": dtype, "parameters": parameters, "layers": config["num_hidden_layers"],
-        "largest_tensor": largest, "narrow": base, "plain_seconds": round(seconds, 1), "export": export,
+        "two_largest_tensors": largest, "narrow": base, "plain_seconds": round(seconds, 1), "export": export,
         "export_over_plain": round(export["seconds"] / seconds, 2), "stages": validated,
         "bound_MiB": base["peak_MiB"] + (DTYPES[dtype].itemsize * largest + FOR_PIECES >> 20),
     }  # fmt: skip
@@ -240,6 +242,7 @@ def main() -> int:
     numbers = sum(torch.Size(shape).numel() for shape in tensors_of(config_of(args.size)).values())
     needed = SPARE * numbers * (2 + DTYPES[args.dtype].itemsize)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is removed then, too
     args.folder.mkdir(parents=True, exist_ok=True)
     status = os.statvfs(args.folder)
     if (free := status.f_bavail * status.f_frsize) < needed:

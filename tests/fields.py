@@ -20,20 +20,31 @@ OTHERS: dict[str, Any] = {
     "full_precision": False,
 }  # fmt: skip
 """Setting of the contract -> another value of the field that it tells than spectra here have."""
+EXTENSIONS: dict[str, Any] = {"axis": (1, 2, 0, 1, 2), "bases": 1}
+"""The same of what tensors tell, for a spectrum of 5 frequencies on 3 axes and over both bases."""
 ROUNDS = ("full_precision",)
 """Settings that mean the same, rounded otherwise."""
 MARGIN = 8
 """How many times closer to the truth a rendering is than one that does not follow."""
 
 
+def field_of(name: str) -> str:
+    """What a spectrum's configuration calls what a setting or a tensor tells."""
+    return contract.SETTINGS[name].field if name in contract.SETTINGS else name
+
+
 def changed(spectrum: Spectrum, changes: Changes) -> Spectrum:
-    """The same numbers with other fields."""
-    return replace(spectrum, config=msgspec.structs.replace(spectrum.config, **changes))
+    """The same numbers with other fields; those over one basis, where the other is left out."""
+    config, numbers = msgspec.structs.replace(spectrum.config, **changes), {}
+    if config.bases < spectrum.config.bases:
+        count = config.frequencies
+        numbers = {"sin_coef": spectrum.sin_coef[:, :count], "cos_coef": spectrum.cos_coef[:, count:]}
+    return replace(spectrum, config=config, **numbers)
 
 
 def held(setting: str, render: Render, truth: Render) -> None:
-    """Raises AssertionError where a rendering does not follow one setting as the truth does."""
-    changes = {contract.SETTINGS[setting].field: OTHERS[setting]}
+    """Raises AssertionError where a rendering does not follow one setting or extension as the truth does."""
+    changes = {field_of(setting): (OTHERS | EXTENSIONS)[setting]}
     got, wanted = render(changes), truth(changes)
     if setting in ROUNDS:
         assert apart(got, render({})) > 0, f"{setting} changes nothing"
@@ -43,10 +54,13 @@ def held(setting: str, render: Render, truth: Render) -> None:
 
 
 def apart(some: Results, others: Results) -> float:
-    pairs = zip(some, others, strict=True)
+    """Infinite for other shapes."""
+    pairs = list(zip(some, others, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return np.inf
     return max(float(abs(a.astype(np.float64) - b.astype(np.float64)).max()) for a, b in pairs)
 
 
 def forgetting(setting: str, render: Render) -> Render:
     """The rendering, from which one field of the spectrum was taken away."""
-    return lambda changes: render({k: v for k, v in changes.items() if k != contract.SETTINGS[setting].field})
+    return lambda changes: render({k: v for k, v in changes.items() if k != field_of(setting)})

@@ -18,7 +18,7 @@ class Scripted:
     def __init__(self, script: list[list[int]], *, fails: str = "", capacity: int | None = None) -> None:
         self.script, self.fails, self.capacity, self.log = script, fails, capacity, list[str]()
 
-    def slots(self, count: int, room: int = 0) -> Slots:
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
         return ScriptedSlots(self, count)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from fope_export.backends.base import Backend, Feeds, Logits, Slots, feeds_for
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.stacked import Part, StackedSlots
+from fope_export.fope import reference
 from fope_export.fope.spectrum import Spectrum
 from fope_export.generation import generate
 from fope_export.model.decoder import Decoder
@@ -37,7 +38,7 @@ class Forgetful:
     def assemble(self, parts: Sequence[Part]) -> None:
         return None
 
-    def slots(self, count: int, room: int = 0) -> Slots:
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
         return StackedSlots(self, count)
 
     def close(self) -> None:
@@ -86,15 +87,12 @@ def close(got: ArrayLike, wanted: ArrayLike, *, eps: float = EPS) -> None:
 
 def magnitude(numbers: Spectrum, x: Array, position_ids: Array) -> Array:
     """|left| * sum |cos * coef| + |right| * sum |sin * coef|, for each element of x [B, S, H, E]."""
-    c = numbers.config
-    angles = (position_ids[..., None].astype(np.float32) * numbers.freq).astype(np.float64)
+    c, bases = numbers.config, reference.bases(numbers, position_ids)
+    coefs = (numbers.sin_coef, c.sin_pad), (numbers.cos_coef, c.cos_pad)
     sums = []
-    for basis, coef, pad in (
-        (np.sin(angles), numbers.sin_coef, c.sin_pad),
-        (np.cos(angles), numbers.cos_coef, c.cos_pad),
-    ):
-        table = np.full((*position_ids.shape, c.groups, c.rotary_dim // 2), abs(pad))
-        table[..., : c.pairs] = np.einsum("bsd,gdf->bsgf", abs(basis), abs(coef).astype(np.float64))
+    for basis, (coef, pad) in zip(bases, coefs, strict=True):
+        table = np.full((*x.shape[:2], c.groups, c.rotary_dim // 2), abs(pad))
+        table[..., : c.pairs] = np.einsum("bsj,gjf->bsgf", abs(basis), abs(coef).astype(np.float64))
         sums.append(np.repeat(table, x.shape[2] // c.groups, axis=2))
     size = abs(x.astype(np.float64))
     own = other = size[..., : c.rotary_dim]
@@ -114,7 +112,7 @@ def rotated_within(
     """Hold a rotation by what its terms can lose in any order of summation: each term of the `series` and a few
     operations around it one unit in the last place, the `result` another. Both are an eps.
     """
-    terms = len(numbers.freq) + FACTOR
+    terms = numbers.config.rows + FACTOR
     allowed = (terms * series + result) * magnitude(numbers, x, position_ids)
     off = abs(np.asarray(got, np.float64) - wanted)
     assert (off <= allowed).all(), f"{(off / allowed).max():.2g} times what is allowed"

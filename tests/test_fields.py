@@ -26,12 +26,27 @@ from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.localize import different_rotations
 from fope_export.tensorrt.compile import SOURCES
-from tests.fields import OTHERS, Changes, Render, Results, changed, forgetting, held
+from tests.fields import EXTENSIONS, OTHERS, Changes, Render, Results, changed, forgetting, held
 from tests.fope.rotations import make
 from tests.graph.one_call import model_of_one_call, run
 
-SPECTRUM, *INPUTS = make((4, 2, 2, 16, 5, 4))
+SHAPE = (4, 2, 2, 16, 5, 4)
+SPECTRUM, *INPUTS = make(SHAPE, axes=3, axis=(0, 1, 2, 0, 1), bases=2)
+PLAIN = changed(SPECTRUM, {"axes": 1, "axis": (), "bases": 1})
 Q, K, POSITIONS = INPUTS[0].half(), INPUTS[1].half(), INPUTS[2]
+FIELDS = [*contract.SETTINGS, *EXTENSIONS]
+
+
+def plainly(render: Render) -> Render:
+    """The same of the spectrum without extensions, at one position of each token."""
+
+    def rendered(changes: Changes) -> Results:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "SPECTRUM", PLAIN)
+            patch.setitem(globals(), "POSITIONS", POSITIONS[0])
+            return render(changes)
+
+    return rendered
 
 
 def definition(changes: Changes) -> Results:
@@ -69,7 +84,7 @@ def scores(q: np.ndarray, k: np.ndarray) -> Results:
 def folded(changes: Changes) -> Results:
     """Scores of queries and keys that are turned by what folding leaves of the rotation."""
     folding = folding_of(changed(SPECTRUM, changes).config)
-    left = replace(SPECTRUM, config=folding.config)
+    left = replace(changed(SPECTRUM, changes), config=folding.config)
     q, k = ((x.double()[..., folding.channels] * folding.scale).numpy() for x in (Q, K))
     return scores(*(reference.rotate(left, x, POSITIONS.numpy()) for x in (q, k)))
 
@@ -89,8 +104,17 @@ NOT_READ = {
 
 @pytest.mark.parametrize("setting", contract.SETTINGS)
 @pytest.mark.parametrize("name", RENDERINGS)
+def test_a_rendering_of_a_plain_spectrum_follows_every_field(name: str, setting: str) -> None:
+    _follows(name, setting, *map(plainly, RENDERINGS[name]))
+
+
+@pytest.mark.parametrize("setting", FIELDS)
+@pytest.mark.parametrize("name", RENDERINGS)
 def test_a_rendering_follows_every_field(name: str, setting: str) -> None:
-    render, truth = RENDERINGS[name]
+    _follows(name, setting, *RENDERINGS[name])
+
+
+def _follows(name: str, setting: str, render: Render, truth: Render) -> None:
     if (name, setting) in NOT_READ:
         with pytest.raises((AssertionError, ConfigError)):
             held(setting, render, truth)
@@ -100,7 +124,7 @@ def test_a_rendering_follows_every_field(name: str, setting: str) -> None:
         held(setting, forgetting(setting, render), truth)
 
 
-@pytest.mark.parametrize("setting", sorted(contract.SETTINGS.keys() - {"full_precision"}))  # the definition is float64
+@pytest.mark.parametrize("setting", sorted({*FIELDS} - {"full_precision"}))  # the definition is float64
 def test_the_definition_reads_every_field(setting: str) -> None:
     held(setting, definition, definition)
     forgetful = forgetting(setting, definition)
@@ -146,7 +170,7 @@ def say(bundle: Bundle, changes: Changes) -> None:
     for node in model.graph.node:
         if node.domain == contract.DOMAIN:
             del node.attribute[:]
-            every = {**told, **contract.DISPATCH}
+            every = {**told, **contract.DISPATCH[len(node.input) - len(contract.INPUTS[contract.PLAIN]) + 1]}
             node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in every.items())
     onnx.save(model, bundle.model)
 
@@ -166,7 +190,7 @@ def test_localization_compares_every_field(
 
 
 def configuration(settings: dict[str, contract.Setting]) -> set[str]:
-    return {setting.field for setting in settings.values()} | contract.SIZES.keys()
+    return {setting.field for setting in settings.values()} | contract.SIZES.keys() | {contract.AXIS.name}
 
 
 def test_a_spectrums_configuration_has_the_contracts_fields_and_no_others() -> None:
@@ -176,6 +200,7 @@ def test_a_spectrums_configuration_has_the_contracts_fields_and_no_others() -> N
         rest = {other: setting for other, setting in contract.SETTINGS.items() if other != name}
         assert fields != configuration(rest)
     assert OTHERS.keys() == contract.SETTINGS.keys()
+    assert EXTENSIONS.keys() == {contract.AXIS.name, "bases"}  # axes count what axis names
 
 
 def plugin_fields(source: str) -> list[str]:

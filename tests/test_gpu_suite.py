@@ -51,6 +51,14 @@ def test_the_dry_run(toolchain: compiling.Toolchain) -> None:
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("control", [None, *cases.GENERAL_CONTROLS])
+def test_a_wrong_general_call_is_noticed(launch: cases.Launch, kind: str, control: str | None) -> None:
+    call = cases.make(cases.Case(cases.CONTROLLED, kind, axes=3, bases=2, whole=False), CPU)
+    given = cases.GENERAL_CONTROLS[control](call) if control else call
+    assert bool(cases.check(launch, call, given).fault) == bool(control)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("control", [None, *cases.CONTROLS])
 def test_a_wrong_call_is_noticed(launch: cases.Launch, kind: str, control: str | None) -> None:
     call = cases.make(cases.Case(cases.CONTROLLED, kind), CPU)
@@ -93,7 +101,7 @@ def test_spacing_is_that_of_the_type() -> None:
 
 def test_a_header_that_moves_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     header = library.HEADER.replace("    float sign;", "    float sign;\n    int32_t added; // a reason; and more")
-    members = library.fields(header)
+    members = library.fields(header, "FopeRotaryArguments")
     assert members[-1] == ("added", ctypes.c_int32) and members[0] == ("q", ctypes.c_void_p)
 
     class Moved(ctypes.Structure):
@@ -153,7 +161,7 @@ def test_the_whole_course(pretended: program.Suite, capsys: pytest.CaptureFixtur
     assert pretended.run() == 0
     record = json.loads(pretended.args.out.read_text())
     assert record["complete"] and record["machine"]["device"] == "Pretended"
-    assert record["checks"]["count"] == 1 + 36 and record["checks"]["controls"] == 24
+    assert record["checks"]["count"] == 1 + 36 and record["checks"]["controls"] == 33
     assert [timing["again_over_ours"] for timing in record["timings"]] == [1, 1, 1]
     assert {f"tile {tile}, {n} threads" for tile, n in program.TUNED} < record["timings"][0]["microseconds"].keys()
     assert "prefill fp16 B1 S24" in capsys.readouterr().out

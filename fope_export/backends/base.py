@@ -22,7 +22,7 @@ class Feeds(NamedTuple):
 
     input_ids: Ids  # [B, S]
     attention_mask: Ids  # [B, T], 1 = token, 0 = padding on the left
-    position_ids: Ids  # [B, S]
+    position_ids: Ids  # [B, S], or [B, S, A] where tokens have positions on several axes
 
     def part(self, start: int, end: int) -> "Feeds":
         """New tokens `start` to `end` of a step without a past, as a step after the ones before them."""
@@ -108,16 +108,53 @@ class Backend(Protocol):
         """Logits [B, S, V] of the new tokens, or of the last alone, and the cache grown by them."""
         ...
 
-    def slots(self, count: int, room: int = 0) -> Slots:
-        """As many empty rows; `room` is a guess of how many tokens each of them will have.
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
+        """As many empty rows; `room` is a guess of how many tokens each of them will have. With `whole` a step runs all
+        of them whoever is named, so that no row's numbers depend on how many others there are.
 
-        Raises BackendError for more rows than it takes.
+        Raises BackendError for more rows than it takes, and where it cannot run them so.
         """
         ...
 
     def close(self) -> None:
         """Give back memory and device. It is not used again."""
         ...
+
+
+def by_axis(position_ids: Ids, axes: int | None) -> Ids:
+    """Positions of `Feeds` as a graph takes them: [B, S], or [A, B, S] where it has `axes`; there a token with one
+    position has it on all.
+
+    Raises BackendError for more axes than the graph has.
+    """
+    if axes is None and position_ids.ndim == 2:
+        return position_ids
+    if position_ids.ndim == 2:
+        return np.broadcast_to(position_ids, (axes or 1, *position_ids.shape))
+    if position_ids.shape[-1] != axes:
+        raise BackendError(
+            f"tokens have positions on {position_ids.shape[-1]} axes, and the graph takes {axes or 1}",
+            hint="Export with --position-axes a model that has as many.",
+        )
+    return np.moveaxis(position_ids, -1, 0)
+
+
+def for_decoder(feeds: Feeds, axes: int) -> Feeds:
+    """As a decoder takes them whose tokens may have positions on as many axes: positions [B, S] or [A, B, S]. Raises
+    BackendError as `by_axis` does.
+    """
+    positions = feeds.position_ids
+    return feeds._replace(position_ids=by_axis(positions, axes if positions.ndim > 2 else None))
+
+
+def axes_of(manifest: Manifest) -> int | None:
+    """Axes of positions that a decoder's graph has; None where position_ids is [B, S]."""
+    return manifest.decoder().spectrum.axes if manifest.export.position_axes else None
+
+
+def inputs_of(manifest: Manifest, feeds: Feeds) -> dict[str, Ids]:
+    """A step's feeds as the graph of a decoder takes them, by name. Raises BackendError as `by_axis` does."""
+    return feeds._asdict() | {"position_ids": by_axis(feeds.position_ids, axes_of(manifest))}
 
 
 def empty_past(manifest: Manifest, batch: int) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fope_export.backends.base import CHUNK, Feeds, Logits, Slots
+from fope_export.backends.base import CHUNK, Feeds, Logits, Slots, for_decoder
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.model.decoder import Cache, Decoder
 
@@ -47,13 +47,14 @@ class EagerBackend:
 
     @torch.inference_mode()
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
-        inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in feeds)
+        arrays = for_decoder(feeds, self.model.config.spectrum.axes)
+        inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in arrays)
         with attention_for(self.model.embed.weight):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
-        return StackedSlots(self, count, self.model.capacity or None)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self.model.capacity or None, whole=whole)
 
     def close(self) -> None:
         """The model is the caller's."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past, inputs_of
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
@@ -59,7 +59,7 @@ class OrtBackend:
 
     def step(self, feeds: Feeds, cache: list[Any], *, last: bool = False) -> tuple[Logits, list[Any]]:
         Limits(length=self._manifest.export.capacity).check(feeds)
-        inputs = {name: self._value(array) for name, array in feeds._asdict().items()}
+        inputs = {name: self._value(array) for name, array in inputs_of(self._manifest, feeds).items()}
         inputs |= dict(zip(self._types, cache, strict=True))
         binding, static = self._session.io_binding(), self._manifest.export.cache == "static"
         for name, value in inputs.items():
@@ -80,8 +80,8 @@ class OrtBackend:
         wanted = wanted[:, -1:].copy() if last else wanted  # a view would keep the others
         return wanted.astype(np.float32, copy=False), cache if static else present
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
-        return StackedSlots(self, count, self._manifest.export.capacity)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
+        return StackedSlots(self, count, self._manifest.export.capacity, whole=whole)
 
     def close(self) -> None:
         del self._session

@@ -1,18 +1,21 @@
 """The bundle's second file, for ONNX Runtime alone (`graph.optimize`): a cache in place, and no padding at all."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Ids, Logits, empty_past
+from fope_export.backends.base import Feeds, Ids, Logits, axes_of, by_axis, empty_past
 from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
 from fope_export.manifest import KEPT
 
+TILE, SAMPLE = 16, 48
+"""Rows that a kernel takes together, at most, and steps that rows are compared in."""
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
@@ -26,14 +29,18 @@ class Bound:
 
     def __init__(
         self, session: Any, device: Device, tensors: Sequence[Array], tokens: int, width: int, vocab_size: int, *,
-        last: bool, graph: int | None = None,
+        last: bool, axes: int | None, graph: int | None = None,
     ) -> None:  # fmt: skip
-        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E] on a device. `graph` is the
-        CUDA graph to be captured, -1 for none, where the session captures any.
+        """For `tokens` in each row and a mask of `width`, over keys and values [B, K, C, E] on a device. `axes` are
+        those of the graph's positions, None where there is one. `graph` is the CUDA graph to be captured, -1 for none,
+        where the session captures any.
         """
         rows, self._device = len(tensors[0]), device
         shapes = {"input_ids": tokens, "attention_mask": width, "position_ids": tokens}
         self._hosts: dict[str, Any] = {name: np.zeros((rows, size), np.int64) for name, size in shapes.items()}
+        self._axes = axes
+        if axes:
+            self._hosts["position_ids"] = np.zeros((axes, rows, tokens), np.int64)
         self._hosts[KEPT] = np.arange(-1 if last else -tokens, 0)
         self._inputs = {name: device.placed(host) for name, host in self._hosts.items()}
         self._places, self._new = np.arange(width), np.arange(width) >= width - tokens
@@ -55,8 +62,8 @@ class Bound:
             self._options.add_run_config_entry("gpu_graph_id", str(graph))
 
     def run(self, ids: Ids, positions: Ids, past: Ids) -> Logits:
-        """Tokens [B, S], each row's after `past` [B] others."""
-        self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, positions
+        """Tokens [B, S] at positions [B, S] or [B, S, A], each row's after `past` [B] others."""
+        self._hosts["input_ids"][:], self._hosts["position_ids"][:] = ids, by_axis(positions, self._axes)
         self._hosts["attention_mask"][:] = (self._places < past[:, None]) | self._new
         self._device.upload(self._hosts, self._inputs)
         self._session.run_with_iobinding(self._binding, self._options)
@@ -89,9 +96,11 @@ class OrtSlots:
 
     capacity: int | None = None
 
-    def __init__(self, backend: "OptimizedOrtBackend", count: int, room: int) -> None:
-        self.count, self.lengths, self._backend = count, np.zeros(count, np.int64), backend
-        self.tensors = backend.memory(count)
+    def __init__(self, backend: "OptimizedOrtBackend", count: int, room: int, *, rows: int = 0) -> None:
+        """With `rows` there are as many in memory, at least `count`, and every step of single tokens runs all."""
+        self._rows, self._whole = rows or count, rows > 0 or backend.graphs is not None
+        self.count, self.lengths, self._backend = count, np.zeros(self._rows, np.int64), backend
+        self.tensors = backend.memory(self._rows)
         self._decoding: Decoding | None = None
         self._reserve(room)
 
@@ -102,8 +111,8 @@ class OrtSlots:
         return logits.reshape(-1, self._backend.vocab_size)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
-        low, high = (0, self.count) if self._backend.graphs else (min(slots), max(slots) + 1)
-        ids, past, named = np.zeros(self.count, np.int64), np.zeros(self.count, np.int64), list(slots)
+        low, high = (0, self._rows) if self._whole else (min(slots), max(slots) + 1)
+        ids, past, named = np.zeros(self._rows, np.int64), np.zeros(self._rows, np.int64), list(slots)
         ids[named], past[named] = tokens, self.lengths[named]
         resting = [row for row in range(low, high) if row not in slots and self.lengths[row]]
         firsts = [tensor[resting, :, 0] for tensor in self.tensors] if resting else []
@@ -120,7 +129,7 @@ class OrtSlots:
         rows, new = ids.shape
         total = int(past.max()) + new
         self._reserve(total)
-        if new == 1 and (rows == self.count or not self._backend.graphs):
+        if new == 1 and (rows == self._rows or not self._backend.graphs):
             bound = self._single(low, rows, total)
         else:
             bound = self._bind(low, rows, new, total, last=last)
@@ -229,8 +238,26 @@ class OptimizedOrtBackend:
             device, next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
         )
 
-    def slots(self, count: int, room: int = 0) -> OrtSlots:
-        return OrtSlots(self, count, room)
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> OrtSlots:
+        return OrtSlots(self, count, room, rows=self._alike(count) if whole else 0)
+
+    def _alike(self, count: int) -> int:
+        """The fewest rows, at least `count`, that all compute the same: the last of a tile are rounded otherwise.
+
+        Raises BackendError where some always differ.
+        """
+        sample = np.random.default_rng(0).integers(0, self.vocab_size, SAMPLE)
+        for rows in range(count, count + TILE):
+            with closing(OrtSlots(self, rows, BLOCK, rows=rows)) as slots:
+                for row in range(rows):
+                    slots.prefill(row, sample[:1], 0)
+                steps = (slots.decode(range(rows), [token] * rows) for token in sample)
+                if all((logits == logits[0]).all() for logits in steps):
+                    return rows
+        raise BackendError(
+            f"rows {count} to {count + TILE - 1} of a step are not all rounded alike by this processor's kernels",
+            hint="Leave --batch-invariant out.",
+        )
 
     def empty_cache(self, batch: int) -> SharedCache:
         return SharedCache(self.slots(batch), np.zeros(batch, np.int64))
@@ -268,7 +295,10 @@ class OptimizedOrtBackend:
     def bind(self, tensors: Sequence[Array], tokens: int, width: int, last: bool, graph: int | None) -> Bound:
         """See `Bound`; without a number nothing is captured."""
         graph = -1 if self.graphs and graph is None else graph
-        return Bound(self._session, self.device, tensors, tokens, width, self.vocab_size, last=last, graph=graph)
+        return Bound(
+            self._session, self.device, tensors, tokens, width, self.vocab_size,
+            last=last, axes=axes_of(self._manifest), graph=graph,
+        )  # fmt: skip
 
     def run(self, bound: Bound, ids: Ids, positions: Ids, past: Ids) -> Logits:
         """Raises BackendError with what ONNX Runtime says."""

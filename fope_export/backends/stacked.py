@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fope_export.backends.base import Backend, Ids, Logits, feeds_for
+from fope_export.errors import BackendError
 
 
 class Part(NamedTuple):
@@ -38,7 +39,12 @@ class Stackable(Backend, Protocol):
 class StackedSlots:
     """Rows that were decoded together stay so: one that leaves is fed on, unread, until another comes."""
 
-    def __init__(self, backend: Stackable, count: int, capacity: int | None = None) -> None:
+    def __init__(self, backend: Stackable, count: int, capacity: int | None = None, *, whole: bool = False) -> None:
+        if whole:
+            raise BackendError(
+                f"{backend.name} runs the rows that a step names, and no others",
+                hint="A file of `fope-export optimize` in ONNX Runtime can run all.",
+            )
         self.count, self.capacity, self._backend = count, capacity, backend
         self._parts: list[Part | None] = [None] * count
         self._cache: Any = None

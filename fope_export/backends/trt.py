@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past, no_room
+from fope_export.backends.base import CHUNK, Feeds, Limits, Logits, Slots, empty_past, inputs_of, no_room
 from fope_export.backends.stacked import Part, StackedSlots, fill, widest
 from fope_export.bundle import Bundle
 from fope_export.dtypes import DTYPES
@@ -114,15 +114,16 @@ class TrtBackend:
                 cache.recorded = cache.recorded or _Recorded(self, profile, cache)
                 logits = cache.recorded.step(feeds)
             else:
-                inputs = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds._asdict().items()}
+                arrays = inputs_of(self._manifest, feeds)
+                inputs = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
                 logits, cache = self._run(profile, {name: x.to(self._device) for name, x in inputs.items()}, cache)
             answer: Logits = logits[:, -int(last) :].float().cpu().numpy()
         return answer, cache
 
-    def slots(self, count: int, room: int = 0) -> Slots:  # noqa: ARG002
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:  # noqa: ARG002
         if count > (most := self.record.max("batch")):
             raise no_room("rows", count, most)
-        return StackedSlots(self, count, self.record.max("total_sequence"))
+        return StackedSlots(self, count, self.record.max("total_sequence"), whole=whole)
 
     def close(self) -> None:
         self._contexts.clear()
@@ -171,10 +172,11 @@ class _Recorded:
 
     def __init__(self, backend: TrtBackend, profile: str, cache: TrtCache) -> None:
         batch, widest = len(cache.tensors[0]), backend.record.max("total_sequence")
-        widths = {"input_ids": 1, "attention_mask": widest, "position_ids": 1}
+        sizes, self._manifest = {"batch": batch, "sequence": 1, "total_sequence": widest}, backend._manifest
         self._inputs = {
-            name: torch.zeros(batch, width, dtype=torch.int64, device=cache.tensors[0].device)
-            for name, width in widths.items()
+            port.name: torch.zeros(port.at(sizes), dtype=torch.int64, device=cache.tensors[0].device)
+            for port in self._manifest.inputs
+            if port.name in Feeds._fields
         }
         kept = [tensor[:, :, :1].clone() for tensor in cache.tensors]  # trying it out writes the first slot
         backend._run(profile, self._inputs, cache)
@@ -186,9 +188,9 @@ class _Recorded:
             tensor[:, :, :1] = slot
 
     def step(self, feeds: Feeds) -> Tensor:
-        for name, array in feeds._asdict().items():
-            buffer, width = self._inputs[name], array.shape[1]
-            buffer[:, :width].copy_(torch.from_numpy(np.ascontiguousarray(array)))
-            buffer[:, width:].zero_()
+        for name, array in inputs_of(self._manifest, feeds).items():
+            buffer, width = self._inputs[name], array.shape[-1]
+            buffer[..., :width].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            buffer[..., width:].zero_()
         self._graph.replay()
         return self._logits

@@ -19,6 +19,7 @@ from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.dtypes import DTYPES, FP32
+from fope_export.errors import BackendError
 from fope_export.generation import prefill
 from fope_export.quantizations import INT4, QUANTIZATIONS
 
@@ -150,6 +151,11 @@ def _genai_ours(job: Job) -> Loaded:
     from fope_export.benchmark.peers import GenAI
 
     bundle = Bundle.open(job.bundle, verify=False)
+    if bundle.manifest.export.position_axes:
+        raise BackendError(
+            f"ONNX Runtime GenAI feeds tokens one position, and {bundle.path} takes several",
+            hint="Export without --position-axes, or leave genai out of --peers.",
+        )
     return Loaded(GenAI(bundle.path, job.threads), _of_bundle(bundle))
 
 

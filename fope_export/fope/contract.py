@@ -1,8 +1,11 @@
 """The rotation operator's single description; torch, ONNX, TensorRT and CUDA are compared with it.
 
-Shapes: B batch, S sequence, H query heads, K key-value heads, E head_dim, R rotary_dim (even, 2F <= R <= E), D kept
-frequencies, F rotated pairs, G coefficient groups (1, or as many as key-value heads). Standard library only, so that
-everything may import it.
+Shapes: B batch, S sequence, A axes of positions, H query heads, K key-value heads, E head_dim, R rotary_dim (even,
+2F <= R <= E), D kept frequencies, J rows of coefficients (D, or 2D over both bases), F rotated pairs, G coefficient
+groups (1, or as many as key-value heads). Standard library only, so that everything may import it.
+
+There are two versions. PLAIN has whole positions on one axis and coefficients over one basis. GENERAL has any number
+of axes, an axis for each frequency, positions that may be fractions, and coefficients over one basis or both.
 """
 
 from collections.abc import Mapping
@@ -10,33 +13,38 @@ from dataclasses import dataclass
 
 DOMAIN = "fope"
 NAME = "FopeRotary"
-VERSION = 1
+PLAIN, GENERAL = VERSIONS = 1, 2
 TORCH_NAME = "fope::rotary"
 
 
 @dataclass(frozen=True)
 class Port:
-    """One tensor of the operator. `dtype` is a type, or "T" for the model's own (float32, float16, bfloat16)."""
+    """One tensor of the operator. `dtype` is a type, "T" for the model's own (float32, float16, bfloat16), or "P" for
+    that of positions (int64, float32).
+    """
 
     name: str
     dtype: str
     shape: tuple[str, ...]
 
 
-INPUTS = (
-    Port("q", "T", ("B", "S", "H", "E")),
-    Port("k", "T", ("B", "S", "K", "E")),
-    Port("position_ids", "int64", ("B", "S")),
+_QUERIES = (Port("q", "T", ("B", "S", "H", "E")), Port("k", "T", ("B", "S", "K", "E")))
+NUMBERS = (
     Port("freq", "float32", ("D",)),
-    Port("sin_coef", "float32", ("G", "D", "F")),
-    Port("cos_coef", "float32", ("G", "D", "F")),
+    Port("sin_coef", "float32", ("G", "J", "F")),
+    Port("cos_coef", "float32", ("G", "J", "F")),
 )
+"""What a spectrum is made of beside its configuration. Of 2D rows the first D are of sines, the others of cosines."""
+AXIS = Port("axis", "int64", ("D",))
+"""Which of a token's positions each frequency takes: angle[d] = position[axis[d]] * freq[d]."""
+INPUTS = {
+    PLAIN: (*_QUERIES, Port("position_ids", "int64", ("B", "S")), *NUMBERS),  # J is D
+    GENERAL: (*_QUERIES, Port("position_ids", "P", ("A", "B", "S")), *NUMBERS, AXIS),
+}
 OUTPUTS = (
     Port("q_rotated", "T", ("B", "S", "H", "E")),
     Port("k_rotated", "T", ("B", "S", "K", "E")),
 )
-NUMBERS = INPUTS[3:]
-"""What a spectrum is made of beside its configuration."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ SETTINGS = {
     "full_precision": Setting(bool, "full_precision"),  # rotate in float32 whatever T is, instead of in T
 }
 """What the spectrum decides beside its numbers; the arguments of the torch operator after its tensors."""
-SIZES = {"head_dim": "E", "frequencies": "D", "pairs": "F", "groups": "G"}
-"""The other fields of a spectrum's configuration, which the tensors' shapes tell."""
+SIZES = {"head_dim": "E", "frequencies": "D", "pairs": "F", "groups": "G", "axes": "A", "bases": "J / D"}
+"""The other fields of a spectrum's configuration, which the tensors' shapes tell; and AXIS is one that is a tensor."""
 FLOAT = 1
 """float32 as an ONNX element type."""
 ATTRIBUTES: dict[str, type] = {
@@ -74,7 +82,7 @@ ATTRIBUTES: dict[str, type] = {
     "kv_heads_per_group": int,  # K / G
 }
 """What the ONNX node carries: the settings, and the shapes that a function's body cannot derive."""
-DISPATCH = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+DISPATCH = {version: {"plugin_namespace": DOMAIN, "plugin_version": str(version)} for version in VERSIONS}
 """What TensorRT looks for on the node before it takes a plugin instead of the function's body."""
 
 

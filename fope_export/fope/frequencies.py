@@ -5,6 +5,7 @@ of a frequency is the third digit of an angle.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -86,3 +87,19 @@ def extended(freq: Tensor, dim: int, kind: str, *, original_length: int, length:
         )
     theta = float((fall.mean() * dim / 2).exp())
     return yarn(freq, dim, theta, scale=length / original_length, original_length=original_length)
+
+
+def axis_by_turns(sections: Sequence[int], count: int) -> tuple[int, ...]:
+    """Which of a token's positions each of `count` frequencies takes where the axes take turns, as in Qwen3-VL
+    ("interleaved"): 0, 1, 2, 0, 1, 2, …, an axis as often as its section says. All others take the first.
+    """
+    axis = [0] * count
+    for i, length in enumerate(sections):
+        for d in range(i, min(length * len(sections), count), len(sections)):
+            axis[d] = i
+    return tuple(axis)
+
+
+def axis_in_sections(sections: Sequence[int]) -> tuple[int, ...]:
+    """The same where each axis has its section of neighbouring frequencies, as in Qwen2-VL: 0, 0, …, 1, 1, …, 2, …"""
+    return tuple(i for i, length in enumerate(sections) for _ in range(length))

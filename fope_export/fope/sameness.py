@@ -112,31 +112,32 @@ def _copied(value: Any) -> Any:
 
 
 def drawn_calls(old: nn.Module, new: nn.Module) -> Iterator[Call]:
-    """Calls with random queries and keys of several lengths, at several positions, in every usual layout; as many
-    queries' heads as keys', or a few times as many.
+    """Calls with random queries and keys of several lengths, at several positions, which differ by axis where the new
+    rotation has some, in every usual layout; as many queries' heads as keys', or a few times as many.
     """
     generator = torch.Generator().manual_seed(0)
     rotary = next((part for part in new.modules() if isinstance(part, FopeRotary)), None)
     groups, width = (rotary.config.groups, rotary.config.head_dim) if rotary else (1, 16)
-    heads = groups if groups > 1 else 2
+    heads, axes = groups if groups > 1 else 2, rotary.config.axes if rotary else 1
     several = sum(not _role(name) for name in _parameters(old)) > 1
     for length, share in itertools.product(LENGTHS, (1, 2, 4, 8) if several else (1,)):
         queries, keys = (
             ((2, each, length, width), (2, length, each, width), (2, length, each * width))
             for each in (share * heads, heads)
         )
-        for shapes, numbers in itertools.product(zip(queries, keys, strict=True), _numbers(old, length)):
+        for shapes, numbers in itertools.product(zip(queries, keys, strict=True), _numbers(old, length, axes)):
             yield from _calls(old, shapes, numbers, generator)
 
 
-def _numbers(part: nn.Module, length: int) -> list[dict[str, Any]]:
-    """What parameters of each role may be: positions of each row [B, S], or of all rows [S]. One is enough for a part
-    that has none.
+def _numbers(part: nn.Module, length: int, axes: int) -> list[dict[str, Any]]:
+    """What parameters of each role may be: positions of each row [B, S], or of all rows [S], or on several axes
+    [A, B, S]. One is enough for a part that has none.
     """
     choices = []
     for start in STARTS:
         positions = torch.arange(length) + start * torch.tensor([[1], [20]])
-        choices += [{POSITIONS: each, START: start, LENGTH: length} for each in (positions, positions[0])]
+        apart = [positions + 7 * torch.arange(axes)[:, None, None]] if axes > 1 else []
+        choices += [{POSITIONS: each, START: start, LENGTH: length} for each in (positions, positions[0], *apart)]
     return choices if any(_role(name) in ROLES for name in _parameters(part)) else choices[:1]
 
 

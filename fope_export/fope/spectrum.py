@@ -19,8 +19,10 @@ class Spectrum:
     """One layer's position embedding, whole: its settings, `config`, and its numbers.
 
     freq      [D]        float32, radians per token, not negative and not ascending
-    sin_coef  [G, D, F]  float32, how much of each frequency's sine is in that of each rotated channel pair
-    cos_coef  [G, D, F]  float32, the same for the cosine
+    sin_coef  [G, J, F]  float32, how much of each frequency's sine is in that of each rotated channel pair
+    cos_coef  [G, J, F]  float32, the same for the cosine
+
+    J is D, or, where `config.bases` is 2, 2 D: then each is a mixture of D sines and D cosines, in this order.
 
     Raises ConfigError when the numbers do not have the shapes that `config` states, or are not finite.
 
@@ -37,6 +39,7 @@ class Spectrum:
 
     def __post_init__(self) -> None:
         sizes = {letter: getattr(self.config, field) for field, letter in contract.SIZES.items()}
+        sizes["J"] = self.config.rows
         for port in contract.NUMBERS:
             name, shape = port.name, tuple(sizes[letter] for letter in port.shape)
             value = getattr(self, name)
@@ -69,7 +72,7 @@ class Spectrum:
 
     @classmethod
     def fope(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
-        """The authors' FoPE, with `freq` [D], `sin_coef` and `cos_coef` [G, D, F], for heads of `head_dim` channels:
+        """The authors' FoPE, with `freq` [D], `sin_coef` and `cos_coef` [G, J, F], for heads of `head_dim` channels:
         sine and cosine of the unrotated pairs are both 1. `fields` are other settings of SpectrumConfig, by name.
         Raises ConfigError as the class does.
         """
@@ -77,11 +80,11 @@ class Spectrum:
 
     @classmethod
     def _of(cls, freq: Floats, sin_coef: Floats, cos_coef: Floats, head_dim: int, **fields: Any) -> Self:
-        groups, frequencies, pairs = sin_coef.shape
+        groups, rows, pairs = sin_coef.shape
         sizes = {
             "head_dim": head_dim,
             "rotary_dim": head_dim,
-            "frequencies": frequencies,
+            "frequencies": rows // fields.get("bases", 1),
             "pairs": pairs,
             "groups": groups,
         }

@@ -39,7 +39,11 @@ def companions(config: ModelConfig, export: ExportConfig, tokenizer_files: Seque
 
 
 def for_genai(config: ModelConfig, export: ExportConfig, *, optimized: bool = False) -> dict[str, bytes]:
-    """What makes ONNX Runtime GenAI load the bundle's model, or the `optimized` one."""
+    """What makes ONNX Runtime GenAI load the bundle's model, or the `optimized` one; nothing where tokens have
+    positions on several axes, which it does not feed.
+    """
+    if export.position_axes:
+        return {}
     return {"genai_config.json": _encoded(genai(config, export.capacity or CONTEXT_LENGTH, optimized=optimized))}
 
 

@@ -24,7 +24,7 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
 from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
-from fope_export.graph.streaming import Numbers, give_numbers, without_numbers
+from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import way_of
 from fope_export.hashing import HashedFile, Hashing
@@ -82,7 +82,12 @@ def export(
         report("tracing and translating")
         model = to_onnx(outline, config, ranges, weights.pieces)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
-        digests = save(model, folder / MODEL, progress)
+
+        def written(done: int, total: int) -> None:
+            hashes.follow(done, total)
+            progress(done, total)
+
+        digests = save(model, folder / MODEL, written)
         for name, content in companions(source.config, config, source.tokenizer_files).items():
             (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
@@ -135,35 +140,30 @@ def save(
 
     Raises ExportError where the disk refuses.
     """
-    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    tensors, total, data = (
-        [value.const_value for value in values],
-        weight_bytes(model),
-        path.with_name(f"{path.name}.data"),
-    )
+    values = {value: value.const_value for value in model.graph.initializers.values() if value.const_value is not None}
+    total, data = weight_bytes(model), path.with_name(f"{path.name}.data")
     try:
         with data.open("wb") as stream:
             file = HashedFile(stream)
-            for value in values:
-                value.const_value = _written(value.const_value, file, data)
+            for (value, tensor), numbers in zip(values.items(), one_ahead(values.values()), strict=True):
+                value.const_value = _written(tensor, numbers, file, data)
                 progress(min(file.size, total), total)
         ir.save(model, path)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {cause}", hint="Is there space on the disk?") from cause
     finally:
-        for value, tensor in zip(values, tensors, strict=True):
+        for value, tensor in values.items():
             value.const_value = tensor
     return {data.name: file.hexdigest()}
 
 
-def _written(tensor: ir.TensorProtocol | None, file: HashedFile, data: Path) -> ir.TensorProtocol:
-    """Where in `file`, whose path is `data`, a tensor now is; itself where it is small."""
-    assert tensor is not None
+def _written(tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: HashedFile, data: Path) -> ir.TensorProtocol:
+    """Where in `file`, whose path is `data`, a tensor's numbers now are; itself where it is small."""
     if tensor.nbytes <= INLINE_BYTES:
         return tensor
-    assert isinstance(tensor, ir.Tensor | ir.LazyTensor)
+    assert isinstance(numbers, ir.Tensor | ir.LazyTensor)
     start = file.size
-    tensor.tofile(file)
+    numbers.tofile(file)
     return ir.ExternalTensor(
         data.name, start, file.size - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
         base_dir=data.parent,
@@ -237,7 +237,9 @@ def to_onnx(
     inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
     outputs = ["logits", *cache_names("present", model.config)]
     with quiet():
-        program = trace(without_numbers(model) if numbers else model, config.capacity or 0)
+        program = trace(
+            without_numbers(model) if numbers else model, config.capacity or 0, position_axes=config.position_axes
+        )
         finished = lower(program, config, inputs, outputs, _dimensions, numbers)
     if row := config.quantization:
         way_of(row).write(row.name, ranges or {})(finished)
@@ -297,9 +299,9 @@ def lower(
     return finished
 
 
-def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
+def trace(model: Decoder, capacity: int = 0, *, position_axes: bool = False) -> ExportedProgram:
     """What torch.export makes of the decoder: batch, new tokens and past may be of any size; with a `capacity`, in
-    tokens, the cache is static and as long as that.
+    tokens, the cache is static and as long as that; with `position_axes`, tokens have positions on all axes.
 
     The sizes of the example are all different, so that none is taken for another.
     """
@@ -313,15 +315,16 @@ def trace(model: Decoder, capacity: int = 0) -> ExportedProgram:
     # One tensor given twice would be exported as one input.
     cache = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_layers)]
     tokens = {0: Dim(BATCH), 1: Dim(SEQUENCE)}
+    positions = torch.zeros(config.spectrum.axes, batch, sequence, dtype=torch.int64) if position_axes else ids.clone()
     kept = {0: Dim(BATCH)} if capacity else {0: Dim(BATCH), 2: Dim(PAST)}
     dynamic = {
         "input_ids": tokens,
         "attention_mask": {0: Dim(BATCH), 1: Dim.DYNAMIC},
-        "position_ids": tokens,
+        "position_ids": {1: Dim(BATCH), 2: Dim(SEQUENCE)} if position_axes else tokens,
         "past_key_values": [(kept,) * 2] * config.num_layers,
     }
     with torch.no_grad():
-        return torch.export.export(model, (ids, mask, ids.clone(), cache), dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(model, (ids, mask, positions, cache), dynamic_shapes=dynamic, strict=False)
 
 
 def cache_names(prefix: str, config: ModelConfig) -> list[str]:

@@ -21,8 +21,8 @@ from fope_export.graph.streaming import Streamed
 from fope_export.graph.translation import function
 from fope_export.onnx_files import AGAIN
 
-NUMBERS = [i for i, port in enumerate(contract.INPUTS) if port.dtype == "float32"]
-"""The ports of a FopeRotary call that take the spectrum's numbers."""
+POSITIONS, *NUMBERS, AXIS = range(2, len(contract.INPUTS[contract.GENERAL]))
+"""The ports of a FopeRotary call: positions, the spectrum's numbers, and in the general version the axis."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch.onnx leaves the path of the module that a node came from."""
 
@@ -83,33 +83,64 @@ def drop_unused(graph: ir.Graph) -> bool:
 
 
 class AttachRotary(Pass):
-    """Give the model the function that its FopeRotary calls name; every call can reach a plugin."""
+    """Give the model the function that its FopeRotary calls name; every call can reach a plugin. Where one needs the
+    general version, all are of that.
+    """
 
     def requires(self, model: ir.Model) -> None:
         calls = list(_rotations(model.graph))
         if not calls:
             raise PreconditionError(f"the model makes no call of {contract.DOMAIN}::{contract.NAME}")
         for node in calls:
-            carried = {key: node.attributes[key].as_string() for key in contract.DISPATCH if key in node.attributes}
-            if carried != contract.DISPATCH:
-                raise PreconditionError(
-                    f"{node.name} carries {carried}, not {contract.DISPATCH}: no plugin would be found"
-                )
+            wanted = contract.DISPATCH[contract.PLAIN]
+            carried = {key: node.attributes[key].as_string() for key in wanted if key in node.attributes}
+            if carried not in contract.DISPATCH.values():
+                raise PreconditionError(f"{node.name} carries {carried}, not {wanted}: no plugin would be found")
 
     def call(self, model: ir.Model) -> PassResult:
-        body = function(model.opset_imports[""])
+        calls = list(_rotations(model.graph))
+        version = contract.GENERAL if any(map(_is_general, calls)) else contract.PLAIN
+        if version == contract.GENERAL:
+            builder = GraphBuilder(model)
+            for node in calls:
+                _generalize(builder, node)
+        body = function(model.opset_imports[""], version)
         model.functions[body.identifier()] = body
-        model.opset_imports[contract.DOMAIN] = contract.VERSION
+        model.opset_imports[contract.DOMAIN] = version
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
         for node in _rotations(model.graph):
+            if len(node.inputs) != len(contract.INPUTS[model.opset_imports[contract.DOMAIN]]):
+                raise PostconditionError(f"{node.name} has {len(node.inputs)} inputs")
             if node.op_identifier() not in model.functions or node.domain not in model.opset_imports:
                 raise PostconditionError(f"{node.name} calls a function that the model lacks")
 
 
 def _rotations(graph: ir.Graph) -> Iterator[ir.Node]:
     return (node for node in graph if node.domain == contract.DOMAIN)
+
+
+def _is_general(node: ir.Node) -> bool:
+    """Whether only the general version computes what the call asks for."""
+    positions, freq, coef = (node.inputs[port] for port in (POSITIONS, *NUMBERS[:2]))
+    assert positions and freq and freq.shape and coef and coef.shape
+    return len(node.inputs) > AXIS or positions.dtype == ir.DataType.FLOAT or coef.shape[1] != freq.shape[0]
+
+
+def _generalize(builder: GraphBuilder, node: ir.Node) -> None:
+    """Have a call take positions [A, B, S] and an axis for each frequency, as the general version does."""
+    for name, value in contract.DISPATCH[contract.GENERAL].items():
+        node.attributes[name] = ir.AttrString(name, value)
+    if len(node.inputs) > AXIS:
+        return
+    positions, freq = node.inputs[POSITIONS], node.inputs[NUMBERS[0]]
+    assert positions is not None and freq is not None and freq.shape is not None
+    node.resize_inputs(AXIS + 1)
+    builder = builder.within(f"{positions.name}", before=node)
+    node.replace_input_with(POSITIONS, builder.op("Unsqueeze", positions, builder.integers(0)))
+    zeros = np.zeros(freq.shape.numpy(), np.int64)
+    node.replace_input_with(AXIS, builder.constant(f"numbers.axis.{len(zeros)}", zeros))
 
 
 class CastBFloat16ToFloat32(Pass):
@@ -203,7 +234,7 @@ class ShareSpectra(Pass):
 
     def requires(self, model: ir.Model) -> None:
         for node in _rotations(model.graph):
-            for value in (node.inputs[port] for port in NUMBERS):
+            for value in node.inputs[NUMBERS[0] :]:
                 if value is None or value.const_value is None:
                     raise PreconditionError(f"{node.name} reads numbers that are no initializers")
 
@@ -221,8 +252,8 @@ class ShareSpectra(Pass):
 
 
 def _spectra(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, ir.Value, bytes]]:
-    """What every rotation reads at each of its NUMBERS' ports: the value, and its bytes."""
-    for node, port in ((node, port) for node in _rotations(graph) for port in NUMBERS):
+    """What every rotation reads at each port after its positions: the value, and its bytes."""
+    for node, port in ((call, port) for call in _rotations(graph) for port in range(NUMBERS[0], len(call.inputs))):
         value = node.inputs[port]
         assert value is not None and value.const_value is not None
         yield node, port, value, value.const_value.tobytes()

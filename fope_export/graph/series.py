@@ -1,6 +1,7 @@
 """One series for all layers: what a decoder's rotations turn by is computed once, in one product.
 
-D kept frequencies, F rotated pairs, G coefficient groups, R rotary_dim; otherwise as in the pass.
+D kept frequencies, J rows of coefficients, F rotated pairs, G coefficient groups, R rotary_dim; otherwise as in the
+pass.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder, maker, reader, source
-from fope_export.graph.passes import NUMBERS
+from fope_export.graph.passes import AXIS, NUMBERS, POSITIONS
 from fope_export.graph.steps import SCOPE, Steps, decoder_inputs, steps
 
 
@@ -45,12 +46,22 @@ class Rotation:
         return self.node.attributes[name].value
 
     def numbers(self) -> list[NDArray[np.float32]]:
-        """freq [D], sin_coef and cos_coef [G, D, F]."""
-        tensors = [value.const_value for value in (self.node.inputs[port] for port in NUMBERS) if value is not None]
-        return [tensor.numpy() for tensor in tensors if tensor is not None]
+        """freq [D], sin_coef and cos_coef [G, J, F]."""
+        return [self._constant(port) for port in NUMBERS]
+
+    @property
+    def axis(self) -> NDArray[np.int64] | None:
+        """[D]; None where all tokens have one position."""
+        return self._constant(AXIS) if len(self.node.inputs) > AXIS else None
+
+    def _constant(self, port: int) -> NDArray[Any]:
+        value = self.node.inputs[port]
+        if value is None or value.const_value is None:
+            raise PreconditionError(f"{self.node.name} reads numbers that are no initializers")
+        return value.const_value.numpy()
 
     def weights(self) -> list[NDArray[np.float32]]:
-        """What D sines (cosines) and a 1 are multiplied by, [D + 1, G * R / 2] each: coefficients, then pads."""
+        """What J sines or cosines and a 1 are multiplied by, [J + 1, G * R / 2] each: coefficients, then pads."""
         _, *coefs = self.numbers()
         groups, count, pairs = coefs[0].shape
         made = []
@@ -122,7 +133,8 @@ def _tables(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
     for i, layer in enumerate(layers):
         freq, coef, _ = layer.numbers()
         settings = (layer.setting(name) for name in ("rotary_dim", "compute_dtype"))
-        alike.setdefault((freq.tobytes(), coef.shape, *settings), []).append(i)
+        axis = None if layer.axis is None else layer.axis.tobytes()
+        alike.setdefault((freq.tobytes(), axis, coef.shape, *settings), []).append(i)
     tables: dict[int, Table] = {}
     for turn, members in enumerate(alike.values()):
         made = _series(builder.within(f"series.{turn}" if turn else "series"), [layers[i] for i in members])
@@ -145,26 +157,41 @@ def _series(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
     start = {key: i * groups for i, key in enumerate(distinct)}
     reads = [np.where(group < 0, still, group + start[key]) for key, group in zip(keys, heads, strict=True)]
 
-    column = builder.op("Reshape", decoder_inputs(builder.model)["position_ids"], builder.integers(-1, 1))
-    angles = builder.op("Cast", column, to=int(ir.DataType.FLOAT))
+    tokens, positions = _positions(builder, layers[0])
+    angles = builder.op("Cast", positions, to=int(ir.DataType.FLOAT))
     angles = builder.op("Mul", angles, builder.constant(f"{builder.scope}.freq", freq))
     tables = []
     for turn, wave in enumerate(("Sin", "Cos")):
-        rest = np.zeros((len(freq) + 1, (width - still) * half), np.float32)
+        rest = np.zeros((len(weights[0][0]), (width - still) * half), np.float32)
         rest[-1] = turn  # the sine is 0, the cosine 1
         weight = np.concatenate([*(pair[turn] for pair in distinct.values()), rest], axis=1)
-        tables.append(_table(builder, wave, angles, weight, half, layers[0].setting("compute_dtype")))
-    return [Table(tables[0], tables[1], rows) for rows in _read(builder, column, width, reads)]
+        basis = [builder.op(each, angles) for each in ((wave,) if coef.shape[1] == len(freq) else ("Sin", "Cos"))]
+        tables.append(_table(builder, wave, basis, weight, half, layers[0].setting("compute_dtype")))
+    return [Table(tables[0], tables[1], rows) for rows in _read(builder, tokens, width, reads)]
+
+
+def _positions(builder: GraphBuilder, layer: Rotation) -> tuple[ir.Value, ir.Value]:
+    """As many numbers as there are tokens, and the positions that frequencies turn these by: [N, 1], or each its own,
+    [N, D].
+    """
+    inputs = decoder_inputs(builder.model)
+    asked, axis = inputs["position_ids"], layer.axis
+    if axis is None or layer.node.inputs[POSITIONS] is not asked:
+        column = builder.op("Reshape", asked, builder.integers(-1, 1))
+        return column, column
+    by_axis = builder.op("Reshape", asked, builder.integers(0, -1))
+    chosen = builder.op("Gather", by_axis, builder.constant(f"{builder.scope}.axis", axis), axis=0)
+    return inputs["input_ids"], builder.op("Transpose", chosen, perm=[1, 0])
 
 
 def _table(
-    builder: GraphBuilder, wave: str, angles: ir.Value, weight: NDArray[np.float32], half: int, dtype: int
+    builder: GraphBuilder, wave: str, basis: Sequence[ir.Value], weight: NDArray[np.float32], half: int, dtype: int
 ) -> ir.Value:
-    """All tokens' rows [N, R / 2] of sines or cosines, whose series have these coefficients."""
+    """All tokens' rows [N, R / 2] of sines or cosines, whose series over one basis or both have these coefficients."""
     one = builder.constant("numbers.one", np.array(1, np.float32))
-    basis = builder.op(wave, angles)
-    basis = builder.op("Pad", basis, builder.integers(0, 1), one, builder.integers(-1), name=wave)
-    table = builder.op("MatMul", basis, builder.constant(f"{builder.scope}.{wave}", weight), name=wave)
+    mixed = basis[0] if len(basis) == 1 else builder.op("Concat", *basis, axis=1)
+    padded = builder.op("Pad", mixed, builder.integers(0, 1), one, builder.integers(-1), name=wave)
+    table = builder.op("MatMul", padded, builder.constant(f"{builder.scope}.{wave}", weight), name=wave)
     table = builder.op("Reshape", table, builder.integers(-1, half), name=wave)
     return table if dtype == ir.DataType.FLOAT else builder.op("Cast", table, name=wave, to=dtype)
 

@@ -1,6 +1,7 @@
 """Graphs without their weights: traced without numbers, which are made when the file is written, a piece at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import onnx_ir as ir
@@ -48,6 +49,22 @@ class Streamed(ir.LazyTensor):
                 whole[start:end] = piece
             start = end
         return tensor_adapters.TorchTensor(whole)
+
+
+def one_ahead(tensors: Iterable[ir.TensorProtocol]) -> Iterator[ir.TensorProtocol]:
+    """The tensors, those made that are made as a whole: each by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following: Future[ir.TensorProtocol] | None = None
+        for tensor in tensors:
+            made, following = following, pool.submit(_made, tensor)
+            if made:
+                yield made.result()
+        if following:
+            yield following.result()
+
+
+def _made(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return tensor.raw() if isinstance(tensor, ir.LazyTensor) and not isinstance(tensor, Streamed) else tensor
 
 
 def without_numbers(model: Decoder) -> Decoder:

@@ -15,43 +15,48 @@ from fope_export.dtypes import DTYPES
 from fope_export.errors import ExportError
 from fope_export.fope import contract
 
-_FOPE = Opset(contract.DOMAIN, contract.VERSION)
 _FLOAT_TYPES = [f"tensor({row.element})" for row in DTYPES.values()]
 
 
-def schema() -> OpSchema:
-    """`contract` as an ONNX operator schema."""
+def schema(version: int) -> OpSchema:
+    """A version of `contract` as an ONNX operator schema."""
 
     def parameter(port: contract.Port) -> OpSchema.FormalParameter:
         names = {"int64": "tensor(int64)", "float32": "tensor(float)"}
         return OpSchema.FormalParameter(port.name, names.get(port.dtype, port.dtype))
 
     kinds = {float: OpSchema.AttrType.FLOAT, int: OpSchema.AttrType.INT, str: OpSchema.AttrType.STRING}
-    attributes = contract.ATTRIBUTES | dict.fromkeys(contract.DISPATCH, str)
+    attributes = contract.ATTRIBUTES | dict.fromkeys(contract.DISPATCH[version], str)
+    positions = [("P", ["tensor(int64)", "tensor(float)"], "positions, whole or not")]
     return OpSchema(
         contract.NAME,
         contract.DOMAIN,
-        contract.VERSION,
-        inputs=[parameter(port) for port in contract.INPUTS],
+        version,
+        inputs=[parameter(port) for port in contract.INPUTS[version]],
         outputs=[parameter(port) for port in contract.OUTPUTS],
-        type_constraints=[("T", _FLOAT_TYPES, "the model's dtype")],
+        type_constraints=[("T", _FLOAT_TYPES, "the model's dtype"), *positions[: version - contract.PLAIN]],
         attributes=[OpSchema.Attribute(name, kinds[kind], required=True) for name, kind in attributes.items()],
     )
 
 
-_CALL = Op(_FOPE, contract.NAME, schema())
+_CALLS = {version: Op(Opset(contract.DOMAIN, version), contract.NAME, schema(version)) for version in contract.VERSIONS}
 
 
 def _translate(
     q: ir.Value, k: ir.Value, position_ids: ir.Value, freq: ir.Value, sin_coef: ir.Value, cos_coef: ir.Value,
-    *told: float,
+    axis: ir.Value | None, *told: float,
 ) -> Any:  # fmt: skip
+    """A general call where there is an axis; `passes.AttachRotary` makes one of others that need it."""
+    if position_ids.dtype == ir.DataType.DOUBLE:
+        raise ExportError("a rotation's positions are float64", hint="Give them as float32, or as int64.")
     attributes = contract.attributes(
         dict(zip(contract.SETTINGS, told, strict=True)),
         dtype=int(q.dtype or ir.DataType.FLOAT),
         head_dim=_size(q, 3), heads=_size(q, 2), kv_heads=_size(k, 2), groups=_size(sin_coef, 0),
     )  # fmt: skip
-    return _CALL(q, k, position_ids, freq, sin_coef, cos_coef, **attributes, **contract.DISPATCH)
+    version, more = (contract.PLAIN, ()) if axis is None else (contract.GENERAL, (axis,))
+    numbers = freq, sin_coef, cos_coef, *more
+    return _CALLS[version](q, k, position_ids, *numbers, **attributes, **contract.DISPATCH[version])
 
 
 def _size(value: ir.Value, axis: int) -> int:
@@ -101,8 +106,8 @@ FopeRotary
   half = Div (rotary_dim, two)
   groups = Shape <start: int = 0, end: int = 1> (sin_coef)
   pairs = Shape <start: int = 2, end: int = 3> (sin_coef)
-
-  # The coefficients [G, D, F] become [D + 1, G * R/2]; the added row holds the pads, for a basis that ends in 1.
+{both}
+  # The coefficients [G, J, F] become [J + 1, G * R/2]; the added row holds the pads, for a basis that ends in 1.
   unturned = Sub (half, pairs)
   to_half = Concat <axis: int = 0> (zero, unturned)
   row_shape = Concat <axis: int = 0> (groups, one, pairs)
@@ -111,8 +116,8 @@ FopeRotary
   cos_pad_value = Constant <value_float: float = @cos_pad> ()
   sin_pad_row = Pad (row, to_half, sin_pad_value, last)
   cos_pad_row = Pad (row, to_half, cos_pad_value, last)
-  sin_rows = Pad (sin_coef, to_half, zero_float, last)
-  cos_rows = Pad (cos_coef, to_half, zero_float, last)
+  sin_rows = Pad ({sin_coef}, to_half, zero_float, last)
+  cos_rows = Pad ({cos_coef}, to_half, zero_float, last)
   sin_unsigned = Concat <axis: int = 1> (sin_rows, sin_pad_row)
   cos_weights_grouped = Concat <axis: int = 1> (cos_rows, cos_pad_row)
   sign_value = Constant <value_float: float = @sign> ()
@@ -122,15 +127,13 @@ FopeRotary
   sin_weights = Reshape (sin_weights_by_row, keep_rest)
   cos_weights = Reshape (cos_weights_by_row, keep_rest)
 
-  # The basis [B, S, D + 1], the same in every layer: sines and cosines of exact float32 angles, then 1.
-  positions = Unsqueeze (position_ids, last)
-  positions_float = Cast <to: int = 1> (positions)
+  # The basis [B, S, J + 1], the same in every layer: sines and cosines of exact float32 angles, then 1.
+{positions}
   angles = Mul (positions_float, freq)
   sines = Sin (angles)
   cosines = Cos (angles)
   one_column = Constant <value: tensor = int64[2] {{0, 1}}> ()
-  sin_basis = Pad (sines, one_column, one_float, last)
-  cos_basis = Pad (cosines, one_column, one_float, last)
+{bases}
 
   # RotaryEmbedding shares one table between heads; with groups laid along the sequence, each has its own.
   table_shape = Concat <axis: int = 0> (keep_rest, half)
@@ -161,15 +164,55 @@ _TURN = """
 """
 
 
-def function(opset: int) -> ir.Function:
-    """The rotation as a model-local function for a model of this `opset` (23 or later)."""
+_PARTS = {
+    contract.PLAIN: {
+        "both": "",
+        "sin_coef": "sin_coef",
+        "cos_coef": "cos_coef",
+        "positions": """
+  positions = Unsqueeze (position_ids, last)
+  positions_float = Cast <to: int = 1> (positions)""",
+        "bases": """
+  sin_basis = Pad (sines, one_column, one_float, last)
+  cos_basis = Pad (cosines, one_column, one_float, last)""",
+    },
+    contract.GENERAL: {
+        "both": """
+  # Coefficients over one basis are over both, and 0 over the other: of 2D rows the first are of sines.
+  frequencies = Shape <start: int = 0, end: int = 1> (freq)
+  rows = Shape <start: int = 1, end: int = 2> (sin_coef)
+  all_rows = Mul (frequencies, two)
+  missing = Sub (all_rows, rows)
+  below = Concat <axis: int = 0> (zero, missing)
+  above = Concat <axis: int = 0> (missing, zero)
+  sin_both = Pad (sin_coef, below, zero_float, one)
+  cos_both = Pad (cos_coef, above, zero_float, one)
+""",
+        "sin_coef": "sin_both",
+        "cos_coef": "cos_both",
+        "positions": """
+  all_positions = Cast <to: int = 1> (position_ids)
+  positions_by_frequency = Gather <axis: int = 0> (all_positions, axis)
+  positions_float = Transpose <perm: ints = [1, 2, 0]> (positions_by_frequency)""",
+        "bases": """
+  waves = Concat <axis: int = -1> (sines, cosines)
+  sin_basis = Pad (waves, one_column, one_float, last)
+  cos_basis = Identity (sin_basis)""",
+    },
+}
+"""What the versions do each in its own way."""
+
+
+def function(opset: int, version: int) -> ir.Function:
+    """A version of the rotation as a model-local function for a model of this `opset` (23 or later)."""
     turns = {
         f"turn_{x}": _TURN.format(x=x, heads=heads)
         for x, heads in (("q", "heads_per_group"), ("k", "kv_heads_per_group"))
     }
     header = {
-        "attributes": ", ".join((*contract.ATTRIBUTES, *contract.DISPATCH)),
-        "inputs": ", ".join(port.name for port in contract.INPUTS),
+        "attributes": ", ".join((*contract.ATTRIBUTES, *contract.DISPATCH[version])),
+        "inputs": ", ".join(port.name for port in contract.INPUTS[version]),
         "outputs": ", ".join(port.name for port in contract.OUTPUTS),
     }
-    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.format(opset=opset, **header, **turns)))
+    text = _BODY.format(opset=opset, **header, **_PARTS[version], **turns)
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -1,6 +1,7 @@
 """The paper's architecture: a pre-norm decoder with FoPE in every block.
 
-B batch, S sequence (new tokens), P past, T = P + S total, H query heads, K key-value heads, E head_dim, V vocabulary.
+B batch, S sequence (new tokens), P past, T = P + S total, A axes of positions, H query heads, K key-value heads, E
+head_dim, V vocabulary.
 """
 
 import copy
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     """What all layers of one step share."""
 
     mask: Tensor  # [B, 1, S, T], additive
-    position_ids: Tensor  # int64 [B, S]
+    position_ids: Tensor  # int64 [B, S] or [A, B, S]
     written: Tensor  # int64 [B], tokens in a static cache
     grow: Grow
 
@@ -162,8 +163,16 @@ class Decoder(nn.Module):
         logits_to_keep: int = 0,
     ) -> tuple[Tensor, Cache]:  # fmt: skip
         """input_ids, position_ids int64 [B, S]; attention_mask int64 [B, T], 0 = padding. Logits are [B, S, V], or
-        those of the last `logits_to_keep` tokens where that is not 0.
+        those of the last `logits_to_keep` tokens where that is not 0. Where the spectrum has A axes, position_ids may
+        be [A, B, S]; a token with one position stands there on all.
+
+        Raises ConfigError for positions that are no whole numbers.
         """
+        if position_ids.is_floating_point():
+            raise ConfigError(
+                f"position_ids is {position_ids.dtype}, and a decoder's tokens are counted",
+                hint="Give it as int64; a module of your own may have positions in between (export_module).",
+            )
         x = self.embed(input_ids)
         step = self.step_of(input_ids, attention_mask, position_ids, x.dtype)
         present: Cache = []
@@ -197,8 +206,8 @@ class Decoder(nn.Module):
         float32. This one stays as it is, and weights that do not change are shared with it. Those without numbers, on
         the device "meta", stay so.
 
-        Raises ConfigError where its frequencies cannot be extended, or not that far, or where nothing can be folded,
-        and ExportError where the dtype cannot hold a weight.
+        Raises ConfigError where its frequencies cannot be extended, or not that far, where nothing can be folded, or
+        where there is one axis of positions and all are asked for; ExportError where the dtype cannot hold a weight.
         """
         made, trained = self.sharing(), self.config.training_length
         if config.extend and config.extend_to:
@@ -211,6 +220,10 @@ class Decoder(nn.Module):
                 rotary.freq = frequencies.extended(
                     rotary.freq, attention.head_dim, config.extend, original_length=trained, length=config.extend_to
                 )
+        if config.position_axes and self.config.spectrum.axes == 1:
+            raise ConfigError(
+                "position_axes: the model's tokens have one position each", hint="Leave out --position-axes."
+            )
         if config.fold_padding:
             made._fold_padding()
         dtype = DTYPES[config.dtype]

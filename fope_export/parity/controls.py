@@ -69,8 +69,15 @@ class _ShiftedRotary(FopeRotary):
     """Every token after a sequence's first stands one position too far."""
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        later = position_ids > position_ids.amin(dim=1, keepdim=True)
+        later = position_ids > position_ids.amin(dim=-1, keepdim=True)
         return super().forward(q, k, position_ids + later)
+
+
+class _RoundedRotary(FopeRotary):
+    """Every token stands at a whole position."""
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(q, k, position_ids.round())
 
 
 def _changed(rotary: FopeRotary, kind: type[FopeRotary] = FopeRotary, **fields: object) -> FopeRotary:
@@ -109,6 +116,24 @@ def _unscaled(rotary: FopeRotary) -> FopeRotary:
     return _changed(rotary, _UnscaledRotary)
 
 
+def _other_axes(rotary: FopeRotary) -> FopeRotary:
+    wrong, axes = _changed(rotary), rotary.config.axes
+    wrong.axis = None if rotary.axis is None else (rotary.axis + 1) % axes
+    return wrong
+
+
+def _one_basis(rotary: FopeRotary) -> FopeRotary:
+    wrong, count = _changed(rotary), rotary.config.frequencies
+    if rotary.config.bases > 1:
+        for coef, other in ((wrong.sin_coef, slice(count, None)), (wrong.cos_coef, slice(count))):
+            coef.requires_grad_(False)[:, other] = 0
+    return wrong
+
+
+def _rounded(rotary: FopeRotary) -> FopeRotary:
+    return _changed(rotary, _RoundedRotary)
+
+
 def _spectra(model: nn.Module) -> list[Spectrum]:
     return [rotary.spectrum for rotary in rotaries(model).values()]
 
@@ -130,6 +155,16 @@ def _shared(model: nn.Module) -> str:
     return "" if differ else "heads have the same coefficients"
 
 
+def _one_axis(model: nn.Module) -> str:
+    several = any(len({*spectrum.config.axis}) > 1 for spectrum in _spectra(model))
+    return "" if several else "all frequencies turn by one position"
+
+
+def _without_phases(model: nn.Module) -> str:
+    phases = any(spectrum.config.bases > 1 and spectrum.config.pairs for spectrum in _spectra(model))
+    return "" if phases else "no pair has a phase"
+
+
 def _without_position(model: nn.Module) -> str:
     return "" if any(spectrum.config.pairs for spectrum in _spectra(model)) else "the model has no position embedding"
 
@@ -147,3 +182,9 @@ CONTROLS = (
 )
 FOLDED = Control("scale of folded padding forgotten", _unfolded, _unscaled)
 """For models whose padding was folded."""
+AXES = Control("axes of positions swapped", _one_axis, _other_axes)
+"""For graphs whose tokens have positions on several axes, and cases in which these differ."""
+PHASES = Control("phases dropped", _without_phases, _one_basis)
+"""For models with coefficients over both bases."""
+ROUNDED = Control("positions rounded", _without_position, _rounded)
+"""For cases with positions between the whole ones."""

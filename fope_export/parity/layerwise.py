@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fope_export.backends.base import Feeds
+from fope_export.backends.base import Feeds, for_decoder
 from fope_export.backends.eager import attention_for
 from fope_export.bundle import Bundle
 from fope_export.graph.ways import way_of
@@ -106,7 +106,7 @@ class Layerwise:
                 pieces = self._pieces(f"{name}.{inner}", parameter, rounded)
                 placed = self._placed(pieces, parameter.shape, kind, number << 16 | i)
                 setattr(block.get_submodule(module), leaf, nn.Parameter(placed, requires_grad=False))
-        ids, mask, positions = map(torch.from_numpy, self.feeds)
+        ids, mask, positions = map(torch.from_numpy, for_decoder(self.feeds, config.spectrum.axes))
         step = self.outline.step_of(ids, mask, positions, self.dtype(kind))
         empty = x.new_zeros(len(x), config.num_kv_heads, self.outline.capacity, config.spectrum.head_dim)
         with attention_for(block.attn_norm.weight):

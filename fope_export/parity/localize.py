@@ -13,13 +13,14 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
-from fope_export.backends.base import Feeds
+from fope_export.backends.base import Feeds, inputs_of
 from fope_export.backends.eager import EagerBackend, in_numpy
 from fope_export.backends.ort import open_session, runnable
 from fope_export.bundle import Bundle
 from fope_export.config import SpectrumConfig
 from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
+from fope_export.graph.passes import AXIS, POSITIONS
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
 from fope_export.parity.cases import graph_feeds
@@ -59,7 +60,8 @@ def first_divergence(bundle: Bundle, yardstick: Yardstick, feeds: Feeds) -> Dive
         return backend.model, lambda: backend.step(feeds, backend.empty_cache(len(feeds.input_ids)))
 
     members = (running(yardstick.member(number)) for number in range(MEMBERS))
-    inputs, double = graph_feeds(bundle.manifest, feeds), running(yardstick.double)
+    inputs = graph_feeds(bundle.manifest, feeds) | inputs_of(bundle.manifest, feeds)
+    double = running(yardstick.double)
     return divergence_of(bundle, double, members, inputs, yardstick.eps, yardstick.allowance)
 
 
@@ -110,19 +112,40 @@ def different_tensors(bundle: Bundle, model: nn.Module) -> list[str]:
 
 
 def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
-    """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum."""
+    """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum, or has another
+    axis. A call may turn tokens by one position, whatever their spectrum.
+    """
     graph = read_onnx(bundle.model).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
     calls = [node for node in graph.node if node.domain == contract.DOMAIN]
     different = []
     for module, rotary in rotaries(model).items():
         call = next((node for node in calls if node.name.startswith(f"{module}/")), onnx.NodeProto())
         owner = model.get_submodule(module.rpartition(".")[0])
         carried = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
-        wanted = _attributes(rotary.config, owner, types.get(next(iter(call.input), ""), 0))
-        if any(name not in carried or not np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items()):
+        queries = values.get(next(iter(call.input), ""))
+        wanted = _attributes(rotary.config, owner, queries.elem_type if queries else 0)
+        same = all(name in carried and np.isclose(carried[name], value, 1e-6, 0) for name, value in wanted.items())
+        positions = [values[name] for name in call.input[POSITIONS : POSITIONS + 1] if name in values]
+        axis = _axis(rotary.config, one=any(value.shape.dim[0].dim_value == 1 for value in positions))
+        carried_axes = [tensor for tensor in graph.initializer if tensor.name in call.input[AXIS:]]
+        if not same or any(_numbers(tensor, bundle.path) != axis for tensor in carried_axes):
             different.append(module)
     return different
+
+
+def _axis(config: SpectrumConfig, *, one: bool) -> list[int]:
+    """Which position each frequency takes, where tokens have several, or `one`."""
+    return [0] * config.frequencies if one or not config.axis else [*config.axis]
+
+
+def _numbers(tensor: onnx.TensorProto, folder: Path) -> list[int]:
+    """Of an initializer, wherever it lies; none where it is lost."""
+    try:
+        numbers: list[int] = onnx.numpy_helper.to_array(tensor, base_dir=str(folder)).tolist()
+    except (OSError, ValueError):
+        return []
+    return numbers
 
 
 def _attributes(config: SpectrumConfig, owner: nn.Module, dtype: int) -> dict[str, float]:

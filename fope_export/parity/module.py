@@ -20,10 +20,11 @@ from fope_export.backends.ort import OrtGraph
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, BundleError, ParityError
 from fope_export.fope.replace import rotaries
+from fope_export.fope.sameness import Call, seen_calls
 from fope_export.graph.module import Inputs, arguments, class_name, constant, state_hash
 from fope_export.manifest import MANIFEST, MODEL, ModuleRecord, Port, plain_file
 from fope_export.onnx_files import check_graphs
-from fope_export.parity.controls import CONTROLS, Control
+from fope_export.parity.controls import AXES, CONTROLS, PHASES, ROUNDED, Control
 from fope_export.parity.copies import portable
 from fope_export.parity.judge import MEMBERS, Floats, Noise, Verdict, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, divergence_of
@@ -144,10 +145,11 @@ def validate_module(
     record, single = _check_source(bundle, module), constant(module)
     cases = _given(bundle, module, inputs) if inputs else list(standard_cases(bundle, seed))
     yardstick = yardstick_of(bundle, single)
-    total, broken = len(cases) + len(CONTROLS), ""
+    largest = max(cases, key=lambda case: case.length)
+    mistakes, broken = _mistakes(single, yardstick.inputs(largest)), ""
+    total = len(cases) + len(mistakes)
     judged: list[tuple[ModuleCase, list[CaseResult]]] = []
-    columns: tuple[ColumnResult, ...] = ()
-    itself: list[CaseResult] = []
+    columns, itself = tuple[ColumnResult, ...](), list[CaseResult]()
     choose("onnxruntime", read_machine(), bundle.manifest.export)
     try:
         graph = OrtGraph(bundle)
@@ -158,9 +160,8 @@ def validate_module(
         itself = _itself(bundle, yardstick, cases[0])
     except BackendError as error:
         broken = str(error)
-    largest = max(cases, key=lambda case: case.length)
     report("controls", len(cases), total)
-    controls = _controls(largest, yardstick)
+    controls = _controls(mistakes, largest, yardstick)
     damaged = bundle.damaged() | _contradictions(bundle, record, single)
     results = (*itself, *(each for _, outputs in judged for each in outputs))
     result = ParityResult(
@@ -291,9 +292,27 @@ def rows(array: NDArray[Any]) -> NDArray[Any]:
     return array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(1, -1)
 
 
-def _controls(case: ModuleCase, yardstick: ModuleYardstick) -> tuple[ControlResult, ...]:
+def _mistakes(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Control, ...]:
+    """Those that an export of the module could make, and that show where it is called with these inputs."""
+    calls = seen_calls(module, list(rotaries(module).values()), inputs)
+    positions = [value for each in calls.values() for call in each for value in _positions(call)]
+    phases = any(rotary.config.bases > 1 for rotary in rotaries(module).values())
+    more = {
+        AXES: any(x.ndim == 3 and not torch.equal(x, x[:1].expand_as(x)) for x in positions),
+        PHASES: phases,
+        ROUNDED: any(not torch.equal(x, x.round()) for x in positions),
+    }
+    return (*CONTROLS, *(control for control, possible in more.items() if possible))
+
+
+def _positions(call: Call) -> list[Tensor]:
+    """The third of a rotation's arguments."""
+    return [*call.args[2:3], *([call.kwargs["position_ids"]] if "position_ids" in call.kwargs else [])]
+
+
+def _controls(mistakes: Sequence[Control], case: ModuleCase, yardstick: ModuleYardstick) -> tuple[ControlResult, ...]:
     looks = yardstick.looks(case)
-    return tuple(_refuse(control, case, yardstick, looks) for control in CONTROLS)
+    return tuple(_refuse(control, case, yardstick, looks) for control in mistakes)
 
 
 def _refuse(control: Control, case: ModuleCase, yardstick: ModuleYardstick, looks: Sequence[Look]) -> ControlResult:

@@ -52,7 +52,7 @@ class Parts:
         part = _between(self.graph, before, self.ends[number])
         feeds = {value.name: given["x" if value.name == before else value.name] for value in part.graph.input}
         try:
-            session = open_session(part.SerializeToString(), data=self.path.parent, prepacked=False)
+            session = open_session(part.SerializeToString(), data=self.path.parent, prepacked=False, spoken=False)
             out: NDArray[Any] = session.run(None, feeds)[0]
         except BackendError:
             raise

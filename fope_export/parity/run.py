@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from fope_export.backends.base import Backend, Feeds
+from fope_export.backends.base import Backend, Feeds, axes_of
 from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
@@ -21,8 +21,9 @@ from fope_export.manifest import MANIFEST, MODEL, plain_file
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.decoder import Decoder
 from fope_export.onnx_files import check_graphs
+from fope_export.parity.axes import with_image, with_images
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
-from fope_export.parity.controls import CONTROLS, FOLDED, Control
+from fope_export.parity.controls import AXES, CONTROLS, FOLDED, PHASES, Control
 from fope_export.parity.copies import exact, portable
 from fope_export.parity.extended import reach_of
 from fope_export.parity.judge import Noise, judge_columns
@@ -82,7 +83,11 @@ def validate(
     check_graphs(bundle)
     source, limits = source_of(bundle, checkpoint, adapter), BACKENDS[chosen].limits(bundle)
     _check_memory(bundle, source)
+    axes = axes_of(bundle.manifest)
+    if axes and (load or save):
+        raise ParityError("inputs with positions on several axes are neither saved nor loaded", hint="Leave that out.")
     cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
+    cases += with_images(cases, axes) if axes else []
     if save:
         save_inputs(save, bundle.manifest, cases)
     return _compared(bundle, source, chosen, cases, seed, report)
@@ -115,8 +120,9 @@ def _compared(
     exported = bundle.manifest.export
     model = source.model.converted(exported)
     yardstick = yardstick_of(bundle, model, chosen)
-    mistakes = (*CONTROLS, FOLDED) if exported.fold_padding else CONTROLS
+    axes, mistakes = axes_of(bundle.manifest), _mistakes(exported, model)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
+    reference = with_image(reference, axes) if axes else reference
     rounded, columns, by_file = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
     cost, reach, broken = None, None, ""
     try:
@@ -146,6 +152,13 @@ def _compared(
     )  # fmt: skip
     searched = [] if broken else _failing(judged) or [reference]
     return result if result.passed else replace(result, place=_place(bundle, model, yardstick, searched, cost))
+
+
+def _mistakes(exported: ExportConfig, model: Decoder) -> tuple[Control, ...]:
+    """Those that the export of a `model` could make."""
+    spectrum = model.config.spectrum
+    more = {FOLDED: exported.fold_padding, AXES: exported.position_axes, PHASES: spectrum.bases > 1}
+    return (*CONTROLS, *(control for control, possible in more.items() if possible))
 
 
 def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:

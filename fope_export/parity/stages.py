@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fope_export.backends.base import feeds_for
+from fope_export.backends.base import axes_of, feeds_for, inputs_of
 from fope_export.backends.choose import BACKENDS
 from fope_export.backends.eager import in_numpy
 from fope_export.bundle import Bundle
 from fope_export.model.checkpoint import Checkpoint, source_of
 from fope_export.model.conversion import ConvertedWeights
 from fope_export.onnx_files import check_graphs
+from fope_export.parity.axes import image_in
 from fope_export.parity.cases import graph_feeds
 from fope_export.parity.judge import Noise, over
 from fope_export.parity.layerwise import DOUBLE, SINGLE, Kind, Layerwise, Rounded, doubled
@@ -115,7 +116,8 @@ def validate_stages(
     check_graphs(bundle)
     decoder, parts = _layerwise(bundle, source_of(bundle, checkpoint, adapter), seed), Parts.of(bundle)
     allowance, results = allowance_of(bundle, decoder.outline), []
-    feeds, x = graph_feeds(bundle.manifest, decoder.feeds), decoder.feeds.input_ids
+    feeds = graph_feeds(bundle.manifest, decoder.feeds) | inputs_of(bundle.manifest, decoder.feeds)
+    x = decoder.feeds.input_ids
     given = dict.fromkeys(decoder.kinds, torch.from_numpy(x))
     for number, name in enumerate(decoder.stages):
         report(name, number, len(decoder.stages))
@@ -143,6 +145,8 @@ def _layerwise(bundle: Bundle, source: Checkpoint, seed: int) -> Layerwise:
     length = min(TOKENS, exported.capacity or TOKENS)
     feeds = feeds_for(np.random.default_rng(seed).integers(0, known.vocab_size, (ROWS, length)))
     feeds.position_ids[1:] += max(known.training_length - length, 0)  # the others end where training did
+    axes = axes_of(bundle.manifest)
+    feeds = image_in(feeds, axes) if axes else feeds
     arithmetic = getattr(torch, BACKENDS["onnxruntime"].arithmetic(bundle))
     return Layerwise(outline, weights, Rounded(bundle), doubled(feeds), arithmetic)
 

@@ -91,16 +91,19 @@ class Engine:
     def __init__(
         self, backend: Backend, slots: int = 8, *, room: int = 1024, chunk: int | None = None,
         budget: int | None = None, spare: int = 0, queue: int | None = None, queued_tokens: int | None = None,
+        invariant: bool = False,
     ) -> None:  # fmt: skip
         """`slots` requests are answered at once, and as many more rows as `spare` says keep what ended ones held.
         `room` is as for `Backend.slots`. `chunk` tokens of a prompt are fed at a time: 0 is all, None what suits the
         backend. A step feeds no more than `budget` tokens of prompts, or one chunk: None is a chunk's, 0 no bound.
-        `queue` requests may wait, with `queued_tokens` in their prompts together; None is no bound.
+        `queue` requests may wait, with `queued_tokens` in their prompts together; None is no bound. With `invariant` a
+        request is answered bit for bit alike whatever runs beside it and was asked before: every step runs all rows,
+        and of a prompt that was there only whole chunks are taken.
         """
         self.counts = Counts()
         self._backend, self._limit, self._queue = backend, slots, (queue, queued_tokens)
         slots += spare
-        self._slots = backend.slots(slots, room)
+        self._slots, self._invariant = backend.slots(slots, room, whole=invariant), invariant
         size = backend.chunk if chunk is None else chunk
         self._chunk, self._budget = size or sys.maxsize, (size if budget is None else budget) or math.inf
         self._lock, self._closed = Lock(), False
@@ -109,6 +112,8 @@ class Engine:
         self._working: list[_Work] = []
         self._held: list[list[int]] = [[] for _ in range(slots)]
         """The tokens in each slot."""
+        self._fed = [0] * slots
+        """How many of these came in whole chunks from the first on."""
         self._told: list[Handle] = []
         """Those that something happened to since the last step."""
         self._left, self._leaving = [0] * slots, count(1)
@@ -213,7 +218,7 @@ class Engine:
         self._left[work.slot] = next(self._leaving)
         if isinstance(event, Failed):  # nobody knows what it holds
             self._slots.free(work.slot)
-            self._held[work.slot] = []
+            self._held[work.slot], self._fed[work.slot] = [], 0
         self._tell(work.handle, event)
 
     def _admit(self) -> None:
@@ -236,10 +241,12 @@ class Engine:
         return max(free, key=worth)
 
     def _alike(self, handle: Handle, slot: int) -> int:
-        """Tokens in a slot that the prompt begins with, but for its last; few count as none."""
+        """Tokens in a slot that the prompt begins with, but for its last, and may be taken; few count as none."""
         prompt, held = handle.request.prompt, self._held[slot]
         longest = min(len(prompt) - 1, len(held))
         same = next((i for i in range(longest) if prompt[i] != held[i]), longest)
+        if self._invariant:
+            same = min(same, self._fed[slot]) // self._chunk * self._chunk
         return same if same >= SHARED else 0
 
     def _decode(self) -> list[_Work]:
@@ -295,11 +302,13 @@ class Engine:
     def _prefill(self, work: _Work, chunk: Sequence[int]) -> None:
         request, ids = work.handle.request, np.array(chunk, np.int64)
         if not work.fed:
-            self._held[work.slot] = []
+            self._held[work.slot], self._fed[work.slot] = [], 0
         told = request.prompt_logprobs
         logits = self._slots.prefill(work.slot, ids, work.fed, last=told is None)
         work.fed += len(chunk)
         self.counts.prompt_tokens += len(chunk)
+        if len(chunk) == self._chunk and self._fed[work.slot] == work.fed - len(chunk):
+            self._fed[work.slot] = work.fed
         self._held[work.slot].extend(chunk)
         if told is not None:
             follow = request.prompt[work.fed - len(chunk) + 1 : work.fed + 1]
@@ -315,7 +324,7 @@ class Engine:
         source, slot = alike.index(max(alike)), work.slot
         if alike[source] > alike[slot]:
             self._slots.copy(source, slot, alike[source])
-        self._held[slot] = self._held[source][: alike[source]]
+        self._held[slot], self._fed[slot] = self._held[source][: alike[source]], min(self._fed[source], alike[source])
         return alike[source]
 
     def _draw(self, ready: Sequence[_Work]) -> None:

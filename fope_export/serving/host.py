@@ -137,7 +137,7 @@ class Host:
         sizes, row = self.sizes, self.length * bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
         engine = Engine(
             backend, sizes.slots, room=min(1024, self.length), chunk=sizes.chunk, spare=sizes.spare_bytes // row,
-            queue=sizes.queue, queued_tokens=sizes.queued_tokens,
+            queue=sizes.queue, queued_tokens=sizes.queued_tokens, invariant=sizes.batch_invariant,
         )  # fmt: skip
         try:
             _probe(engine)

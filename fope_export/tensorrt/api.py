@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -127,10 +127,10 @@ def make_log(trt: ModuleType) -> Any:
     return Log()
 
 
-def load_plugin(trt: ModuleType, path: Path, log: Any, *, name: str, version: str, namespace: str) -> None:
+def load_plugin(trt: ModuleType, path: Path, log: Any, *, name: str, versions: Iterable[str], namespace: str) -> None:
     """Register the plugin library at `path`.
 
-    Raises BackendError when it does not load, or does not bring the creator.
+    Raises BackendError when it does not load, or does not bring a creator for each of the versions.
     """
     registry = trt.get_plugin_registry()
     if not registry.load_library(str(path)):
@@ -138,11 +138,12 @@ def load_plugin(trt: ModuleType, path: Path, log: Any, *, name: str, version: st
             f"{trt.__name__} {trt.__version__} does not load the plugin library {path}: {log.errors()}",
             hint="Remove the file, so that it is compiled again, or build with --no-plugin.",
         )
-    if registry.get_creator(name, version, namespace) is None:
-        raise BackendError(
-            f"{path} was loaded and has no creator {namespace}::{name} of version {version}",
-            hint="It is not this program's plugin, or of another version: remove it, so that it is compiled again.",
-        )
+    for wanted in versions:
+        if registry.get_creator(name, wanted, namespace) is None:
+            raise BackendError(
+                f"{path} was loaded and has no creator {namespace}::{name} of version {wanted}",
+                hint="It is not this program's plugin, or of another version: remove it, so that it is compiled again.",
+            )
 
 
 def check_installed(distribution: str) -> None:

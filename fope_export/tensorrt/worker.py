@@ -79,8 +79,9 @@ def build(request: Request, report: Callable[[Progress], None]) -> Built:
     log = api.make_log(trt)
     builder = _builder(trt, log)
     if request.plugin:
+        versions = map(str, contract.VERSIONS)
         api.load_plugin(
-            trt, Path(request.plugin), log, name=contract.NAME, version=str(contract.VERSION), namespace=contract.DOMAIN
+            trt, Path(request.plugin), log, name=contract.NAME, versions=versions, namespace=contract.DOMAIN
         )
     started = time.perf_counter()
     network = builder.create_network()

@@ -1,7 +1,7 @@
 // The C interface of the rotation, the same for the GPU and for the host.
 //
-// B batch, S sequence, H query heads, K key-value heads, E head_dim, R rotary_dim, D kept frequencies, F rotated pairs,
-// G coefficient groups; a token is one of the B * S positions.
+// B batch, S sequence, A axes of positions, H query heads, K key-value heads, E head_dim, R rotary_dim, D kept
+// frequencies, J rows of coefficients, F rotated pairs, G coefficient groups; a token is one of the B * S positions.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +33,15 @@ struct FopeRotaryArguments {
     float sign;
 };
 
+// The general version: a token has a position on each of A axes, and each frequency turns by one of these. Of 2D rows of
+// coefficients the first D are of sines, the others of cosines, in both tensors.
+struct FopeRotaryGeneralArguments : FopeRotaryArguments {
+    void const* positions; // int64 or float [A, B, S], in the place of position_ids
+    int64_t const* axis;   // [D], each from 0 to A - 1
+    int32_t rows;          // J: D, or 2D over both bases
+    int32_t position_type; // ONNX element type: 1 float, 7 int64
+};
+
 enum FopeRotaryFault {
     FOPE_ROTARY_POINTER = -1, // a tensor with elements has no address
     FOPE_ROTARY_SHAPE = -2,   // sizes that contradict each other
@@ -43,7 +52,10 @@ enum FopeRotaryFault {
 
 // Enqueues one kernel on `stream` (a cudaStream_t). Returns 0, a cudaError_t, or a FopeRotaryFault.
 FOPE_ROTARY_EXPORT int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream);
+FOPE_ROTARY_EXPORT int fope_rotary_launch_general(FopeRotaryGeneralArguments const* arguments, void* stream);
 
 // Computes the same on the CPU, block by block and thread by thread. `tile`, `vector` and `threads` are tokens a
 // block, pairs an access and threads a block; 0 is what the GPU would take. Returns 0 or a FopeRotaryFault.
 FOPE_ROTARY_EXPORT int fope_rotary_host(FopeRotaryArguments const* arguments, int tile, int vector, int threads);
+FOPE_ROTARY_EXPORT int fope_rotary_host_general(FopeRotaryGeneralArguments const* arguments, int tile, int vector,
+                                                int threads);

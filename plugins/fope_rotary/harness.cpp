@@ -54,6 +54,10 @@ struct Log final : ILogger, ILoggerFinder {
     }
 } logger;
 
+// The version at work. A general token has positions on A axes (here 3), and each frequency an axis.
+bool general = false;
+int32_t inputs() { return general ? 7 : 6; }
+
 // A symbolic extent: TensorRT's expression forwards to an implementation, and this one has only an address.
 struct Symbol final : IDimensionExpr {
     struct : apiv::VDimensionExpr {
@@ -140,14 +144,14 @@ std::string creators(IPluginCreatorInterface* const* all, int32_t count) {
 
 std::string output_shapes(IPluginV3& plugin) {
     std::map<std::string, Symbol> symbols;
-    char const* const ports[] = {"BSHE", "BSKE", "BS", "D", "GDF", "GDF"};
-    DimsExprs in[6] = {}, out[2] = {};
-    for (int i = 0; i < 6; ++i)
+    char const* const ports[] = {"BSHE", "BSKE", general ? "ABS" : "BS", "D", "GJF", "GJF", "D"};
+    DimsExprs in[7] = {}, out[2] = {};
+    for (int i = 0; i < inputs(); ++i)
         for (char const* letter = ports[i]; *letter; ++letter)
             in[i].d[in[i].nbDims++] = &symbols.try_emplace({*letter}, std::string{*letter}).first->second;
     struct : IExprBuilder {
     } builder;
-    if (build(plugin).getOutputShapes(in, 6, nullptr, 0, out, 2, builder)) return "null";
+    if (build(plugin).getOutputShapes(in, inputs(), nullptr, 0, out, 2, builder)) return "null";
     std::vector<std::string> shapes;
     for (DimsExprs const& shape : out) {
         std::vector<std::string> letters;
@@ -161,9 +165,10 @@ std::string output_shapes(IPluginV3& plugin) {
 std::string output_types(IPluginV3& plugin) {
     std::vector<std::string> all;
     for (DataType const type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-        DataType const in[6] = {type, type, DataType::kINT64, DataType::kFLOAT, DataType::kFLOAT, DataType::kFLOAT};
+        DataType const in[7] = {type,             type,             DataType::kINT64, DataType::kFLOAT,
+                                DataType::kFLOAT, DataType::kFLOAT, DataType::kINT64};
         DataType out[2] = {DataType::kBOOL, DataType::kBOOL};
-        build(plugin).getOutputDataTypes(out, 2, in, 6);
+        build(plugin).getOutputDataTypes(out, 2, in, inputs());
         all.push_back(list({number(type), number(out[0]), number(out[1])}));
     }
     return list(all);
@@ -172,7 +177,7 @@ std::string output_types(IPluginV3& plugin) {
 // Every type and format at every port, as TensorRT asks: a port's answer depends on the ports before it only.
 void accepted(IPluginV3& plugin, std::vector<DynamicPluginTensorDesc>& ports, int port,
               std::vector<std::string>& found) {
-    if (port == 8) {
+    if (port == inputs() + 2) {
         std::vector<std::string> types;
         for (auto const& port : ports) types.push_back(number(port.desc.type));
         found.push_back(list(types));
@@ -182,7 +187,7 @@ void accepted(IPluginV3& plugin, std::vector<DynamicPluginTensorDesc>& ports, in
         for (int32_t format = 0; format < EnumMax<TensorFormat>(); ++format) {
             ports[port].desc.type = static_cast<DataType>(type);
             ports[port].desc.format = static_cast<TensorFormat>(format);
-            if (build(plugin).supportsFormatCombination(port, ports.data(), 6, 2))
+            if (build(plugin).supportsFormatCombination(port, ports.data(), inputs(), 2))
                 accepted(plugin, ports, port + 1, found);
         }
 }
@@ -225,13 +230,17 @@ std::string spoilt_fields(IPluginCreatorV3One& creator) {
 // Shapes of a call: B 2, S 5, E 8, three query and two key-value heads in each of 2 groups, D 4, F 3.
 struct Call {
     std::vector<std::vector<int64_t>> in = {{2, 5, 6, 8}, {2, 5, 4, 8}, {2, 5}, {4}, {2, 4, 3}, {2, 4, 3}};
-    int32_t inputs = 6, outputs = 2;
+    int32_t inputs = ::inputs(), outputs = 2;
     DataType type = DataType::kFLOAT;
+
+    Call() {
+        if (general) in[2] = {3, 2, 5}, in.push_back({4});
+    }
 
     std::vector<PluginTensorDesc> descs() const {
         std::vector<PluginTensorDesc> all(in.size());
         for (size_t i = 0; i < in.size(); ++i) {
-            all[i].type = i < 2 ? type : i == 2 ? DataType::kINT64 : DataType::kFLOAT;
+            all[i].type = i < 2 ? type : i == 2 || i == 6 ? DataType::kINT64 : DataType::kFLOAT;
             all[i].dims.nbDims = static_cast<int32_t>(in[i].size());
             for (size_t k = 0; k < in[i].size(); ++k) all[i].dims.d[k] = in[i][k];
         }
@@ -257,10 +266,24 @@ std::string spoilt_calls(IPluginV3& plugin) {
     attempt("unknown", [](Call& c) {
         for (auto& shape : c.in) shape.assign(shape.size(), -1);
     });
-    attempt("dynamic", [](Call& c) { c.in[0] = {-1, -1, 6, 8}, c.in[1] = {-1, -1, 4, 8}, c.in[2] = {-1, -1}; });
-    attempt("dynamic q heads", [](Call& c) { c.in[0] = {-1, -1, 5, 8}, c.in[1] = {-1, -1, 4, 8}, c.in[2] = {-1, -1}; });
-    attempt("no tokens", [](Call& c) { c.in[0][1] = c.in[1][1] = c.in[2][1] = 0; });
-    attempt("nothing rotated", [](Call& c) { c.in[3] = {0}, c.in[4] = c.in[5] = {2, 0, 0}; });
+    attempt("dynamic", [](Call& c) {
+        c.in[0] = {-1, -1, 6, 8}, c.in[1] = {-1, -1, 4, 8}, c.in[2][general] = c.in[2][general + 1] = -1;
+    });
+    attempt("dynamic q heads", [](Call& c) {
+        c.in[0] = {-1, -1, 5, 8}, c.in[1] = {-1, -1, 4, 8}, c.in[2][general] = c.in[2][general + 1] = -1;
+    });
+    attempt("no tokens", [](Call& c) { c.in[0][1] = c.in[1][1] = c.in[2][general + 1] = 0; });
+    attempt("nothing rotated", [](Call& c) {
+        c.in[3] = {0}, c.in[4] = c.in[5] = {2, 0, 0};
+        if (general) c.in[6] = {0};
+    });
+    attempt("both bases", [](Call& c) { c.in[4][1] = c.in[5][1] = 8; });
+    if (general) {
+        attempt("one axis", [](Call& c) { c.in[2][0] = 1; });
+        attempt("positions on no axis", [](Call& c) { c.in[2] = {2, 5}; });
+        attempt("an axis for others", [](Call& c) { c.in[6] = {3}; });
+        attempt("rows", [](Call& c) { c.in[4][1] = c.in[5][1] = 7; });
+    }
     attempt("q rank", [](Call& c) { c.in[0].pop_back(); });
     attempt("freq rank", [](Call& c) { c.in[3].push_back(1); });
     attempt("q head_dim", [](Call& c) { c.in[0][3] = 6; });
@@ -269,8 +292,8 @@ std::string spoilt_calls(IPluginV3& plugin) {
     attempt("k heads", [](Call& c) { c.in[1][2] = 2; });
     attempt("k batch", [](Call& c) { c.in[1][0] = 1; });
     attempt("k sequence", [](Call& c) { c.in[1][1] = 4; });
-    attempt("position batch", [](Call& c) { c.in[2][0] = 1; });
-    attempt("position sequence", [](Call& c) { c.in[2][1] = 1; });
+    attempt("position batch", [](Call& c) { c.in[2][general] = 1; });
+    attempt("position sequence", [](Call& c) { c.in[2][general + 1] = 1; });
     attempt("frequencies", [](Call& c) { c.in[3][0] = 3; });
     attempt("cos groups", [](Call& c) { c.in[5][0] = 1; });
     attempt("cos frequencies", [](Call& c) { c.in[5][1] = 3; });
@@ -288,12 +311,42 @@ std::string spoilt_launches(IPluginV3& plugin) {
         Call call;
         call.type = type;
         std::vector<PluginTensorDesc> const descs = call.descs();
-        void const* const inputs[6] = {};
+        void const* const inputs[7] = {};
         void* const outputs[2] = {};
         int32_t const code = runtime(plugin).enqueue(descs.data(), descs.data(), inputs, outputs, nullptr, nullptr);
         all[id] = object({{"code", number(code)}, {"said", logger.take()}});
     }
     return object(all);
+}
+
+// All of one version.
+std::string drive(IPluginCreatorV3One& creator) {
+    Fields const fields;
+    IPluginV3* const plugin = create(creator, fields.all);
+    if (!plugin) return text("no plugin: " + logger.take());
+    auto& core = *static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE));
+    std::vector<DynamicPluginTensorDesc> ports(inputs() + 2);
+    std::vector<std::string> formats;
+    accepted(*plugin, ports, 0, formats);
+    std::vector<std::string> kinds;
+    for (InterfaceInfo const& info : {core.getInterfaceInfo(), build(*plugin).getInterfaceInfo(),
+                                      runtime(*plugin).getInterfaceInfo()})
+        kinds.push_back(text(info.kind));
+    std::string const seen = object({
+        {"capabilities", list(kinds)},
+        {"plugin", list({text(core.getPluginNamespace()), text(core.getPluginName()), text(core.getPluginVersion())})},
+        {"outputs", number(build(*plugin).getNbOutputs())},
+        {"timing_cache", text(build(*plugin).getTimingCacheID())},
+        {"copies", copies(creator, *plugin)},
+        {"shapes", output_shapes(*plugin)},
+        {"types", output_types(*plugin)},
+        {"formats", list(formats)},
+        {"fields", spoilt_fields(creator)},
+        {"calls", spoilt_calls(*plugin)},
+        {"launches", spoilt_launches(*plugin)},
+    });
+    delete plugin;
+    return seen;
 }
 
 } // namespace
@@ -306,35 +359,15 @@ int main(int, char** arguments) {
     if (!get || !set) return std::fprintf(stderr, "%s\n", dlerror()), 1;
     int32_t count = 0;
     IPluginCreatorInterface* const* const all = get(count);
-    auto& creator = static_cast<IPluginCreatorV3One&>(*all[0]);
-    create(creator, {}); // nobody listens yet: it complains to stderr
-    set(&logger);
-    Fields const fields;
-    IPluginV3* const plugin = create(creator, fields.all);
-    if (!plugin) return std::fprintf(stderr, "no plugin: %s\n", logger.take().c_str()), 1;
-    auto& core = *static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE));
-    std::vector<DynamicPluginTensorDesc> ports(8);
-    std::vector<std::string> formats;
-    accepted(*plugin, ports, 0, formats);
-    std::vector<std::string> kinds;
-    for (InterfaceInfo const& info : {core.getInterfaceInfo(), build(*plugin).getInterfaceInfo(),
-                                      runtime(*plugin).getInterfaceInfo()})
-        kinds.push_back(text(info.kind));
-    std::string const seen = object({
-        {"creators", creators(all, count)},
-        {"capabilities", list(kinds)},
-        {"plugin", list({text(core.getPluginNamespace()), text(core.getPluginName()), text(core.getPluginVersion())})},
-        {"outputs", number(build(*plugin).getNbOutputs())},
-        {"timing_cache", build(*plugin).getTimingCacheID() ? "true" : "false"},
-        {"copies", copies(creator, *plugin)},
-        {"shapes", output_shapes(*plugin)},
-        {"types", output_types(*plugin)},
-        {"formats", list(formats)},
-        {"fields", spoilt_fields(creator)},
-        {"calls", spoilt_calls(*plugin)},
-        {"launches", spoilt_launches(*plugin)},
-    });
-    std::printf("%s\n", seen.c_str());
-    delete plugin;
+    std::map<std::string, std::string> seen = {{"creators", creators(all, count)}};
+    for (int32_t i = 0; i < count; ++i) {
+        auto& creator = static_cast<IPluginCreatorV3One&>(*all[i]);
+        general = i > 0;
+        set(nullptr);
+        create(creator, {}); // nobody listens yet: it complains to stderr
+        set(&logger);
+        seen[creator.getPluginVersion()] = drive(creator);
+    }
+    std::printf("%s\n", object(seen).c_str());
     return 0;
 }

@@ -7,13 +7,13 @@
 namespace fope {
 
 // As little as a GPU promises: shared memory starts as NaN, and threads come in an order of their own.
-template <typename T, int Tile, int Vector>
-int run(FopeRotaryArguments const& a, Plan const& plan) {
+template <typename T, int Tile, int Vector, typename Arguments>
+int run(Arguments const& a, Plan const& plan) {
     std::vector<Basis<8>> shared(plan.shared_bytes / sizeof(Basis<8>) + 1);
     for (int y = 0; y < plan.chunks; ++y) {
         for (int64_t x = 0; x < plan.tiles; ++x) {
             std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Basis<8>));
-            Block<Tile, Vector> const block(a, plan.chunk, x, y, shared.data());
+            Block<Tile, Vector, Arguments> const block(a, plan.chunk, x, y, shared.data());
             for (int thread = plan.threads; thread--;) block.fill_basis(thread, plan.threads);
             for (int thread = plan.threads; thread--;) block.fill_table(thread, plan.threads);
             for (int thread = plan.threads; thread--;) block.template rotate<T>(thread, plan.threads);
@@ -22,13 +22,21 @@ int run(FopeRotaryArguments const& a, Plan const& plan) {
     return 0;
 }
 
-} // namespace fope
-
-int fope_rotary_host(FopeRotaryArguments const* arguments, int tile, int vector, int threads) {
-    using namespace fope;
+template <typename Arguments>
+int host(Arguments const* arguments, int tile, int vector, int threads) {
     Plan plan;
     if (int const code = choose(*arguments, plan, tile, vector, threads)) return code;
     return dispatch(arguments->dtype, plan, [&](auto c) {
         return run<typename decltype(c)::T, c.Tile, c.Vector>(*arguments, plan);
     });
+}
+
+} // namespace fope
+
+int fope_rotary_host(FopeRotaryArguments const* arguments, int tile, int vector, int threads) {
+    return fope::host(arguments, tile, vector, threads);
+}
+
+int fope_rotary_host_general(FopeRotaryGeneralArguments const* arguments, int tile, int vector, int threads) {
+    return fope::host(arguments, tile, vector, threads);
 }

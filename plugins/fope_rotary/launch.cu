@@ -3,18 +3,15 @@
 
 namespace fope {
 
-template <typename T, int Tile, int Vector>
-__global__ void __launch_bounds__(kMaxThreads)
-rotary(__grid_constant__ FopeRotaryArguments const arguments, int chunk) {
+template <typename T, int Tile, int Vector, typename Arguments>
+__global__ void __launch_bounds__(kMaxThreads) rotary(__grid_constant__ Arguments const arguments, int chunk) {
     extern __shared__ __align__(16) unsigned char shared[];
-    Block<Tile, Vector> const block(arguments, chunk, blockIdx.x, blockIdx.y, shared);
+    Block<Tile, Vector, Arguments> const block(arguments, chunk, blockIdx.x, blockIdx.y, shared);
     block.template compute<T>(threadIdx.x, blockDim.x, [] { __syncthreads(); });
 }
 
-} // namespace fope
-
-int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream) {
-    using namespace fope;
+template <typename Arguments>
+int launch(Arguments const* arguments, void* stream) {
     Plan plan;
     if (int const code = choose(*arguments, plan)) return code;
     if (arguments->tokens == 0) return 0;
@@ -24,6 +21,15 @@ int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream) {
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     return dispatch(arguments->dtype, plan, [&](auto c) {
-        return cudaLaunchKernelEx(&config, rotary<typename decltype(c)::T, c.Tile, c.Vector>, *arguments, plan.chunk);
+        auto const kernel = rotary<typename decltype(c)::T, c.Tile, c.Vector, Arguments>;
+        return cudaLaunchKernelEx(&config, kernel, *arguments, plan.chunk);
     });
+}
+
+} // namespace fope
+
+int fope_rotary_launch(FopeRotaryArguments const* arguments, void* stream) { return fope::launch(arguments, stream); }
+
+int fope_rotary_launch_general(FopeRotaryGeneralArguments const* arguments, void* stream) {
+    return fope::launch(arguments, stream);
 }

@@ -5,7 +5,7 @@
 
 namespace fope {
 
-enum Type { kFloat = 1, kHalf = 10, kBFloat16 = 16 }; // ONNX's numbers
+enum Type { kFloat = 1, kInt64 = 7, kHalf = 10, kBFloat16 = 16 }; // ONNX's numbers
 
 constexpr int kMaxThreads = 256;
 constexpr int kEnoughBlocks = 256;           // about two for every multiprocessor of the largest GPUs
@@ -44,19 +44,28 @@ auto dispatch(int dtype, Plan const& plan, Run run) {
     return dtype == kHalf ? with_type<__half>(plan, run) : with_type<__nv_bfloat16>(plan, run);
 }
 
-inline int fault(FopeRotaryArguments const& a) {
+// What both versions ask for; the addresses of positions and the rows of coefficients are each one's own.
+inline int common_fault(FopeRotaryArguments const& a, void const* positions, int64_t rows) {
     if (a.dtype != kFloat && a.dtype != kHalf && a.dtype != kBFloat16) return FOPE_ROTARY_DTYPE;
     if (a.tokens < 0 || a.frequencies < 0 || a.pairs < 0 || a.groups < 1 || a.heads < 1 || a.kv_heads < 1)
         return FOPE_ROTARY_SHAPE;
     if (a.head_dim < 2 || a.head_dim % 2 || a.rotary_dim < 2 || a.rotary_dim % 2) return FOPE_ROTARY_SHAPE;
     if (a.rotary_dim > a.head_dim || a.pairs > a.rotary_dim / 2) return FOPE_ROTARY_SHAPE;
     if (a.heads % a.groups || a.kv_heads % a.groups) return FOPE_ROTARY_SHAPE;
-    if (a.tokens && !(a.q && a.k && a.position_ids && a.q_rotated && a.k_rotated)) return FOPE_ROTARY_POINTER;
+    if (a.tokens && !(a.q && a.k && positions && a.q_rotated && a.k_rotated)) return FOPE_ROTARY_POINTER;
     if (a.frequencies && !a.freq) return FOPE_ROTARY_POINTER;
     if (a.frequencies && a.pairs && !(a.sin_coef && a.cos_coef)) return FOPE_ROTARY_POINTER;
     int64_t const channels = (static_cast<int64_t>(a.heads) + a.kv_heads) * a.head_dim;
-    int64_t const coefficients = static_cast<int64_t>(a.frequencies) * a.pairs;
-    return channels * 8 >= kMaxItems || coefficients >= kMaxItems ? FOPE_ROTARY_SIZE : 0;
+    return channels * 8 >= kMaxItems || rows * a.pairs >= kMaxItems ? FOPE_ROTARY_SIZE : 0;
+}
+
+inline int fault(FopeRotaryArguments const& a) { return common_fault(a, a.position_ids, a.frequencies); }
+
+inline int fault(FopeRotaryGeneralArguments const& a) {
+    if (int const code = common_fault(a, a.positions, a.rows)) return code;
+    if (a.rows != a.frequencies && a.rows != 2 * static_cast<int64_t>(a.frequencies)) return FOPE_ROTARY_SHAPE;
+    if (a.position_type != kFloat && a.position_type != kInt64) return FOPE_ROTARY_DTYPE;
+    return a.frequencies && !a.axis ? FOPE_ROTARY_POINTER : 0;
 }
 
 // Pairs that fill 16 bytes, or 1 where they do not fit evenly.
@@ -69,7 +78,8 @@ inline int widest(FopeRotaryArguments const& a) {
 }
 
 // Gives a block as many groups as its threads can fill a table for at once, or fewer where shared memory is short.
-inline Plan cut(FopeRotaryArguments const& a, Plan plan) {
+template <typename Arguments>
+Plan cut(Arguments const& a, Plan plan) {
     plan.tiles = (a.tokens + plan.tile - 1) / plan.tile;
     int const most = plan.threads / (a.pairs ? a.pairs : 1);
     plan.chunk = most < 1 ? 1 : most > a.groups ? a.groups : most;
@@ -77,7 +87,7 @@ inline Plan cut(FopeRotaryArguments const& a, Plan plan) {
         plan.chunks = (a.groups + plan.chunk - 1) / plan.chunk;
         plan.chunk = (a.groups + plan.chunks - 1) / plan.chunks; // as many for each block
         plan.shared_bytes = dispatch(a.dtype, plan, [&](auto config) {
-            return Block<config.Tile, config.Vector>::shared_bytes(a, plan.chunk);
+            return Block<config.Tile, config.Vector, Arguments>::shared_bytes(a, plan.chunk);
         });
         // A single token's block is short: rather many of them than long ones.
         bool const idle = plan.tile == 1 && plan.tiles * plan.chunks < kEnoughBlocks;
@@ -89,7 +99,8 @@ inline Plan cut(FopeRotaryArguments const& a, Plan plan) {
 
 // Large tiles read the coefficients seldom; small ones occupy the GPU when tokens are few, as in decoding. Arguments
 // that are not 0 are kept. Returns 0 or a fault.
-inline int choose(FopeRotaryArguments const& a, Plan& plan, int tile = 0, int vector = 0, int threads = 0) {
+template <typename Arguments>
+int choose(Arguments const& a, Plan& plan, int tile = 0, int vector = 0, int threads = 0) {
     if (int const code = fault(a)) return code;
     int const wide = widest(a);
     if (tile != 0 && tile != 1 && tile != 4 && tile != 8) return FOPE_ROTARY_PLAN;

@@ -16,7 +16,7 @@ using namespace nvinfer1;
 namespace {
 
 constexpr char kName[] = "FopeRotary";
-constexpr char kVersion[] = "1";
+constexpr char const* kVersions[] = {"1", "2"}; // plain, general
 constexpr char kNamespace[] = "fope";
 
 ILoggerFinder* finder = nullptr;
@@ -104,10 +104,14 @@ std::string fault(Settings const& s) {
     return "";
 }
 
-enum Port { kQ, kK, kPositions, kFreq, kSin, kCos, kInputs };
-constexpr char const* kPorts[kInputs] = {"q", "k", "position_ids", "freq", "sin_coef", "cos_coef"};
-constexpr int32_t kRanks[kInputs] = {4, 4, 2, 1, 3, 3};
+enum Port { kQ, kK, kPositions, kFreq, kSin, kCos, kAxis, kMost };
+constexpr char const* kPorts[kMost] = {"q", "k", "position_ids", "freq", "sin_coef", "cos_coef", "axis"};
+constexpr int32_t kRanks[kMost] = {4, 4, 2, 1, 3, 3, 1};
 constexpr int32_t kOutputs = 2;
+
+// Inputs of a version, and the rank of one: a general token has a position on each of several axes.
+constexpr int32_t inputs_of(bool general) { return general ? kMost : kAxis; }
+constexpr int32_t rank_of(int port, bool general) { return kRanks[port] + (general && port == kPositions); }
 
 // An extent that two ports share, or that `expected` fixes. One that is still unknown (-1) agrees with any.
 struct Extent {
@@ -117,12 +121,14 @@ struct Extent {
     std::string reason;
 };
 
-std::string mismatch(Dims const* dims, Settings const& s) {
-    for (int i = 0; i < kInputs; ++i)
-        if (dims[i].nbDims != kRanks[i])
+std::string mismatch(Dims const* dims, Settings const& s, bool general) {
+    for (int i = 0; i < inputs_of(general); ++i)
+        if (dims[i].nbDims != rank_of(i, general))
             return std::string(kPorts[i]) + " has " + std::to_string(dims[i].nbDims) + " dimensions, expected " +
-                   std::to_string(kRanks[i]);
+                   std::to_string(rank_of(i, general));
     int64_t const groups = dims[kSin].d[0], pairs = dims[kSin].d[2], half = s.rotary_dim / 2;
+    int64_t const frequencies = dims[kFreq].d[0];
+    bool const both = general && frequencies > 0 && dims[kSin].d[1] == 2 * frequencies;
     auto const heads = [&](int32_t per_group) { return groups < 0 ? -1 : groups * per_group; };
     Extent const extents[] = {
         {kQ, 3, s.head_dim, "head_dim"},
@@ -131,12 +137,14 @@ std::string mismatch(Dims const* dims, Settings const& s) {
         {kK, 2, heads(s.kv_heads_per_group), "kv_heads_per_group times the groups of sin_coef"},
         {kK, 0, dims[kQ].d[0], "the batch of q"},
         {kK, 1, dims[kQ].d[1], "the sequence of q"},
-        {kPositions, 0, dims[kQ].d[0], "the batch of q"},
-        {kPositions, 1, dims[kQ].d[1], "the sequence of q"},
-        {kSin, 1, dims[kFreq].d[0], "the number of frequencies"},
+        {kPositions, general, dims[kQ].d[0], "the batch of q"},
+        {kPositions, general + 1, dims[kQ].d[1], "the sequence of q"},
+        {kSin, 1, both ? 2 * frequencies : frequencies,
+         general ? "the number of frequencies, or twice that" : "the number of frequencies"},
         {kCos, 0, groups, "as in sin_coef"},
         {kCos, 1, dims[kSin].d[1], "as in sin_coef"},
         {kCos, 2, pairs, "as in sin_coef"},
+        {general ? kAxis : kFreq, 0, frequencies, "the number of frequencies"},
     };
     for (Extent const& extent : extents) {
         int64_t const found = dims[extent.port].d[extent.axis];
@@ -165,8 +173,9 @@ class FopeRotary final : public IPluginV3,
                          public IPluginV3OneBuild,
                          public IPluginV3OneRuntime {
   public:
-    FopeRotary(Settings const& settings, std::string layer) : settings_(settings), layer_(std::move(layer)) {}
-    FopeRotary(FopeRotary const& other) : FopeRotary(other.settings_, other.layer_) {}
+    FopeRotary(Settings const& settings, std::string layer, bool general)
+        : settings_(settings), layer_(std::move(layer)), general_(general) {}
+    FopeRotary(FopeRotary const& other) : FopeRotary(other.settings_, other.layer_, other.general_) {}
 
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
         switch (type) {
@@ -180,9 +189,9 @@ class FopeRotary final : public IPluginV3,
     IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
 
     char const* getPluginName() const noexcept override { return kName; }
-    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginVersion() const noexcept override { return kVersions[general_]; }
     char const* getPluginNamespace() const noexcept override { return kNamespace; }
-    char const* getTimingCacheID() noexcept override { return kVersion; }
+    char const* getTimingCacheID() noexcept override { return kVersions[general_]; }
     int32_t getNbOutputs() const noexcept override { return kOutputs; }
 
     int32_t getOutputDataTypes(DataType* out, int32_t outputs, DataType const* in,
@@ -202,11 +211,12 @@ class FopeRotary final : public IPluginV3,
 
     bool supportsFormatCombination(int32_t port, DynamicPluginTensorDesc const* ports, int32_t inputs,
                                    int32_t outputs) noexcept override {
-        if (inputs != kInputs || outputs != kOutputs || ports[port].desc.format != TensorFormat::kLINEAR) return false;
+        if (inputs != inputs_of(general_) || outputs != kOutputs || ports[port].desc.format != TensorFormat::kLINEAR) return false;
         DataType const type = ports[port].desc.type;
+        if (port == kAxis && general_) return type == DataType::kINT64;
         switch (port) {
         case kQ: return onnx_type(type) != 0;
-        case kPositions: return type == DataType::kINT64;
+        case kPositions: return type == DataType::kINT64 || (general_ && type == DataType::kFLOAT);
         case kFreq:
         case kSin:
         case kCos: return type == DataType::kFLOAT;
@@ -216,27 +226,26 @@ class FopeRotary final : public IPluginV3,
 
     int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t inputs, DynamicPluginTensorDesc const*,
                             int32_t outputs) noexcept override {
-        Dims dims[kInputs];
+        Dims dims[kMost];
         if (!counted(inputs, outputs)) return -1;
-        for (int i = 0; i < kInputs; ++i) dims[i] = in[i].desc.dims;
+        for (int i = 0; i < inputs; ++i) dims[i] = in[i].desc.dims;
         return checked(dims);
     }
 
     int32_t onShapeChange(PluginTensorDesc const* in, int32_t inputs, PluginTensorDesc const*,
                           int32_t outputs) noexcept override {
-        Dims dims[kInputs];
+        Dims dims[kMost];
         if (!counted(inputs, outputs)) return -1;
-        for (int i = 0; i < kInputs; ++i) dims[i] = in[i].dims;
+        for (int i = 0; i < inputs; ++i) dims[i] = in[i].dims;
         return checked(dims);
     }
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs,
                     void* const* outputs, void*, cudaStream_t stream) noexcept override {
         Dims const &q = in[kQ].dims, &coef = in[kSin].dims;
-        FopeRotaryArguments arguments = {};
+        FopeRotaryGeneralArguments arguments = {};
         arguments.q = inputs[kQ];
         arguments.k = inputs[kK];
-        arguments.position_ids = static_cast<int64_t const*>(inputs[kPositions]);
         arguments.freq = static_cast<float const*>(inputs[kFreq]);
         arguments.sin_coef = static_cast<float const*>(inputs[kSin]);
         arguments.cos_coef = static_cast<float const*>(inputs[kCos]);
@@ -248,14 +257,14 @@ class FopeRotary final : public IPluginV3,
         arguments.head_dim = static_cast<int32_t>(q.d[3]);
         arguments.rotary_dim = settings_.rotary_dim;
         arguments.groups = static_cast<int32_t>(coef.d[0]);
-        arguments.frequencies = static_cast<int32_t>(coef.d[1]);
+        arguments.frequencies = static_cast<int32_t>(in[kFreq].dims.d[0]);
         arguments.pairs = static_cast<int32_t>(coef.d[2]);
         arguments.interleaved = settings_.interleaved;
         arguments.dtype = onnx_type(in[kQ].type);
         arguments.sin_pad = settings_.sin_pad;
         arguments.cos_pad = settings_.cos_pad;
         arguments.sign = settings_.sign;
-        int const code = fope_rotary_launch(&arguments, stream);
+        int const code = general_ ? launch_general(arguments, in, inputs, stream) : launch(arguments, inputs, stream);
         if (code < 0) report(layer_, "the kernel refuses its arguments: " + std::to_string(code) + ", see arguments.h");
         if (code > 0) report(layer_, std::string("no launch: ") + cudaGetErrorString(static_cast<cudaError_t>(code)));
         return code;
@@ -268,15 +277,29 @@ class FopeRotary final : public IPluginV3,
     }
 
   private:
+    static int launch(FopeRotaryArguments arguments, void const* const* inputs, cudaStream_t stream) {
+        arguments.position_ids = static_cast<int64_t const*>(inputs[kPositions]);
+        return fope_rotary_launch(&arguments, stream);
+    }
+
+    static int launch_general(FopeRotaryGeneralArguments arguments, PluginTensorDesc const* in,
+                              void const* const* inputs, cudaStream_t stream) {
+        arguments.positions = inputs[kPositions];
+        arguments.position_type = in[kPositions].type == DataType::kFLOAT ? 1 : 7;
+        arguments.axis = static_cast<int64_t const*>(inputs[kAxis]);
+        arguments.rows = static_cast<int32_t>(in[kSin].dims.d[1]);
+        return fope_rotary_launch_general(&arguments, stream);
+    }
+
     bool counted(int32_t inputs, int32_t outputs) const {
-        if (inputs == kInputs && outputs == kOutputs) return true;
+        if (inputs == inputs_of(general_) && outputs == kOutputs) return true;
         report(layer_, "the node has " + std::to_string(inputs) + " inputs and " + std::to_string(outputs) +
-                           " outputs, expected 6 and 2");
+                           " outputs, expected " + std::to_string(inputs_of(general_)) + " and 2");
         return false;
     }
 
     int32_t checked(Dims const* dims) const {
-        std::string const wrong = mismatch(dims, settings_);
+        std::string const wrong = mismatch(dims, settings_, general_);
         if (wrong.empty()) return 0;
         report(layer_, wrong);
         return -1;
@@ -284,14 +307,17 @@ class FopeRotary final : public IPluginV3,
 
     Settings settings_;
     std::string layer_;
+    bool general_;
     std::vector<PluginField> fields_; // owned here because TensorRT reads them after the call
     PluginFieldCollection collection_{};
 };
 
 class Creator final : public IPluginCreatorV3One {
   public:
+    explicit Creator(bool general) : general_(general) {}
+
     char const* getPluginName() const noexcept override { return kName; }
-    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginVersion() const noexcept override { return kVersions[general_]; }
     char const* getPluginNamespace() const noexcept override { return kNamespace; }
     PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
 
@@ -302,12 +328,13 @@ class Creator final : public IPluginCreatorV3One {
         for (Field const& field : kFields)
             if (wrong.empty()) wrong = read(field, *given, settings);
         if (wrong.empty()) wrong = fault(settings);
-        if (wrong.empty()) return new FopeRotary(settings, where);
+        if (wrong.empty()) return new FopeRotary(settings, where, general_);
         report(where, wrong);
         return nullptr;
     }
 
   private:
+    bool general_;
     std::vector<PluginField> fields_ = describe(nullptr);
     PluginFieldCollection collection_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
@@ -315,9 +342,9 @@ class Creator final : public IPluginCreatorV3One {
 } // namespace
 
 FOPE_ROTARY_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static Creator creator;
-    static IPluginCreatorInterface* const creators[] = {&creator};
-    count = 1;
+    static Creator plain(false), general(true);
+    static IPluginCreatorInterface* const creators[] = {&plain, &general};
+    count = 2;
     return creators;
 }
 

@@ -41,7 +41,8 @@ struct alignas(sizeof(T) * Size) Pack {
 };
 
 // The angle is by definition the rounded float32 product, so no compiler may keep it wider.
-FOPE_BOTH Turn wave(int64_t position, float freq) {
+template <typename Position>
+FOPE_BOTH Turn wave(Position position, float freq) {
     Turn turn;
 #ifdef __CUDA_ARCH__
     sincosf(__fmul_rn(static_cast<float>(position), freq), &turn.sin, &turn.cos);
@@ -51,6 +52,19 @@ FOPE_BOTH Turn wave(int64_t position, float freq) {
 #endif
     return turn;
 }
+
+// Where a token stands, for one frequency.
+FOPE_BOTH int64_t position(FopeRotaryArguments const& a, int64_t token, int) { return a.position_ids[token]; }
+
+FOPE_BOTH float position(FopeRotaryGeneralArguments const& a, int64_t token, int d) {
+    int64_t const place = a.axis[d] * a.tokens + token;
+    return a.position_type == 1 ? static_cast<float const*>(a.positions)[place]
+                                : static_cast<float>(static_cast<int64_t const*>(a.positions)[place]);
+}
+
+// Rows of coefficients.
+FOPE_BOTH int rows(FopeRotaryArguments const& a) { return a.frequencies; }
+FOPE_BOTH int rows(FopeRotaryGeneralArguments const& a) { return a.rows; }
 
 // Coefficients are read by every block and written by none.
 FOPE_BOTH float constant(float const* address) {
@@ -67,19 +81,19 @@ FOPE_BOTH int basis_size(int frequencies) { return (frequencies + kRun - 1) / kR
 // Turns of one row of the table, its last vector filled up.
 FOPE_BOTH int row_size(int pairs, int vector) { return (pairs + vector - 1) / vector * vector; }
 
-template <int Tile, int Vector>
+template <int Tile, int Vector, typename Arguments = FopeRotaryArguments>
 struct Block {
-    FopeRotaryArguments const& a;
+    Arguments const& a;
     int64_t first_token;
     int tokens, first_group, groups, row, stride;
     Basis<Tile>* basis; // [D], and room up to basis_size
     Turn* table;        // [tokens, groups, row]
 
-    static size_t shared_bytes(FopeRotaryArguments const& a, int chunk) {
+    static size_t shared_bytes(Arguments const& a, int chunk) {
         return sizeof(Basis<Tile>) * basis_size(a.frequencies) + sizeof(Turn) * Tile * chunk * row_size(a.pairs, Vector);
     }
 
-    FOPE_BOTH Block(FopeRotaryArguments const& arguments, int chunk, int64_t x, int y, void* shared)
+    FOPE_BOTH Block(Arguments const& arguments, int chunk, int64_t x, int y, void* shared)
         : a(arguments), first_token(x * Tile), first_group(y * chunk), row(row_size(a.pairs, Vector)),
           stride(row / Vector), basis(static_cast<Basis<Tile>*>(shared)),
           table(reinterpret_cast<Turn*>(basis + basis_size(a.frequencies))) {
@@ -101,7 +115,7 @@ struct Block {
     FOPE_BOTH void fill_basis(int thread, int threads) const {
         for (int i = thread; i < a.frequencies * Tile; i += threads) {
             int const d = i / Tile, token = i % Tile;
-            if (token < tokens) basis[d].at[token] = wave(a.position_ids[first_token + token], a.freq[d]);
+            if (token < tokens) basis[d].at[token] = wave(position(a, first_token + token, d), a.freq[d]);
         }
     }
 
@@ -109,8 +123,9 @@ struct Block {
     FOPE_BOTH void fill_table(int thread, int threads) const {
         for (int i = thread; i < groups * a.pairs; i += threads) {
             int const group = i / a.pairs, pair = i % a.pairs;
-            int64_t const first = static_cast<int64_t>(first_group + group) * a.frequencies * a.pairs + pair;
-            float const *cos_coef = a.cos_coef + first, *sin_coef = a.sin_coef + first;
+            int64_t const first = static_cast<int64_t>(first_group + group) * rows(a) * a.pairs + pair;
+            int const other = (rows(a) - a.frequencies) * a.pairs; // from one basis to the other; 0 without another
+            float const *cos_coef = a.cos_coef + first + other, *sin_coef = a.sin_coef + first;
             Basis<Tile> sum = {};
             for (int start = 0; start < a.frequencies; start += kRun) {
                 int const end = a.frequencies - start < kRun ? a.frequencies : start + kRun;
@@ -124,6 +139,13 @@ struct Block {
                     for (int t = 0; t < Tile; ++t) {
                         part.at[t].cos = fmaf(turns.at[t].cos, by_cos, part.at[t].cos);
                         part.at[t].sin = fmaf(turns.at[t].sin, by_sin, part.at[t].sin);
+                    }
+                    if (!other) continue;
+                    float const of_sin = constant(cos_coef + d * a.pairs - other);
+                    float const of_cos = constant(sin_coef + d * a.pairs + other);
+                    for (int t = 0; t < Tile; ++t) {
+                        part.at[t].cos = fmaf(turns.at[t].sin, of_sin, part.at[t].cos);
+                        part.at[t].sin = fmaf(turns.at[t].cos, of_cos, part.at[t].sin);
                     }
                 }
                 for (int t = 0; t < Tile; ++t) {

@@ -17,6 +17,7 @@ using namespace fope;
 struct Wanted {
     int tile, vector, threads, dtype;
     int tokens, heads, kv_heads, head_dim, rotary_dim, frequencies, pairs, groups, interleaved;
+    int axes; // 0 is the plain version; the general one has both bases
 };
 constexpr int kNumbers = sizeof(Wanted) / sizeof(int);
 constexpr int kRefused = 1, kDifferent = 2;
@@ -32,8 +33,8 @@ struct Shared {
     ~Shared() { pthread_barrier_destroy(&barrier); }
 };
 
-template <typename T, int Tile, int Vector>
-int run(FopeRotaryArguments const& a, Plan const& plan) {
+template <typename T, int Tile, int Vector, typename Arguments>
+int run(Arguments const& a, Plan const& plan) {
     std::deque<Shared> blocks;
     std::vector<std::thread> threads;
     for (int y = 0; y < plan.chunks; ++y) {
@@ -41,7 +42,7 @@ int run(FopeRotaryArguments const& a, Plan const& plan) {
             Shared& shared = blocks.emplace_back(plan.threads, plan.shared_bytes);
             for (int thread = 0; thread < plan.threads; ++thread)
                 threads.emplace_back([&a, &plan, &shared, x, y, thread] {
-                    Block<Tile, Vector> const block(a, plan.chunk, x, y, shared.memory.data());
+                    Block<Tile, Vector, Arguments> const block(a, plan.chunk, x, y, shared.memory.data());
                     block.template compute<T>(thread, plan.threads, [&] { pthread_barrier_wait(&shared.barrier); });
                 });
         }
@@ -57,29 +58,43 @@ std::vector<T> numbers(size_t count) {
     return made;
 }
 
+int host(FopeRotaryArguments const& a, Wanted const& w) { return fope_rotary_host(&a, w.tile, w.vector, w.threads); }
+
+int host(FopeRotaryGeneralArguments const& a, Wanted const& w) {
+    return fope_rotary_host_general(&a, w.tile, w.vector, w.threads);
+}
+
 // Once with real threads and once with one after the other; the results must be the same.
-template <typename T>
-int compare(Wanted const& w) {
+template <typename T, typename Arguments>
+int compare(Arguments a, Wanted const& w) {
     size_t const q_size = static_cast<size_t>(w.tokens) * w.heads * w.head_dim;
     size_t const k_size = static_cast<size_t>(w.tokens) * w.kv_heads * w.head_dim;
     std::vector<T> const q = numbers<T>(q_size), k = numbers<T>(k_size);
     std::vector<T> q_met(q_size), k_met(k_size), q_alone(q_size), k_alone(k_size);
-    std::vector<int64_t> positions(w.tokens);
-    for (int i = 0; i < w.tokens; ++i) positions[i] = 3 * i;
-    std::vector<float> const freq = numbers<float>(w.frequencies);
-    std::vector<float> const coef = numbers<float>(static_cast<size_t>(w.groups) * w.frequencies * w.pairs);
-    FopeRotaryArguments a = {
-        q.data(), k.data(), positions.data(), freq.data(), coef.data(), coef.data(), q_met.data(), k_met.data(),
-        w.tokens, w.heads, w.kv_heads, w.head_dim, w.rotary_dim, w.frequencies, w.pairs, w.groups, w.interleaved,
-        w.dtype, 0.5F, 0.25F, -1.0F};
+    a.q = q.data(), a.k = k.data(), a.q_rotated = q_met.data(), a.k_rotated = k_met.data();
     Plan plan;
     if (choose(a, plan, w.tile, w.vector, w.threads)) return kRefused;
     dispatch(w.dtype, plan, [&](auto c) { return run<typename decltype(c)::T, c.Tile, c.Vector>(a, plan); });
     a.q_rotated = q_alone.data(), a.k_rotated = k_alone.data();
-    if (fope_rotary_host(&a, w.tile, w.vector, w.threads)) return kRefused;
+    if (host(a, w)) return kRefused;
     bool const same = !std::memcmp(q_met.data(), q_alone.data(), q_size * sizeof(T)) &&
                       !std::memcmp(k_met.data(), k_alone.data(), k_size * sizeof(T));
     return same ? 0 : kDifferent;
+}
+
+template <typename T>
+int compare(Wanted const& w) {
+    std::vector<int64_t> positions(static_cast<size_t>(w.tokens) * (w.axes ? w.axes : 1)), axis(w.frequencies);
+    for (size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<int64_t>(3 * i);
+    for (int d = 0; d < w.frequencies && w.axes; ++d) axis[d] = d % w.axes;
+    std::vector<float> const freq = numbers<float>(w.frequencies);
+    std::vector<float> const coef = numbers<float>(2 * static_cast<size_t>(w.groups) * w.frequencies * w.pairs);
+    FopeRotaryArguments const plain = {
+        nullptr, nullptr, positions.data(), freq.data(), coef.data(), coef.data(), nullptr, nullptr,
+        w.tokens, w.heads, w.kv_heads, w.head_dim, w.rotary_dim, w.frequencies, w.pairs, w.groups, w.interleaved,
+        w.dtype, 0.5F, 0.25F, -1.0F};
+    if (!w.axes) return compare<T>(plain, w);
+    return compare<T>(FopeRotaryGeneralArguments{plain, positions.data(), axis.data(), 2 * w.frequencies, kInt64}, w);
 }
 
 } // namespace

@@ -72,6 +72,14 @@ class Case:
     last: int | None = 1_000_000  # positions are drawn up to it; None counts from 0 in every row
     shift: int = 0  # elements between an aligned address and the outputs
     rotary_dim: int | None = None  # channels of a head that form pairs; None is all
+    axes: int = 1  # of positions; frequencies take them by turns
+    bases: int = 1  # that each series is a mixture of
+    whole: bool = True  # positions, or float32 between the whole ones
+
+    @property
+    def general(self) -> bool:
+        """Whether only the general version computes it."""
+        return self.axes > 1 or self.bases > 1 or not self.whole
 
     @property
     def rotary(self) -> int:
@@ -87,6 +95,8 @@ class Case:
         last = "counted" if self.last is None else f"to {self.last}"
         kind = "fope" if self.mixing else "rope"
         turning = f"R{self.rotary} {pairing} sign {self.sign:g} {pads}"
+        if self.general:
+            turning += f" axes {self.axes} bases {self.bases} {'whole' if self.whole else 'float'}"
         return f"{self.kind} {kind} {self.shape} {turning} {last} shift {self.shift}"
 
 
@@ -106,12 +116,13 @@ class Call:
     freq: Tensor
     sin_coef: Tensor
     cos_coef: Tensor
+    axis: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """What the operator takes, in the contract's order, without the precision of the rotation."""
         case, tensors = self.case, (self.q, self.k, self.position_ids, self.freq, self.sin_coef, self.cos_coef)
-        return *tensors, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
+        return *tensors, self.axis, case.sin_pad, case.cos_pad, case.sign, case.interleaved, case.rotary
 
     def tokens(self, size: int) -> Iterator[slice]:
         """Pieces of S that keep B * S at about `size`."""
@@ -120,13 +131,17 @@ class Call:
 
 
 def positions(case: Case, device: torch.device) -> Tensor:
-    """int64 [B, S], ascending or drawn; drawn ones hold 0 and the last."""
-    size = case.shape.B, case.shape.S
+    """[B, S], or [A, B, S] with several axes: int64, ascending or drawn; drawn ones hold 0 and the last. Or float32,
+    between -1000 and 1000.
+    """
+    size = (*([case.axes] if case.axes > 1 else []), case.shape.B, case.shape.S)
+    if not case.whole:
+        return 2000 * torch.rand(size, generator=torch.Generator(device).manual_seed(5), device=device) - 1000
     if case.last is None:
-        return torch.arange(size[1], device=device).expand(size).contiguous()
+        return torch.arange(size[-1], device=device).expand(size).contiguous()
     generator = torch.Generator(device).manual_seed(5)
     drawn = torch.randint(0, case.last + 1, size, generator=generator, device=device)
-    drawn[0, 0], drawn[-1, -1] = 0, case.last
+    drawn.view(-1)[0], drawn.view(-1)[-1] = 0, case.last
     return drawn
 
 
@@ -142,7 +157,12 @@ def make(case: Case, device: torch.device) -> Call:
     eye = torch.eye(D, F, device=device).expand(G, D, F)
     sin_coef, cos_coef = (eye + 0.3 * normal(G, D, F) if case.mixing else eye.contiguous() for _ in range(2))
     q, k = (normal(B, S, heads, E, dtype=case.dtype) for heads in (H, K))
-    return Call(case, q, k, positions(case, device), freq, sin_coef, cos_coef)
+    if case.bases > 1:
+        sin_coef, cos_coef = (
+            torch.cat(both, dim=1) for both in ((sin_coef, 0.3 * normal(G, D, F)), (0.3 * normal(G, D, F), cos_coef))
+        )
+    axis = torch.arange(D, device=device) % case.axes if case.axes > 1 else None
+    return Call(case, q, k, positions(case, device), freq, sin_coef, cos_coef, axis)
 
 
 def split(x: Tensor, groups: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -159,17 +179,29 @@ def join(left: Tensor, right: Tensor, interleaved: bool) -> Tensor:
     return pairs.flatten(2, 3)
 
 
-def series(call: Call, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, C, and the sums of their terms' sizes, each [B, S, G, 1, R / 2] in float64.
-
-    The angle is by definition the rounded float32 product.
+def bases(
+    position_ids: Tensor, freq: Tensor, axis: Tensor | None, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What sine and cosine are mixtures of, each [B, S, J], J being the rows of coefficients: one basis or both. The
+    angle is by definition the rounded float32 product.
     """
-    case, angles = call.case, (position_ids.float()[..., None] * call.freq).double()
+    places = position_ids.float()
+    each = places[..., None] if axis is None else places[axis].permute(1, 2, 0)
+    angles = (each * freq).to(dtype)
+    sines, cosines = angles.sin(), angles.cos()
+    if rows == len(freq):
+        return sines, cosines
+    both = torch.cat((sines, cosines), dim=-1)
+    return both, both
+
+
+def series(call: Call, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S, C, and the sums of their terms' sizes, each [B, S, G, 1, R / 2] in float64."""
+    case = call.case
+    waves = bases(position_ids, call.freq, call.axis, call.sin_coef.shape[1], torch.float64)
+    coefs = (call.sin_coef.double(), case.sin_pad), (call.cos_coef.double(), case.cos_pad)
     sums = []
-    for basis, coef, pad in (
-        (angles.sin(), call.sin_coef.double(), case.sin_pad),
-        (angles.cos(), call.cos_coef.double(), case.cos_pad),
-    ):
+    for basis, (coef, pad) in zip(waves, coefs, strict=True):
         for terms, factors, rest in ((basis, coef, pad), (basis.abs(), coef.abs(), abs(pad))):
             table = torch.einsum("bsd,gdf->bsgf", terms, factors)
             missing = case.rotary // 2 - case.shape.F
@@ -196,7 +228,7 @@ def worst(call: Call, outputs: tuple[Tensor, Tensor]) -> float:
     errors = []
     for part in call.tokens(CHUNK):
         for x, got in zip((call.q, call.k), outputs, strict=True):
-            wanted, size = define(call, x[:, part], call.position_ids[:, part])
+            wanted, size = define(call, x[:, part], call.position_ids[..., part])
             ulp = KINDS[call.case.kind].spacing(size)
             errors.append(((got[:, part].double() - wanted).abs() / ulp).max())
     return float(torch.stack(errors).max())
@@ -268,6 +300,20 @@ CONTROLS: dict[str, Callable[[Call], Call]] = {
     "groups reversed": lambda call: replace(call, sin_coef=call.sin_coef.flip(0).contiguous()),
 }
 """Wrong calls. A check that lets one pass proves nothing."""
+
+
+def _one_basis(call: Call) -> Call:
+    count, sin_coef = len(call.freq), call.sin_coef.clone()
+    sin_coef[:, count:] = 0
+    return replace(call, sin_coef=sin_coef)
+
+
+GENERAL_CONTROLS: dict[str, Callable[[Call], Call]] = {
+    "axes swapped": lambda call: replace(call, position_ids=call.position_ids.flip(0).contiguous()),
+    "phases dropped": _one_basis,
+    "positions rounded": lambda call: replace(call, position_ids=call.position_ids.round()),
+}
+"""The same of what only the general version computes."""
 CONTROLLED = Shape(2, 63, 12, 6, 48, 11, 19, 3)
 ODD = (
     Shape(1, 1, 1, 1, 2, 1, 1, 1),
@@ -292,6 +338,8 @@ SETTINGS: tuple[dict[str, float], ...] = (
     {"sign": -1.0, "sin_pad": 0.25, "cos_pad": -3.0},
     {"sin_pad": 0.0},
 )
+GENERAL = ((3, 1, True), (1, 2, True), (1, 1, False), (2, 2, False))
+"""Axes, bases, and whether positions are whole."""
 LONG = Case(Shape(1, 32_768, 32, 8, 128, 31, 31, 8))
 BEYOND_32_BITS = Case(Shape(1, 530_000, 32, 4, 128, 31, 31, 4))  # q has more than 2 ** 31 elements
 
@@ -316,4 +364,8 @@ def cases(*, quick: bool) -> list[Case]:
             ((REAL[0], 32), (REAL[1], 64), (REAL[3], 62), (ODD[1], 10)), kinds, pairings
         )
     ]
-    return [*odd, *real, *plain, *unaligned, *partial]
+    general = [
+        Case(shape, kind, axes=axes, bases=count, whole=whole, sign=-1.0, interleaved=whole)
+        for shape, kind, (axes, count, whole) in product((*ODD[1:4], *REAL[1:]), kinds, GENERAL)
+    ]
+    return [*odd, *real, *plain, *unaligned, *partial, *general]

@@ -30,8 +30,8 @@ def _run(plan: Path, plugin: Path | None) -> dict[str, Any]:
     trt = api.load("tensorrt-rtx")
     log = api.make_log(trt)
     if plugin:
-        names = {"name": contract.NAME, "version": str(contract.VERSION), "namespace": contract.DOMAIN}
-        api.load_plugin(trt, plugin, log, **names)
+        versions = map(str, contract.VERSIONS)
+        api.load_plugin(trt, plugin, log, name=contract.NAME, versions=versions, namespace=contract.DOMAIN)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = True  # the plan may carry the plugin
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())

@@ -25,11 +25,11 @@ FLAGS = ("-O3", "-std=c++17", "--cudart", "static", f"-I{compiling.SOURCES}")
 LIBRARY = ("-shared", "-Xcompiler", "-fPIC")
 
 
-def fields(header: str) -> list[tuple[str, Any]]:
-    """Names and C types of the struct's members, as arguments.h declares them."""
-    body = re.search(r"struct FopeRotaryArguments \{(.*?)\n\};", header, re.DOTALL)
+def fields(header: str, name: str) -> list[tuple[str, Any]]:
+    """Names and C types of the members of a struct, as arguments.h declares them; without those that it inherits."""
+    body = re.search(rf"struct {name}(?: : \w+)? \{{(.*?)\n\}};", header, re.DOTALL)
     if body is None:
-        raise BackendError("arguments.h declares no FopeRotaryArguments", hint="Bring library.py up to date with it.")
+        raise BackendError(f"arguments.h declares no {name}", hint="Bring library.py up to date with it.")
     members = re.findall(r"^\s*([^/\n]*?)\s*(\w+);", body.group(1), re.MULTILINE)
     return [(name, ctypes.c_void_p if "*" in kind else CTYPES[kind]) for kind, name in members]
 
@@ -37,7 +37,13 @@ def fields(header: str) -> list[tuple[str, Any]]:
 class Arguments(ctypes.Structure):
     """FopeRotaryArguments of arguments.h."""
 
-    _fields_ = tuple(fields(HEADER))
+    _fields_ = tuple(fields(HEADER, "FopeRotaryArguments"))
+
+
+class GeneralArguments(Arguments):
+    """FopeRotaryGeneralArguments of arguments.h."""
+
+    _fields_ = tuple(fields(HEADER, "FopeRotaryGeneralArguments"))
 
 
 def arguments(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> Arguments:
@@ -46,11 +52,20 @@ def arguments(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> Arguments:
     tensors = {name: getattr(call, name) for name in names} | {"q_rotated": q_rotated, "k_rotated": k_rotated}
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     values = {name: tensor.data_ptr() for name, tensor in tensors.items()} | {
-        "tokens": call.position_ids.numel(), "heads": shape.H, "kv_heads": shape.K, "head_dim": shape.E,
+        "tokens": shape.B * shape.S, "heads": shape.H, "kv_heads": shape.K, "head_dim": shape.E,
         "rotary_dim": case.rotary,
         "frequencies": shape.D, "pairs": shape.F, "groups": shape.G, "interleaved": case.interleaved,
         "dtype": KINDS[case.kind].onnx, "sin_pad": case.sin_pad, "cos_pad": case.cos_pad, "sign": case.sign,
     }  # fmt: skip
+    if case.general:
+        axis = torch.zeros_like(call.freq, dtype=torch.int64) if call.axis is None else call.axis
+        more = {
+            "positions": call.position_ids.data_ptr(), "axis": axis.data_ptr(), "rows": call.sin_coef.shape[1],
+            "position_type": 7 if case.whole else 1,
+        }  # fmt: skip
+        made = GeneralArguments(**values | more)
+        made.kept = axis  # its memory lives as long as the arguments
+        return made
     declared = {field[0] for field in Arguments._fields_}
     if declared != values.keys():
         raise BackendError(
@@ -82,10 +97,11 @@ class Compiled:
     planned_fault: str
 
     def launch(self) -> Launch:
-        function = ctypes.CDLL(str(self.kernel)).fope_rotary_launch
+        library = ctypes.CDLL(str(self.kernel))
 
         def launch(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> None:
-            succeed(function(ctypes.byref(arguments(call, q_rotated, k_rotated)), stream()), "fope_rotary_launch")
+            function = library.fope_rotary_launch_general if call.case.general else library.fope_rotary_launch
+            succeed(function(ctypes.byref(arguments(call, q_rotated, k_rotated)), stream()), function.__name__)
 
         return launch
 
@@ -139,9 +155,10 @@ def _if_possible(job: Callable[[], Path]) -> tuple[Path | None, str]:
 
 def compile_host(toolchain: compiling.Toolchain, folder: Path) -> Launch:
     """The kernel's code on the CPU, for the dry run."""
-    function = ctypes.CDLL(str(compiling.build(compiling.HOST, toolchain, cache=folder))).fope_rotary_host
+    library = ctypes.CDLL(str(compiling.build(compiling.HOST, toolchain, cache=folder)))
 
     def launch(call: Call, q_rotated: Tensor, k_rotated: Tensor) -> None:
-        succeed(function(ctypes.byref(arguments(call, q_rotated, k_rotated)), 0, 0, 0), "fope_rotary_host")
+        function = library.fope_rotary_host_general if call.case.general else library.fope_rotary_host
+        succeed(function(ctypes.byref(arguments(call, q_rotated, k_rotated)), 0, 0, 0), function.__name__)
 
     return launch

@@ -2,13 +2,27 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_suite.cases import CONTROLLED, CONTROLS, KINDS, ULPS, Call, Case, Finding, Launch, check, define, make
+from gpu_suite.cases import (
+    CONTROLLED,
+    CONTROLS,
+    GENERAL_CONTROLS,
+    KINDS,
+    ULPS,
+    Call,
+    Case,
+    Finding,
+    Launch,
+    check,
+    define,
+    make,
+)
 
 PLANS = ((1, 0, 0), (4, 0, 0), (8, 0, 0), (1, 1, 32), (4, 1, 96), (8, 1, 256))
 PLANNED = (CONTROLLED, CONTROLLED._replace(E=128, D=31, F=31))
@@ -56,8 +70,10 @@ def controlled(launch: Launch, device: torch.device) -> list[Finding]:
     findings = []
     for kind in KINDS:
         call = make(Case(WRONG.shape, kind, sin_pad=WRONG.sin_pad), device)
-        for name, spoil in CONTROLS.items():
-            findings.append(check(launch, call, spoil(call), name=f"{kind}: {name}"))
+        general = make(replace(call.case, axes=3, bases=2, whole=False), device)
+        for right, wrong in ((call, CONTROLS), (general, GENERAL_CONTROLS)):
+            for name, spoil in wrong.items():
+                findings.append(check(launch, right, spoil(right), name=f"{kind}: {name}"))
         findings.append(check(lambda *_: None, call, name=f"{kind}: nothing written"))
         findings.append(check(_beyond(launch), call, name=f"{kind}: one element too many"))
     return findings
@@ -81,10 +97,14 @@ def against_reference(device: torch.device) -> str:
     except ImportError as missing:
         return f"not compared: {missing}"
     gaps = []
-    for interleaved, sign in ((False, 1), (True, -1)):
-        call = make(Case(CONTROLLED, "fp32", interleaved=interleaved, sign=sign, sin_pad=0.25), device)
+    plain = Case(CONTROLLED, "fp32", sin_pad=0.25)
+    for case in (plain, replace(plain, interleaved=True, sign=-1), replace(plain, axes=3, bases=2, whole=False)):
+        call = make(case, device)
         freq, sin_coef, cos_coef = (t.cpu().numpy() for t in (call.freq, call.sin_coef, call.cos_coef))
-        fields = {"sin_pad": 0.25, "sign": sign, "pairing": "interleaved" if interleaved else "half"}
+        fields = {
+            "sin_pad": 0.25, "sign": int(case.sign), "pairing": "interleaved" if case.interleaved else "half",
+            "axes": case.axes, "bases": case.bases, "axis": () if call.axis is None else tuple(call.axis.tolist()),
+        }  # fmt: skip
         spectrum = Spectrum.fope(freq, sin_coef, cos_coef, call.case.shape.E, **fields)
         for x in (call.q, call.k):
             wanted = torch.from_numpy(reference.rotate(spectrum, x.cpu().numpy(), call.position_ids.cpu().numpy()))

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gpu_suite.cases import Call, join, rope, split
+from gpu_suite.cases import Call, bases, join, rope, split
 
 Outputs = tuple[Tensor, Tensor]
 
@@ -26,12 +26,13 @@ def compiled() -> Callable[[Call], Outputs]:
 
 def _rotate(
     q: Tensor, k: Tensor, position_ids: Tensor, freq: Tensor, sin_coef: Tensor, cos_coef: Tensor,
+    axis: Tensor | None,
     sin_pad: float, cos_pad: float, sign: float, interleaved: bool, rotary_dim: int,
 ) -> Outputs:  # fmt: skip
     groups, count, pairs = sin_coef.shape
-    angles = position_ids.float()[..., None] * freq
+    waves = bases(position_ids, freq, axis, count, torch.float32)
     tables = []
-    for basis, coef, pad in ((angles.sin(), sin_coef, sin_pad), (angles.cos(), cos_coef, cos_pad)):
+    for basis, (coef, pad) in zip(waves, ((sin_coef, sin_pad), (cos_coef, cos_pad)), strict=True):
         table = basis @ coef.transpose(0, 1).reshape(count, groups * pairs)
         missing = rotary_dim // 2 - pairs
         tables.append(torch.nn.functional.pad(table.unflatten(-1, (groups, pairs)), (0, missing), value=pad))

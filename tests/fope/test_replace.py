@@ -1,16 +1,21 @@
 """Replacing somebody else's rotation: what computes the same takes its place, what does not is refused by its path."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, apply_rotary_pos_emb
 
 from fope_export.errors import ConfigError
+from fope_export.fope import frequencies
 from fope_export.fope.replace import replace_rotary
 from fope_export.fope.rotary import FopeRotary
+from fope_export.fope.spectrum import Spectrum
 
 HEADS, WIDTH = 2, 16
 ROTARY = FopeRotary.create(
@@ -215,6 +220,52 @@ def attention(rotary: FopeRotary, x: Tensor, cos: Tensor) -> Tensor:
     q = x.unflatten(-1, (HEADS, WIDTH))
     turned: Tensor = rotary(q, q, torch.arange(x.shape[1]).expand(len(x), -1))[0]
     return turned.flatten(2)
+
+
+class Visual(nn.Module):
+    """Qwen3-VL's rotation, by its own code, with as many pairs as a head has."""
+
+    sections = (4, 2, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        scaling = {"rope_type": "default", "mrope_section": [*self.sections]}
+        config = Qwen3VLTextConfig(head_dim=WIDTH, hidden_size=HEADS * WIDTH, rope_theta=1e4, rope_scaling=scaling)
+        self.angles = Qwen3VLTextRotaryEmbedding(config)
+
+    def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, *self.angles(q, position_ids))
+        return turned
+
+
+def visual(axis: tuple[int, ...]) -> Callable[[nn.Module], nn.Module]:
+    """Makes our own with such an axis."""
+    plain = Spectrum.rope(frequencies.exponential(1e4, WIDTH).numpy(), WIDTH)
+    config = msgspec.structs.replace(plain.config, axes=3, axis=axis)
+
+    class Ours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rotary = FopeRotary.from_spectrum(replace(plain, config=config))
+
+        def forward(self, q: Tensor, k: Tensor, position_ids: Tensor) -> Any:
+            q, k = self.rotary(q.transpose(1, 2), k.transpose(1, 2), position_ids)
+            return q.transpose(1, 2), k.transpose(1, 2)
+
+    return lambda part: Ours()
+
+
+def test_several_axes_take_the_place_of_qwens() -> None:
+    """With what transformers computes; swapped ones, one axis and sections in the place of turns are refused."""
+    by_turns, count = frequencies.axis_by_turns(Visual.sections, WIDTH // 2), WIDTH // 2
+    assert by_turns == (0, 1, 2, 0, 1, 2, 0, 0)
+    assert replace_rotary(around(Visual()), Visual, visual(by_turns)) == 1
+    sections = frequencies.axis_in_sections(Visual.sections)
+    assert sections == (0, 0, 0, 0, 1, 1, 2, 2)
+    swapped = tuple((0, 2, 1)[axis] for axis in by_turns)
+    for wrong in (sections, swapped, (0,) * count):
+        with pytest.raises(ConfigError, match="what replaces Visual is not the same"):
+            replace_rotary(around(Visual()), Visual, visual(wrong))
 
 
 X = torch.randn(2, 9, HEADS * WIDTH, generator=torch.Generator().manual_seed(1))

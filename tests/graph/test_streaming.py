@@ -1,10 +1,13 @@
 """Export without the model in memory: piece by piece, with the same bytes, and the same refusals."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +16,8 @@ from torch import Tensor
 from fope_export.config import ExportConfig
 from fope_export.errors import CheckpointError, ExportError
 from fope_export.graph.export import export
-from fope_export.hashing import HashedFile, Hashing
+from fope_export.graph.streaming import one_ahead
+from fope_export.hashing import BLOCK, HashedFile, Hashing
 from fope_export.model import assembly
 from fope_export.model.assembly import Weights
 from fope_export.model.checkpoint import load_checkpoint, open_checkpoint
@@ -125,5 +129,45 @@ def test_hashes_of_what_is_read_and_of_what_is_written(tmp_path: Path) -> None:
     assert file.hexdigest() == wanted and file.size == (tmp_path / "one").stat().st_size
     with Hashing([tmp_path / "one"]) as hashes:
         assert hashes() == {"one": wanted}
-    with Hashing([tmp_path / "two"]) as hashes, pytest.raises(FileNotFoundError):
-        hashes()
+    with pytest.raises(FileNotFoundError), Hashing([tmp_path / "two"]):
+        pass
+
+
+def test_hashing_stays_a_little_ahead_and_ends_with_its_block(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(10 * BLOCK))
+    with Hashing([tmp_path / "file"], ahead=BLOCK) as hashes:
+        for done in (0, 2, 5):
+            hashes.follow(done, 10)
+            assert read_by(hashes, (done + 1) * BLOCK) == (done + 1) * BLOCK
+        assert hashes() == {"file": hashlib.sha256(bytes(10 * BLOCK)).hexdigest()}
+    with Hashing([tmp_path / "file"], ahead=BLOCK) as hashes:
+        read_by(hashes, BLOCK)
+    assert hashes.read == BLOCK
+
+
+def read_by(hashes: Hashing, least: int) -> int:
+    """What was read a moment after it is as much."""
+    deadline = time.monotonic() + 10
+    while hashes.read < least and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    return hashes.read
+
+
+def test_one_tensor_is_made_ahead_and_no_more() -> None:
+    made = list[int]()
+
+    def lazy(number: int) -> ir.LazyTensor:
+        def make() -> ir.TensorProtocol:
+            made.append(number)
+            return ir.Tensor(np.full(3, number, np.float32))
+
+        return ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape([3]), name=str(number))
+
+    plain = ir.Tensor(np.zeros(3, np.float32))
+    tensors = one_ahead([lazy(0), lazy(1), plain, lazy(3), lazy(4)])
+    for place, number in enumerate((0, 1, 0, 3, 4)):
+        assert next(tensors).numpy()[0] == number
+        time.sleep(0.05)
+        assert max(made) <= place + 1
+    assert made == [0, 1, 3, 4] and not [*tensors] and not [*one_ahead([])]

@@ -54,9 +54,14 @@ def coefficients(freq: Tensor, pairs: int | None = None, groups: int = KV_HEADS)
     return [eye + 0.3 * torch.rand(groups, *eye.shape, generator=generator) for _ in range(2)]
 
 
-def tables(freq: Tensor, sin_coef: Tensor, cos_coef: Tensor, *, scale: float = 1.0, sin_pad: float = 1.0) -> Tables:
-    """What all of them do once frequencies are known: mix, pad, and multiply by the scale of attention."""
-    angles = torch.arange(IDS.shape[1]).float()[:, None] * freq
+def tables(
+    freq: Tensor, sin_coef: Tensor, cos_coef: Tensor, *, scale: float = 1.0, sin_pad: float = 1.0,
+    angles: Tensor | None = None,
+) -> Tables:  # fmt: skip
+    """What all of them do once frequencies are known: mix, pad, and multiply by the scale of attention. The angles
+    [S, D] are those of tokens one after the other, where no others are given.
+    """
+    angles = torch.arange(IDS.shape[1]).float()[:, None] * freq if angles is None else angles
     made = []
     for wave, coef, pad in ((angles.sin(), sin_coef, sin_pad), (angles.cos(), cos_coef, 1.0)):
         mixed = torch.einsum("td,gdf->gtf", wave, coef)

@@ -1,5 +1,6 @@
 """Every implementation in docs/checkpoints.md: its logits, and that a planted deviation is refused."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +141,25 @@ def test_experts_that_are_saved_fused(tmp_path: Path) -> None:
     config["rope_parameters"] = {"full_attention": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}}
     got = load_checkpoint(write(tmp_path / "fused", config, tensors)).model.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_a_router_that_does_not_normalize_is_refused_where_the_code_always_does(tmp_path: Path) -> None:
+    folder, _ = qwen3_vl_moe(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["norm_topk_prob"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FopeError, match="whose code always normalizes"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stored_frequencies_are_held_as_far_as_their_dtype_goes(dtype: torch.dtype, tmp_path: Path) -> None:
+    config, tensors = config_of("intern_dense"), tensors_of("intern_dense")
+    freq = load_checkpoint(write(tmp_path / "plain", config, tensors)).model.attentions()[0].rotary.freq.clone()
+    for i, stored in enumerate((freq, freq * 1.02)):
+        folder = write(tmp_path / str(i), config, tensors | {"model.rotary_emb.inv_freq": stored.to(dtype)})
+        if i == 0:
+            load_checkpoint(folder)
+        else:
+            with pytest.raises(FopeError, match="inv_freq is not what the configuration gives"):
+                load_checkpoint(folder)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from gpu_suite.cases import Shape
-from gpu_suite.library import Arguments
+from gpu_suite.library import Arguments, GeneralArguments
 
 from fope_export.fope import reference
 from fope_export.fope.spectrum import Spectrum
@@ -70,21 +70,37 @@ class Call:
     k: np.ndarray
     position_ids: np.ndarray
 
+    @property
+    def general(self) -> bool:
+        """Whether only the general version takes it."""
+        c = self.spectrum.config
+        return c.axes > 1 or c.bases > 1 or self.position_ids.dtype != np.int64
+
 
 def spectrum(shape: Shape, **fields: Any) -> Spectrum:
+    """With coefficients near the identity, those of another basis near 0; where there are axes, they take turns."""
+    if fields.get("axes", 1) > 1:
+        fields = {"axis": tuple(d % fields["axes"] for d in range(shape.D))} | fields
     rng = np.random.default_rng(3)
     freq = np.sort(rng.uniform(1e-3, 1, shape.D).astype(np.float32))[::-1].copy()
     sin_coef, cos_coef = (
         (np.eye(shape.D, shape.F) + 0.3 * rng.standard_normal((shape.G, shape.D, shape.F))).astype(np.float32)
         for _ in range(2)
     )
+    if fields.get("bases", 1) > 1:
+        more = (0.3 * rng.standard_normal((2, *sin_coef.shape))).astype(np.float32)
+        sin_coef, cos_coef = np.concatenate((sin_coef, more[0]), axis=1), np.concatenate((more[1], cos_coef), axis=1)
     return Spectrum.fope(freq, sin_coef, cos_coef, shape.E, **fields)
 
 
-def make(shape: Shape, kind: Kind, numbers: Spectrum) -> Call:
+def make(shape: Shape, kind: Kind, numbers: Spectrum, *, whole: bool = True) -> Call:
+    """At positions [B, S], or [A, B, S] where the spectrum has several axes."""
     rng = np.random.default_rng(4)
-    position_ids = rng.integers(0, 1_000_001, (shape.B, shape.S))
+    axes = (numbers.config.axes,) if numbers.config.axes > 1 else ()
+    position_ids = rng.integers(0, 1_000_001, (*axes, shape.B, shape.S))
     position_ids.flat[0], position_ids.flat[-1] = 0, 1_000_000
+    if not whole:
+        position_ids = rng.uniform(-1000, 1000, position_ids.shape).astype(np.float32)
     sizes = (shape.B, shape.S, shape.H, shape.E), (shape.B, shape.S, shape.K, shape.E)
     q, k = (rng.standard_normal(size).astype(kind.numpy) for size in sizes)
     return Call(numbers, kind, q, k, position_ids)
@@ -105,19 +121,32 @@ class Fenced:
         assert np.isfinite(self.value.astype(np.float32)).all()
 
 
-def arguments(call: Call, outputs: tuple[Fenced, Fenced]) -> Arguments:
+ONNX = {"float32": 1, "int64": 7}
+"""Numbers of positions' types."""
+
+
+def arguments(call: Call, outputs: tuple[Fenced, Fenced], *, general: bool = False) -> Arguments:
     numbers, c = call.spectrum, call.spectrum.config
     tensors = (call.q, call.k, call.position_ids, numbers.freq, numbers.sin_coef, numbers.cos_coef)
     addresses = [t.ctypes.data for t in (*tensors, *(output.value for output in outputs))]
-    return Arguments(
-        *addresses, call.position_ids.size, call.q.shape[2], call.k.shape[2], c.head_dim, c.rotary_dim, c.frequencies,
-        c.pairs, c.groups, c.pairing == "interleaved", call.kind.onnx, c.sin_pad, c.cos_pad, c.sign,
+    plain = (
+        *addresses, call.q.shape[0] * call.q.shape[1], call.q.shape[2], call.k.shape[2], c.head_dim, c.rotary_dim,
+        c.frequencies, c.pairs, c.groups, c.pairing == "interleaved", call.kind.onnx, c.sin_pad, c.cos_pad, c.sign,
     )  # fmt: skip
+    if not general:
+        return Arguments(*plain)
+    axis = np.array(c.axis or [0] * c.frequencies, np.int64)
+    made = GeneralArguments(
+        *plain, call.position_ids.ctypes.data, axis.ctypes.data, c.rows, ONNX[call.position_ids.dtype.name]
+    )
+    made.position_ids, made.kept = None, axis  # the memory lives as long as the arguments
+    return made
 
 
 def run(library: ctypes.CDLL, call: Call, *plan: int, shift: int = 0) -> list[np.ndarray]:
     outputs = Fenced(call.q, shift), Fenced(call.k, shift)
-    assert library.fope_rotary_host(ctypes.byref(arguments(call, outputs)), *plan) == 0
+    function = library.fope_rotary_host_general if call.general else library.fope_rotary_host
+    assert function(ctypes.byref(arguments(call, outputs, general=call.general)), *plan) == 0
     for output in outputs:
         output.check()
     return [output.value for output in outputs]
@@ -166,11 +195,26 @@ REFUSALS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def code_of(function: Any, changes: dict[str, Any], *plan: Any) -> int:
+GENERAL_REFUSALS: dict[str, tuple[dict[str, Any], int]] = {
+    **{name: refusal for name, refusal in REFUSALS.items() if name != "no positions"},
+    "no positions": ({"positions": None}, POINTER),
+    "no axis": ({"axis": None}, POINTER),
+    "rows of neither basis": ({"rows": 7}, SHAPE),
+    "rows of three": ({"rows": 15}, SHAPE),
+    "half positions": ({"position_type": 10}, DTYPE),
+    "more basis than shared memory": ({"frequencies": 7000, "rows": 7000}, SIZE),
+    "more pairs than shared memory": (
+        {"head_dim": 2**23, "rotary_dim": 2**23, "pairs": 2**22, "frequencies": 1, "rows": 1}, SIZE,
+    ),
+}  # fmt: skip
+
+
+def code_of(function: Any, changes: dict[str, Any], *plan: Any, general: bool = False) -> int:
     """What `function` returns for a good call with `changes`; the outputs stay untouched."""
-    call = make(SHAPES["gqa"], KINDS["fp16"], spectrum(SHAPES["gqa"]))
+    numbers = spectrum(SHAPES["gqa"], **({"axes": 3, "bases": 2} if general else {}))
+    call = make(SHAPES["gqa"], KINDS["fp16"], numbers)
     outputs = Fenced(call.q), Fenced(call.k)
-    spoilt = arguments(call, outputs)
+    spoilt = arguments(call, outputs, general=general)
     for name, value in changes.items():
         setattr(spoilt, name, value)
     code: int = function(ctypes.byref(spoilt), *plan)

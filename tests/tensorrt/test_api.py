@@ -39,7 +39,7 @@ def test_a_plugin_of_another_version_has_no_creator(plugin: Path) -> None:
         "from pathlib import Path\nfrom fope_export.tensorrt import api\ntrt = api.load('tensorrt-rtx')\n"
         f"log, path = api.make_log(trt), Path({str(plugin)!r})\nbuilder = trt.Builder(log)\n"
         "for version in '7':\n"
-        "    try: api.load_plugin(trt, path, log, name='FopeRotary', version=version, namespace='fope')\n"
+        "    try: api.load_plugin(trt, path, log, name='FopeRotary', versions=[version], namespace='fope')\n"
         "    except api.BackendError as error: print(version, error, error.hint)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

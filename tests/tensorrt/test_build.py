@@ -22,6 +22,7 @@ from fope_export.tensorrt import build as building
 from fope_export.tensorrt.build import build
 from fope_export.tensorrt.record import plan_name
 from tests.conftest import small_decoder, write_native
+from tests.extensions import extended_decoder
 from tests.support import tokens
 
 
@@ -49,6 +50,16 @@ def test_the_shipped_model_builds_with_and_without_the_plugin(
     backend = load_backend(made, "onnxruntime")  # the same file still runs here
     logits, _ = backend.step(feeds_for(tokens(2, 5)), backend.empty_cache(2))
     assert logits.shape == (2, 5, 256)
+
+
+def test_a_general_rotation_builds_with_and_without_the_plugin(tmp_path: Path) -> None:
+    checkpoint = write_native(extended_decoder(axes=3, bases=2, num_layers=1), tmp_path / "checkpoint")
+    made = export(checkpoint, tmp_path / "bundle", ExportConfig(dtype="fp16", position_axes=True))
+    for plugin in (True, False):
+        config = BuildConfig(target="tensorrt-rtx:sm89", plugin=plugin, max_batch=1, max_length=64)
+        made, record = build(made, config)
+        assert record.plugin_layers == record.layers.get("PLUGIN_V3", 0) == int(plugin)
+        assert record.layers.get("ROTARY_EMBEDDING", 0) == (0 if plugin else 2)
 
 
 @pytest.mark.parametrize(

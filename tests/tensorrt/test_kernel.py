@@ -7,6 +7,7 @@ One ulp is the spacing of the output's type at the size of what is added: |left|
 import ctypes
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from fope_export.fope.spectrum import Spectrum
 from fope_export.tensorrt import compile as compiling
 from tests.fields import Changes, Results, changed, forgetting, held
 from tests.tensorrt.kernel import (
+    GENERAL_REFUSALS,
     KINDS,
     PLAN,
     REFUSALS,
     SHAPES,
     ULPS,
+    Call,
     Fenced,
     arguments,
     code_of,
@@ -57,6 +60,44 @@ def test_the_kernel_follows_every_field(host: ctypes.CDLL, setting: str) -> None
     held(setting, render, truth)
     with pytest.raises(AssertionError, match=setting):
         held(setting, forgetting(setting, render), truth)
+
+
+EXTENSIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "axes": ({"axes": 3}, True),
+    "phases": ({"bases": 2}, True),
+    "floats": ({}, False),
+    "all": ({"axes": 2, "bases": 2, "pairing": "interleaved", "sign": -1}, False),
+}
+"""With whether positions are whole."""
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_general_kernel_computes_the_definition(host: ctypes.CDLL, shape: str, kind: str, extension: str) -> None:
+    fields, whole = EXTENSIONS[extension]
+    call = make(SHAPES[shape], KINDS[kind], spectrum(SHAPES[shape], **fields), whole=whole)
+    assert call.general
+    assert worst(call, run(host, call, 0, 0, 0)) <= ULPS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", sorted(SHAPES.keys() - {"long", "wide-basis"}))
+def test_the_general_plan_does_not_change_a_bit(host: ctypes.CDLL, shape: str, kind: str) -> None:
+    call = make(SHAPES[shape], KINDS[kind], spectrum(SHAPES[shape], axes=3, bases=2))
+    chosen = run(host, call, 0, 0, 0)
+    for plan in plans(call):
+        for got, wanted in zip(run(host, call, *plan), chosen, strict=True):
+            assert got.tobytes() == wanted.tobytes(), plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_general_kernel_of_a_plain_call_gives_the_plain_ones_bits(host: ctypes.CDLL, kind: str) -> None:
+    call = make(SHAPES["gqa"], KINDS[kind], spectrum(SHAPES["gqa"]))
+    outputs = Fenced(call.q), Fenced(call.k)
+    assert host.fope_rotary_host_general(ctypes.byref(arguments(call, outputs, general=True)), 0, 0, 0) == 0
+    for got, wanted in zip(outputs, run(host, call, 0, 0, 0), strict=True):
+        assert got.value.tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -126,6 +167,12 @@ def test_wrong_arguments_are_refused(host: ctypes.CDLL, refusal: str) -> None:
     assert code_of(host.fope_rotary_host, changes, 0, 0, 0) == code
 
 
+@pytest.mark.parametrize("refusal", GENERAL_REFUSALS)
+def test_wrong_general_arguments_are_refused(host: ctypes.CDLL, refusal: str) -> None:
+    changes, code = GENERAL_REFUSALS[refusal]
+    assert code_of(host.fope_rotary_host_general, changes, 0, 0, 0, general=True) == code
+
+
 @pytest.mark.parametrize("plan", [(2, 0, 0), (0, 2, 0), (0, 0, 257), (0, 0, -1)], ids=str)
 def test_plans_that_do_not_exist_are_refused(host: ctypes.CDLL, plan: tuple[int, int, int]) -> None:
     assert code_of(host.fope_rotary_host, {}, *plan) == PLAN
@@ -139,8 +186,8 @@ MUTATIONS = {
     "direction": ("-(right * by.sin)", "right * by.sin"),
     "sign": ("a.sign * sum.at[t].sin", "sum.at[t].sin"),
     "sine pad 0": ("a.sign * a.sin_pad}", "0.0F}"),
-    "group": ("(first_group + group) * a.freq", "(first_group) * a.freq"),
-    "position": ("a.position_ids[first_token + token]", "a.position_ids[0]"),
+    "group": ("(first_group + group) * rows(a)", "(first_group) * rows(a)"),
+    "position": ("a.position_ids[token]", "a.position_ids[0]"),
     "last frequency": ("d < end", "d + 1 < end"),
     "key heads": ("+ (member - heads)", ""),
     "pairing": ("if (a.interleaved)", "if (false)"),
@@ -156,8 +203,35 @@ def test_a_broken_kernel_is_noticed(toolchain: compiling.Toolchain, tmp_path: Pa
     built = compiling.build(compiling.HOST, toolchain, cache=tmp_path, flags=("-O0",), sources=sources)
     shape = SHAPES["two-key-heads-a-group"]
     call = make(shape, KINDS["fp32"], spectrum(shape, sign=-1, pairing="interleaved"))
+    assert (error_of(ctypes.CDLL(str(built)), call) > ULPS) == bool(mutation)
+
+
+def error_of(library: ctypes.CDLL, call: Call) -> float:
     try:
-        error = worst(call, run(ctypes.CDLL(str(built)), call, 8, 4, 256))
+        return worst(call, run(library, call, 8, 4, 256))
     except AssertionError:  # not everything written, or more than that
-        error = np.inf
-    assert (error > ULPS) == bool(mutation)
+        return np.inf
+
+
+GENERAL_MUTATIONS = {
+    "axes swapped": ("a.axis[d] * a.tokens", "(2 - a.axis[d]) * a.tokens"),
+    "one axis": ("a.axis[d] * a.tokens + token", "token"),
+    "phases dropped": ("if (!other) continue;", "continue;"),
+    "phase of the other sign": ("fmaf(turns.at[t].sin, of_sin,", "fmaf(-turns.at[t].sin, of_sin,"),
+    "bases exchanged": ("+ first + other, *sin_coef = a.sin_coef + first", "+ first, *sin_coef = a.sin_coef + first"),
+    "rows of one basis": ("{ return a.rows; }", "{ return a.frequencies; }"),
+    "positions rounded": (
+        "static_cast<float const*>(a.positions)[place]", "std::rint(static_cast<float const*>(a.positions)[place])"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", [None, *GENERAL_MUTATIONS])
+def test_a_broken_general_kernel_is_noticed(
+    toolchain: compiling.Toolchain, tmp_path: Path, mutation: str | None
+) -> None:
+    sources = mutated(tmp_path, *GENERAL_MUTATIONS[mutation]) if mutation else compiling.SOURCES
+    built = compiling.build(compiling.HOST, toolchain, cache=tmp_path, flags=("-O0",), sources=sources)
+    shape = SHAPES["two-key-heads-a-group"]
+    call = make(shape, KINDS["fp32"], spectrum(shape, axes=3, bases=2), whole=False)
+    assert (error_of(ctypes.CDLL(str(built)), call) > ULPS) == bool(mutation)

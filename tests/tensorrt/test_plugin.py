@@ -13,9 +13,10 @@ import pytest
 from fope_export.fope import contract
 from fope_export.tensorrt import compile as compiling
 from tests.tensorrt.conftest import Build
-from tests.tensorrt.kernel import REFUSALS, code_of
+from tests.tensorrt.kernel import GENERAL_REFUSALS, REFUSALS, code_of
 
-EXPORTS = {"getCreators", "setLoggerFinder", "fope_rotary_launch"}
+KERNELS = {"fope_rotary_launch", "fope_rotary_launch_general"}
+EXPORTS = {"getCreators", "setLoggerFinder", *KERNELS}
 KINDS = {float: "float", int: "int"}
 FLOAT, HALF, INT64, BF16 = 0, 1, 8, 7  # TensorRT's DataType
 VALUES = {
@@ -41,12 +42,24 @@ def harness(build: Build, headers: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def seen(plugin: Path, harness: Path) -> dict[str, Any]:
+def all_seen(plugin: Path, harness: Path) -> dict[str, Any]:
     """What the harness saw."""
     done = subprocess.run([harness, plugin], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "FopeRotary layer 0: the node has no sin_pad\n"  # from before it had a logger
+    assert done.stderr == 2 * "FopeRotary layer 0: the node has no sin_pad\n"  # from before there was a logger
     told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+@pytest.fixture(params=contract.VERSIONS)
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def seen(all_seen: dict[str, Any], version: int) -> dict[str, Any]:
+    """What it saw of one version."""
+    told: dict[str, Any] = all_seen[str(version)]
     return told
 
 
@@ -58,7 +71,7 @@ def test_the_library_shows_three_functions_and_needs_no_tensorrt(plugin: Path) -
 
 def test_the_kernel_compiles_without_tensorrt(toolchain: compiling.Toolchain, cache: Path) -> None:
     bare = replace(toolchain, headers=None, headers_version=None)
-    assert exports(compiling.build(compiling.KERNEL, bare, ("89",), cache=cache)) == {"fope_rotary_launch"}
+    assert exports(compiling.build(compiling.KERNEL, bare, ("89",), cache=cache)) == KERNELS
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
@@ -67,27 +80,39 @@ def test_the_launch_refuses_what_the_host_refuses(plugin: Path, refusal: str) ->
     assert code_of(ctypes.CDLL(str(plugin)).fope_rotary_launch, changes, None) == code
 
 
+@pytest.mark.parametrize("refusal", GENERAL_REFUSALS)
+def test_the_general_launch_refuses_what_the_host_refuses(plugin: Path, refusal: str) -> None:
+    changes, code = GENERAL_REFUSALS[refusal]
+    assert code_of(ctypes.CDLL(str(plugin)).fope_rotary_launch_general, changes, None, general=True) == code
+
+
 def test_no_tokens_are_no_launch(plugin: Path) -> None:
-    assert code_of(ctypes.CDLL(str(plugin)).fope_rotary_launch, {"tokens": 0}, None) == 0
+    library = ctypes.CDLL(str(plugin))
+    assert code_of(library.fope_rotary_launch, {"tokens": 0}, None) == 0
+    assert code_of(library.fope_rotary_launch_general, {"tokens": 0}, None, general=True) == 0
 
 
-def test_the_creator_is_the_contract(seen: dict[str, Any]) -> None:
-    assert seen["creators"] == [
+def test_the_creators_are_the_contract(all_seen: dict[str, Any]) -> None:
+    assert all_seen["creators"] == [
         {
             "kind": "PLUGIN CREATOR_V3ONE",
-            "namespace": contract.DISPATCH["plugin_namespace"],
+            "namespace": contract.DISPATCH[version]["plugin_namespace"],
             "name": contract.NAME,
-            "version": contract.DISPATCH["plugin_version"],
+            "version": contract.DISPATCH[version]["plugin_version"],
             "fields": [[name, KINDS[kind]] for name, kind in contract.ATTRIBUTES.items()],
         }
+        for version in contract.VERSIONS
     ]
-    assert seen["plugin"] == [contract.DOMAIN, contract.NAME, str(contract.VERSION)]
+
+
+def test_a_plugin_is_of_its_creators_version(seen: dict[str, Any], version: int) -> None:
+    assert seen["plugin"] == [contract.DOMAIN, contract.NAME, str(version)]
+    assert seen["timing_cache"] == str(version)
 
 
 def test_capabilities(seen: dict[str, Any]) -> None:
     assert seen["capabilities"] == ["PLUGIN_V3ONE_CORE", "PLUGIN_V3ONE_BUILD", "PLUGIN_V3ONE_RUNTIME"]
     assert seen["outputs"] == len(contract.OUTPUTS)
-    assert seen["timing_cache"]
 
 
 def test_settings_survive_serialization_clones_and_contexts(seen: dict[str, Any]) -> None:
@@ -101,11 +126,16 @@ def test_outputs_have_the_contracts_shapes_and_types(seen: dict[str, Any]) -> No
     assert seen["types"] == [[kind] * 3 for kind in (FLOAT, HALF, BF16)]
 
 
-def test_only_the_contracts_types_are_taken(seen: dict[str, Any]) -> None:
+def test_only_the_contracts_types_are_taken(seen: dict[str, Any], version: int) -> None:
     """Of every type and format at every port; formats other than linear would show as repetitions."""
-    codes = {"int64": INT64, "float32": FLOAT}
-    ports = (*contract.INPUTS, *contract.OUTPUTS)
-    assert seen["formats"] == [[codes.get(port.dtype, kind) for port in ports] for kind in (FLOAT, HALF, BF16)]
+    ports = (*contract.INPUTS[version], *contract.OUTPUTS)
+    positions = (INT64,) if version == contract.PLAIN else (FLOAT, INT64)
+    taken = [
+        {"int64": INT64, "float32": FLOAT, "P": position, "T": kind}
+        for kind in (FLOAT, HALF, BF16)
+        for position in positions
+    ]
+    assert seen["formats"] == [[codes[port.dtype] for port in ports] for codes in taken]
 
 
 def spoilt_fields() -> dict[str, str | None]:
@@ -146,6 +176,7 @@ CALLS = {
     "dynamic": None,
     "no tokens": None,
     "nothing rotated": None,
+    "both bases": "sin_coef has 8 on axis 1, expected 4 (the number of frequencies)",
     "dynamic q heads": "q has 5 on axis 2, expected 6 (heads_per_group times the groups of sin_coef)",
     "q rank": "q has 3 dimensions, expected 4",
     "freq rank": "freq has 2 dimensions, expected 1",
@@ -167,11 +198,25 @@ CALLS = {
 }
 
 
-def test_shapes_that_contradict_the_settings_are_refused_with_one_line(seen: dict[str, Any]) -> None:
+GENERAL_CALLS = CALLS | {
+    "both bases": None,
+    "one axis": None,
+    "positions on no axis": "position_ids has 2 dimensions, expected 3",
+    "an axis for others": "axis has 3 on axis 0, expected 4 (the number of frequencies)",
+    "rows": "sin_coef has 7 on axis 1, expected 4 (the number of frequencies, or twice that)",
+    "position batch": "position_ids has 1 on axis 1, expected 2 (the batch of q)",
+    "position sequence": "position_ids has 1 on axis 2, expected 5 (the sequence of q)",
+    "frequencies": "sin_coef has 4 on axis 1, expected 3 (the number of frequencies, or twice that)",
+    "5 inputs": "the node has 5 inputs and 2 outputs, expected 7 and 2",
+    "1 output": "the node has 7 inputs and 1 outputs, expected 7 and 2",
+}
+
+
+def test_shapes_that_contradict_the_settings_are_refused_with_one_line(seen: dict[str, Any], version: int) -> None:
     """When the engine is built, and again when its shapes change."""
     assert seen["calls"] == {
         id: {"codes": [-1 if said else 0] * 2, "said": [[f"FopeRotary layer 0: {said}"] if said else []] * 2}
-        for id, said in CALLS.items()
+        for id, said in (CALLS if version == contract.PLAIN else GENERAL_CALLS).items()
     }
 
 

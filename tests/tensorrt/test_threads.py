@@ -24,11 +24,12 @@ class Launch(NamedTuple):
     tile: int = 4
     vector: int = 1
     threads: int = 32
+    axes: int = 0
 
     def numbers(self) -> list[str]:
         B, S, H, K, E, D, F, G = SHAPES[self.shape]  # noqa: N806 (the contract's letters)
         plan = (self.tile, self.vector, self.threads, KINDS[self.kind].onnx)
-        return [str(n) for n in (*plan, B * S, H, K, E, E, D, F, G, int(self.interleaved))]
+        return [str(n) for n in (*plan, B * S, H, K, E, E, D, F, G, int(self.interleaved), self.axes)]
 
 
 LAUNCHES = {
@@ -37,6 +38,7 @@ LAUNCHES = {
     "a warp and more": Launch("two-key-heads-a-group", "fp32", interleaved=True, vector=4, threads=96),
     "shared coefficients": Launch("shared", "fp16", tile=8, vector=8, threads=64),
     "one pair": Launch("one-pair", "fp32"),
+    "several axes and both bases": Launch("gqa", "fp16", axes=3),
     "many groups": Launch("many-groups", "fp16", tile=8),
 }
 MET = 66

@@ -20,6 +20,7 @@ class Kind(msgspec.Struct, frozen=True):
     fused_in_out: bool = False  # experts stored as one tensor are [E, inputs, outputs], else [E, outputs, inputs]
     groups: bool = False  # its router knows router_n_groups
     normalized: bool = False  # its router always normalizes
+    turns: tuple[int, ...] = ()  # its mrope_section where none is given; its axes take turns in any case
     silent: dict[str, Any] = {}  # the class's own values of fields that are left out
 
 
@@ -29,9 +30,14 @@ KINDS = {
     "qwen3": Kind(qk_norm=True, silent={"head_dim": 128}),
     "qwen3_moe": Kind(qk_norm=True, experts=True, silent={"norm_topk_prob": False}),
     "qwen3_moe_fope": Kind(qk_norm=True, experts=True, silent={"norm_topk_prob": False}),
-    "qwen3_vl_text": Kind(qk_norm=True, silent={"head_dim": 128}),
+    "qwen3_vl_text": Kind(qk_norm=True, turns=(24, 20, 20), silent={"head_dim": 128}),
     "qwen3_vl_moe_text": Kind(
-        qk_norm=True, experts=True, fused_in_out=True, normalized=True, silent={"norm_topk_prob": True}
+        qk_norm=True,
+        experts=True,
+        fused_in_out=True,
+        normalized=True,
+        turns=(24, 20, 20),
+        silent={"norm_topk_prob": True},
     ),
     "interns1_pro_text": Kind(qk_norm=True, experts=True, groups=True, silent={"norm_topk_prob": True}),
 }

@@ -7,7 +7,7 @@ and the scale of attention multiplies sine and cosine after they were padded.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ TYPES: dict[str, tuple[str, ...]] = {
 }
 """rope_type -> the fields that it reads beside original_max_position_embeddings."""
 ALIASES = {"mrope": "default", "qwen3_vl": "default"}
-"""Types whose axes are another field's matter (mrope_section)."""
+"""Types whose axes are another field's matter (mrope_section); those of "qwen3_vl" take turns."""
 RENAMED = {"type": "rope_type", "fope_num_inv_freq": "num_inv_freq"}
 """Names in older versions of transformers, and in LMDeploy."""
 SPLIT = (
@@ -106,6 +106,8 @@ def rope_of(
             )
     kind = given.get("rope_type", "default")
     given |= {"rope_type": "default", "named_fope": True} if kind == "fope" else {"rope_type": ALIASES.get(kind, kind)}
+    if kind == "qwen3_vl":
+        given.setdefault("mrope_interleaved", True)
     return convert(given, Rope, where=f"{where}: rope_parameters")
 
 
@@ -118,8 +120,10 @@ def _said(given: Mapping[str, Any] | None) -> Iterator[tuple[str, Any]]:
         yield RENAMED.get(name, name), value
 
 
-def check(rope: Rope, head_dim: int) -> None:
-    """Raises ConfigError naming the first field, or pair of fields, that no implementation defines."""
+def check(rope: Rope, head_dim: int, turns: Sequence[int] = ()) -> None:
+    """Raises ConfigError naming the first field, or pair of fields, that no implementation defines; `turns` are the
+    sections of a model type whose axes take turns.
+    """
     kind, known = rope.rope_type, sorted(TYPES)
     if kind not in TYPES:
         raise ConfigError(
@@ -148,16 +152,23 @@ def check(rope: Rope, head_dim: int) -> None:
             ),
             f"mrope_section has {sum(section)} frequencies, and a head has {head_dim // 2}": section
             and sum(section) != head_dim // 2,
+            "mrope_interleaved is false in a model type whose code has the axes take turns": turns
+            and rope.mrope_interleaved is False,
         }
     )
 
 
-def positions(rope: Rope, *, head_dim: int, groups: int, length: int, stored: int | None = None) -> Positions:
-    """The position embedding of every layer: `length` is that of training, `stored` the weights' D where known."""
+def positions(
+    rope: Rope, *, head_dim: int, groups: int, length: int, stored: int | None = None, turns: Sequence[int] = ()
+) -> Positions:
+    """The position embedding of every layer: `length` is that of training, `stored` the weights' D where known, `turns`
+    as for `check`.
+    """
     freq, scale = _scaled(rope, head_dim, length), rope.attention_scale()
     if not rope.fope:
         whole = Spectrum.rope(freq.numpy(), head_dim, scale=scale)
-        config = msgspec.structs.replace(whole.config, full_precision=False)
+        axes = _axes(rope, turns, len(freq), len(whole.freq))
+        config = msgspec.structs.replace(whole.config, full_precision=False, **axes)
         return Positions(config, freq, freq, whole=whole, reading={"read as": f"transformers' RoPE{rope.scaled}"})
     # The paper's code keeps a frequency of exactly one period, Intern-S1-Pro's does not.
     kept = freq[freq > 2 * math.pi / length] if rope.num_inv_freq is None else freq[: rope.num_inv_freq]
@@ -177,6 +188,7 @@ def positions(rope: Rope, *, head_dim: int, groups: int, length: int, stored: in
         sign=1,
         pairing="half",
         full_precision=False,
+        **_axes(rope, turns, len(freq), len(kept)),
     )
 
     def adapt(coef: Tensor) -> Tensor:
@@ -191,6 +203,19 @@ def positions(rope: Rope, *, head_dim: int, groups: int, length: int, stored: in
         split=split,
         reading={"read as": reading + rope.scaled, "normalization": "none"},
     )
+
+
+def _axes(rope: Rope, turns: Sequence[int], count: int, kept: int) -> dict[str, Any]:
+    """What a spectrum's configuration says of axes, for the first `kept` of a head's `count` frequencies: they take
+    turns as in Qwen3-VL, or have sections as in Qwen2-VL. A frequency has the same axis whether or not others are
+    floored.
+    """
+    sections = rope.mrope_section or turns
+    if len(sections) < 2:
+        return {}
+    by_turns = turns or rope.mrope_interleaved
+    axis = frequencies.axis_by_turns(sections, count) if by_turns else frequencies.axis_in_sections(sections)
+    return {"axes": len(sections), "axis": axis[:kept]}
 
 
 def _scaled(rope: Rope, head_dim: int, length: int) -> Tensor:

@@ -61,12 +61,12 @@ def check(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind) -> No
             and (rope.fope or rope.rope_type != "default")
         }
     )
-    hf_rope.check(rope, flags.channels)
+    hf_rope.check(rope, flags.channels, kind.turns)
     if port:
         paper.check(port)
 
 
-def positions_of(flags: HfFlags, rope: Rope, port: PaperFlags | None, stored: Shapes) -> Positions:
+def positions_of(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, stored: Shapes) -> Positions:
     """The position embedding of every layer; of what the configuration leaves open, the `stored` coefficients tell."""
     sizes = {"head_dim": flags.channels, "length": flags.max_position_embeddings}
     if port:
@@ -75,9 +75,8 @@ def positions_of(flags: HfFlags, rope: Rope, port: PaperFlags | None, stored: Sh
         groups = coef[0] if len(coef) == 3 and coef[0] in heads else flags.num_key_value_heads
         return paper.positions(port, groups=groups, **sizes)
     coef = _coef(stored, f"{MODEL}rotary_emb")
-    return hf_rope.positions(
-        rope, groups=flags.num_key_value_heads, stored=coef[-2] if len(coef) > 1 else None, **sizes
-    )
+    known = coef[-2] if len(coef) > 1 else None
+    return hf_rope.positions(rope, groups=flags.num_key_value_heads, stored=known, turns=kind.turns, **sizes)
 
 
 def _coef(stored: Shapes, embedding: str) -> tuple[int, ...]:
@@ -127,7 +126,7 @@ def _experts(flags: HfFlags) -> ExpertsConfig | None:
 def weight_map(flags: HfFlags, rope: Rope, port: PaperFlags | None, kind: Kind, stored: Shapes) -> WeightMap:
     """The decoder of `flags`; `stored` are the tensors there are, which decide between ways of storing the same."""
     check(flags, rope, port, kind)
-    positions = positions_of(flags, rope, port, stored)
+    positions = positions_of(flags, rope, port, kind, stored)
     config = model_config(flags, kind, rope, positions.config)
     embed = f"{MODEL}embed_tokens.weight"
     sources: dict[str, tuple[str, ...]] = {"embed.weight": (embed,), "norm.weight": (f"{MODEL}norm.weight",)}
