@@ -1,6 +1,7 @@
 """The engine, step by step."""
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -233,6 +234,19 @@ def test_who_waits_for_the_whole_answer_is_woken_once() -> None:
     to_the_end(engine)
     assert woken.count("each") == 4 and woken.count("whole") == 1
     assert len(first.take()) == len(second.take()) == 5 and 0 < first.first <= second.first
+
+
+def test_the_queue_changes_under_its_lock_alone() -> None:
+    """Who submits counts those that wait, in another thread."""
+
+    class Queue(deque[Handle]):
+        def popleft(self) -> Handle:
+            assert engine._lock.locked()
+            return super().popleft()
+
+    engine = Engine(Scripted(ENDLESS), 1)
+    engine._waiting = Queue()
+    assert to_the_end(engine, engine.submit(asked([1], 1))) == [[3, "length"]]
 
 
 def test_closing_tells_everybody() -> None:
