@@ -28,7 +28,7 @@ class Call:
         self.host, self.asked, self._prompts, self._requests = host, asked, prompts, requests
         self.is_chat, self.created = isinstance(asked, Chat), int(time.time())
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.changed = asyncio.Event()
+        self.changed, self._woken = asyncio.Event(), False
         self.failure: Exception | None = None
         self.prompt_tokens = sum(map(len, prompts))
         self.began, self.before, self.last = time.monotonic(), 0.0, 0.0
@@ -42,8 +42,10 @@ class Call:
         """Have them answered. Raises BusyError and BackendError as `Host.submit`; then none is."""
 
         def notify() -> None:
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits
-                loop.call_soon_threadsafe(self.changed.set)
+            if not self._woken:
+                self._woken = True
+                with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                    loop.call_soon_threadsafe(self._wake)
 
         each = self.asked.stream or bool(self.asked.stops)  # else nobody looks before the end
         try:
@@ -53,6 +55,10 @@ class Call:
         except BaseException:
             self.cancel()
             raise
+
+    def _wake(self) -> None:
+        self._woken = False
+        self.changed.set()
 
     def cancel(self) -> None:
         """End what is not over."""
