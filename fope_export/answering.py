@@ -166,7 +166,7 @@ def _backend(args: argparse.Namespace, bundle: "Bundle") -> str:
 
     if args.backend is not None:
         return str(args.backend)
-    name, reasons = fastest(bundle, read_machine())
+    name, reasons = fastest(bundle, read_machine(), optimized=getattr(args, "optimized", True))
     if read_machine().gpus:
         ERRORS.print(f"backend {name}, {BACKENDS[name].what}" + (f" ({reasons})" if reasons else ""), markup=False)
     return name
@@ -229,9 +229,7 @@ def _grammar(args: argparse.Namespace, text: "Tokenizer", bundle: "Bundle") -> "
     else:
         return lambda: None
     decoder = bundle.manifest.decoder()
-    forms = Forms(text, decoder.vocab_size, decoder.ends)
-    forms.follow(form)
-    return partial(forms.follow, form)
+    return Forms(text, decoder.vocab_size, decoder.ends).follow(form).copy
 
 
 def _read_prompts(path: Path) -> list[str]:

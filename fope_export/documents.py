@@ -89,18 +89,26 @@ def _kind(mode: int) -> str:
 
 def read_text(path: Path, *, most: int = TEXT, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> str:
     """The text of a UTF-8 file, without its byte order mark. Raises `raises` where it is none, as for `read_bytes`."""
-    content = read_bytes(path, most=most, raises=raises, hint=hint)
+    return _decoded(read_bytes(path, most=most, raises=raises, hint=hint), str(path), raises=raises)
+
+
+def _decoded(content: bytes, where: str, *, raises: type[FopeError]) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         what = f"byte {cause.start} is {content[cause.start]:#04x}"
-        raise raises(f"{path} is not UTF-8: {what}", hint="Save it again as UTF-8.") from cause
+        raise raises(f"{where} is not UTF-8: {what}", hint="Save it again as UTF-8.") from cause
 
 
 def read_json(path: Path, *, most: int = TEXT, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> Any:
     """What a JSON file says. Raises `raises` with the place of the first thing that is wrong."""
     text = read_text(path, most=most, raises=raises, hint=hint)
     return _parsed(text, str(path), raises=raises, hint=hint)
+
+
+def parse_json(content: bytes, where: str, *, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> Any:
+    """The same of bytes that are in memory, of bounded size; messages begin with `where`."""
+    return _parsed(_decoded(content, where, raises=raises), where, raises=raises, hint=hint)
 
 
 def read_object(

@@ -19,6 +19,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, REPORTS, judged_files
 from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, Verdict
 from fope_export.parity.results import MODULE_RATIOS, RATIOS, ControlResult, ParityResult, why
+from fope_export.validated import REPORT
 
 PAGE, JUNIT = "parity.html", "parity.xml"
 UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -72,7 +73,7 @@ def parity_files(bundle: Bundle, result: ParityResult) -> dict[str, bytes]:
     """The reports by name: parity.json, parity.html and parity.xml."""
     record = parity_record(bundle, result)
     return {
-        "parity.json": msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n",
+        REPORT: msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n",
         PAGE: parity_page(bundle, result).encode(),
         JUNIT: parity_junit(bundle, result),
     }

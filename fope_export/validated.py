@@ -7,7 +7,7 @@ from pathlib import Path
 from fope_export.bundle import Bundle
 from fope_export.documents import as_record, read_object
 from fope_export.errors import BundleError, DocumentError
-from fope_export.manifest import judged_files
+from fope_export.manifest import REPORTS, judged_files
 
 REPORT = "parity.json"
 
@@ -25,7 +25,7 @@ def require_green(bundle: Bundle, folder: Path | None = None) -> tuple[Tested, .
     """What of the bundle was validated, by the report in `folder` (None: the bundle's own). Raises BundleError unless
     that is what the files are now, and passed.
     """
-    path = (folder or bundle.path / "reports") / REPORT
+    path = (folder or bundle.path / REPORTS) / REPORT
     hint = f"Run `fope-export validate {bundle.path}` first."
     if not path.is_file():
         raise BundleError(f"{bundle.path} was not validated: there is no {path}", hint=hint)

@@ -76,9 +76,10 @@ class Row:
     unfit: Callable[[Bundle, Machine], str] = lambda bundle, machine: ""
     """Why what the bundle has is for another machine, or nothing."""
 
-    def against(self, bundle: Bundle, machine: Machine) -> str:
+    def against(self, bundle: Bundle, machine: Machine, *, optimized: bool = True) -> str:
         """Why `machine` cannot run `bundle` so, or nothing."""
-        refusals = [each.refusal(bundle) for each in self.variants]
+        asked = [each for each in self.variants if optimized or not each.optimized]
+        refusals = [each.refusal(bundle) for each in asked] or [BackendError("it runs optimized files", hint="")]
         return (
             self.missing(machine)
             or self.too_old(machine, bundle.manifest.export)
@@ -310,14 +311,15 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
     return name
 
 
-def fastest(bundle: Bundle, machine: Machine) -> tuple[str, str]:
+def fastest(bundle: Bundle, machine: Machine, *, optimized: bool = True) -> tuple[str, str]:
     """The backend that `machine` runs `bundle` fastest in, and why it is none of those before it: an engine for its
-    GPU, then ONNX Runtime on the GPU, then on the CPU. Raises BackendError where it runs in none.
+    GPU, then ONNX Runtime on the GPU, then on the CPU; without `optimized`, none that runs what `optimize` wrote.
+    Raises BackendError where it runs in none.
     """
     reasons = list[str]()
     for name, row in sorted(BACKENDS.items(), key=lambda item: -item[1].rank):
         if row.rank:
-            if not (reason := row.against(bundle, machine)):
+            if not (reason := row.against(bundle, machine, optimized=optimized)):
                 return name, "; ".join(reasons)
             reasons.append(f"{name}: {reason}")
     raise BackendError(f"{bundle.path} runs in nothing here: {'; '.join(reasons)}", hint="See `fope-export doctor`.")

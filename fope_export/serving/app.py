@@ -97,7 +97,7 @@ def guarded(handler: Handler) -> Handler:
 
     async def guard(request: Request) -> Response:
         began, number = time.monotonic(), request.headers.get("x-request-id", secrets.token_hex(8))[:100]
-        request.state.id, request.state.note = number, {}
+        request.state.note = {}
         try:
             _check_key(request)
             response = await handler(request)

@@ -14,6 +14,7 @@ from fope_export.serving.host import Host
 from fope_export.serving.protocol import Asked, Chat, Completion, RequestError, refused
 from fope_export.serving.requests import Request
 from fope_export.serving.sampling import SamplingParams
+from fope_export.serving.structured import Following
 
 USUAL = 16
 """Tokens of a completion where nobody says how many."""
@@ -25,7 +26,7 @@ class Call:
     """Some prompts, each with as many answers as were asked for. Its methods are for the event loop's thread."""
 
     def __init__(self, host: Host, asked: Asked, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
-        self.host, self.asked, self._prompts, self._requests = host, asked, prompts, requests
+        self.host, self.asked, self._requests = host, asked, requests
         self.is_chat, self.created = isinstance(asked, Chat), int(time.time())
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.changed, self._woken = asyncio.Event(), False
@@ -223,6 +224,7 @@ def _call(
         sampling.check(size := host.model.vocab_size)
     except ConfigError as cause:
         raise refused(cause, "logit_bias") from cause
+    grammar = _grammar(host, asked)
     stops = (token for token in asked.stop_token_ids if token < size)
     ends = {*stops, *(() if asked.ignore_eos else host.model.ends)}
     requests = [
@@ -233,7 +235,7 @@ def _call(
             choice=choice,
             logprobs=told,
             prompt_logprobs=scored,
-            grammar=_grammar(host, asked),
+            grammar=grammar and grammar.copy(),
         )
         for prompt in prompts
         for choice in range(asked.n)
@@ -241,7 +243,7 @@ def _call(
     return Call(host, asked, prompts, requests)
 
 
-def _grammar(host: Host, asked: Asked) -> Any:
+def _grammar(host: Host, asked: Asked) -> Following | None:
     if (form := asked.form) is None:
         return None
     try:

@@ -61,7 +61,6 @@ class _Work:
 class Counts:
     """What an engine has done."""
 
-    steps: int = 0
     prompt_tokens: int = 0
     """Fed or taken from a slot."""
     cached_tokens: int = 0
@@ -175,7 +174,6 @@ class Engine:
         self._dismiss()
         self._admit()
         self._draw([*self._decode(), *self._feed()])
-        self.counts.steps += 1
         self._notify()
         return bool(self._working or self._waiting)
 

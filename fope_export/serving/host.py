@@ -14,10 +14,11 @@ from fope_export.chat import Chat
 from fope_export.config import ModelConfig
 from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, FopeError
+from fope_export.manifest import MANIFEST
 from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Failed, Handle, Request
 from fope_export.serving.sampling import SamplingParams
-from fope_export.serving.structured import Form, Forms
+from fope_export.serving.structured import Following, Form, Forms
 from fope_export.tokens import GENERATION, Tokenizer, read_object
 
 IDLE = 0.5
@@ -54,7 +55,7 @@ class Host:
         self.text = Tokenizer(bundle.path)
         self.chat = _chat(bundle.path)
         self.defaults = _defaults(bundle.path)
-        self.created = int((bundle.path / "fope_export.json").stat().st_mtime)
+        self.created = int((bundle.path / MANIFEST).stat().st_mtime)
         self.engine: Engine | None = None
         self.failure: Exception | None = None
         """Why it is not ready, once it is known."""
@@ -99,7 +100,7 @@ class Host:
         """Something was cancelled."""
         self._work.set()
 
-    def follow(self, form: Form) -> Any:
+    def follow(self, form: Form) -> Following:
         """A grammar for one answer. Raises ConfigError where there is none, BackendError without llguidance."""
         self._forms = self._forms or Forms(self.text, self.model.vocab_size, self.model.ends)
         return self._forms.follow(form)

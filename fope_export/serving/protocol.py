@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from fope_export.config import Size
-from fope_export.documents import DEPTH
+from fope_export.documents import parse_json
 from fope_export.errors import ConfigError, FopeError, cut
 from fope_export.serving.sampling import Penalty, Probability
 from fope_export.serving.structured import ANY_OBJECT, Form
@@ -211,11 +211,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def parse(body: bytes, kind: type[T]) -> T:
     """A request of a kind. Raises RequestError naming the field that is unknown, or of another type or size."""
-    try:
-        data = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as cause:
-        raise RequestError(f"the body is not JSON: {cut(cause)}") from cause
-    _check_depth(data)
+    data = parse_json(body, "the body", raises=RequestError, hint="Send one JSON object.")
     if not isinstance(data, dict):
         raise RequestError(f"the body is {cut(json.dumps(data))}, expected an object")
     fields = {name: value for name, value in data.items() if value is not None and name not in IGNORED}
@@ -235,19 +231,6 @@ def parse(body: bytes, kind: type[T]) -> T:
         message, _, path = str(cause).partition(" - at `$")
         name = path.strip(".`").partition(".")[0].partition("[")[0] or _missing(message)
         raise RequestError(f"{name + ': ' if name else ''}{cut(message)}", param=name or None) from cause
-    except RecursionError as cause:
-        raise RequestError("the body is nested too deep") from cause
-
-
-def _check_depth(data: Any) -> None:
-    """Raises RequestError where lists and objects are nested deeper than DEPTH."""
-    level: list[Any] = [[data]]
-    for _ in range(DEPTH + 1):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [value for values in inner for value in values if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise RequestError(f"the body is nested deeper than {DEPTH}")
 
 
 def _missing(message: str) -> str:

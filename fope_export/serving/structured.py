@@ -81,6 +81,10 @@ class Following:
     def __init__(self, matcher: Any, size: int) -> None:
         self._matcher, self._size, self.done = matcher, size, False
 
+    def copy(self) -> "Following":
+        """The same for another answer; nothing is compiled again."""
+        return Following(self._matcher.deep_copy(), self._size)
+
     def allowed(self) -> NDArray[np.bool_]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)

@@ -201,3 +201,11 @@ def test_the_fastest_that_bundle_and_machine_have(
     name, told = fastest(halved if half else bundle, given)
     assert name == wanted and all(reason in told for reason in reasons)
     assert "torch" not in name and "torch: " not in told
+
+
+def test_without_the_optimized_file_nothing_is_chosen_that_runs_it(
+    halved: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fope_export.backends.choose.records", lambda bundle: [])
+    assert fastest(halved, GPU)[0] == "onnxruntime-cuda"
+    assert fastest(halved, GPU, optimized=False)[0] == "onnxruntime"

@@ -15,7 +15,7 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.layouts.hugging_face import weight_map_of
 from tests.conftest import DATA
 from tests.model.hugging_face import config_of, tensors_of, write
-from tests.model.implementations import GIVEN, HEAD_DIM, IDS, IMPLEMENTATIONS, qwen3_vl_moe
+from tests.model.implementations import GIVEN, HEAD_DIM, IDS, IMPLEMENTATIONS, qwen3_vl_moe, set_rope
 from tests.model.theirs import MARGIN, distance, exact_logits, same_as_theirs
 
 TABLE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -163,3 +163,10 @@ def test_stored_frequencies_are_held_as_far_as_their_dtype_goes(dtype: torch.dty
         else:
             with pytest.raises(FopeError, match="inv_freq is not what the configuration gives"):
                 load_checkpoint(folder)
+
+
+def test_a_factor_of_zero_is_one_that_was_given(tmp_path: Path) -> None:
+    """Then Intern-S1-Pro's code floors as the others do, and the number of frequencies has to be theirs."""
+    row = IMPLEMENTATIONS["Intern-S1-Pro, fope_sep_head alone"]
+    with pytest.raises(FopeError, match="D is 8 in the weights but 3"):
+        load_checkpoint(row.write(tmp_path, set_rope("rope_scaling", fope_init_factor=0.0)))

@@ -262,6 +262,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown scaling field": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "attention_factor is given"
     ),
+    "a name of ours": ({"rope_scaling": {"rope_type": "default", "named_fope": True}}, "unknown field `named_fope`"),
+    "two lengths": (
+        {"rope_scaling": {"rope_type": "default", "max_position_embeddings": 64}},
+        "max_position_embeddings is 64 and 128",
+    ),
     "rope type elsewhere": ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
     "part of the channels": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1.0 is supported"),
     "soft cap": ({"final_logit_softcapping": 30.0}, "unknown field `final_logit_softcapping`"),

@@ -12,10 +12,14 @@ import openai
 import pytest
 
 from fope_export.backends.base import Backend
+from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.generation import generate_text, log_probabilities
+from fope_export.serving import protocol
 from fope_export.serving.app import BODY
+from fope_export.serving.calls import calls_of_completion
+from fope_export.serving.host import Host, Sizes
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 from tests.serving.served import Served
@@ -247,6 +251,8 @@ BODIES: dict[str, tuple[bytes, str, int]] = {
     "null": (b"null", "application/json", 400),
     "a list": (b"[]", "application/json", 400),
     "a number": (b"7", "application/json", 400),
+    "a key twice": (b'{"model": "model", "model": "model", "prompt": "a"}', "application/json", 400),
+    "no number": (b'{"model": "model", "prompt": "a", "temperature": NaN}', "application/json", 400),
     "no UTF-8": (b'{"prompt": "\xff"}', "application/json", 400),
     "large": (b" " * (BODY + 1), "application/json", 413),
     "another type": (b"{}", "text/plain", 415),
@@ -323,3 +329,21 @@ def test_it_describes_itself(server: Served) -> None:
     document = server.http.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0" and document["paths"].keys() >= {"/v1/completions", "/health/ready"}
     assert document["components"]["schemas"]["Completion"]["properties"]["model"] == {"enum": ["model"]}
+
+
+def test_a_schema_is_compiled_once_for_all_answers(asked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host("model", asked, lambda: load_backend(asked), Sizes())
+    follow, compiled = host.follow, list[Form]()
+    monkeypatch.setattr(host, "follow", lambda form: (compiled.append(form), follow(form))[1])
+    form = protocol.StructuredOutputs(regex="[ab]{3}")
+    call = calls_of_completion(
+        host, protocol.Completion(model="model", prompt=["a", "b"], n=4, structured_outputs=form)
+    )
+    grammars = [request.grammar for request in call._requests]
+    assert follow.call_count == 1 and len({id(each) for each in grammars}) == 8
+    first, second = grammars[:2]
+    assert first is not None and second is not None
+    before = second.allowed().copy()
+    for _ in range(3):
+        first.accept(97)
+    assert first.done and not second.done and (second.allowed() == before).all()

@@ -23,6 +23,7 @@ FOPE_FIELDS = ("fope_init_factor", "fope_sep_head", "num_inv_freq")
 """Any of these that is not null makes a model's position embedding FoPE."""
 TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
+    "fope": (),  # LMDeploy's name of a default type with FoPE
     "linear": ("factor",),
     "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -60,21 +61,20 @@ class Rope(Checked, frozen=True, kw_only=True):
     mrope_interleaved: bool | None = None
     partial_rotary_factor: float | None = None
     max_position_embeddings: Count | None = None
-    named_fope: bool = False
-    """Whether the type is called "fope", as LMDeploy writes it."""
 
     @property
     def fope(self) -> bool:
-        return self.named_fope or any(getattr(self, name) is not None for name in FOPE_FIELDS)
+        return self.rope_type == "fope" or any(getattr(self, name) is not None for name in FOPE_FIELDS)
 
     @property
     def floors_unless_it_is_interns(self) -> bool:
         """Whether implementations differ: Intern-S1-Pro's asks for fields, misspells one, and then floors nothing."""
-        return self.fope_sep_head is not None and not (self.named_fope or self.fope_init_factor or self.num_inv_freq)
+        alone = self.fope_sep_head is not None and self.fope_init_factor is None and self.num_inv_freq is None
+        return alone and self.rope_type != "fope"
 
     @property
     def scaled(self) -> str:
-        return "" if self.rope_type == "default" else f", {self.rope_type} before the floor"
+        return "" if not TYPES[self.rope_type] else f", {self.rope_type} before the floor"
 
     def attention_scale(self) -> float:
         """What multiplies sine and cosine: YARN's (arXiv 2309.00071, Eq. 22)."""
@@ -105,7 +105,7 @@ def rope_of(
                 f"{name} is {given[name]!r} and {value!r}", hint="Two fields say it: keep the one that training used."
             )
     kind = given.get("rope_type", "default")
-    given |= {"rope_type": "default", "named_fope": True} if kind == "fope" else {"rope_type": ALIASES.get(kind, kind)}
+    given["rope_type"] = ALIASES.get(kind, kind)
     if kind == "qwen3_vl":
         given.setdefault("mrope_interleaved", True)
     return convert(given, Rope, where=f"{where}: rope_parameters")
@@ -138,7 +138,7 @@ def check(rope: Rope, head_dim: int, turns: Sequence[int] = ()) -> None:
     section = rope.mrope_section or []
     without_clashes(
         {
-            f"factor is {rope.factor} with rope_type 'default'": kind == "default" and rope.factor not in (None, 1.0),
+            f"factor is {rope.factor} with rope_type {kind!r}": not TYPES[kind] and rope.factor not in (None, 1.0),
             f"rope_type {kind!r} needs a factor": "factor" in read and rope.factor is None,
             f"{given[0] if given else None} is given, and rope_type {kind!r} does not read it": given,
             "rope_type 'llama3' needs low_freq_factor, high_freq_factor and original_max_position_embeddings": kind

@@ -250,7 +250,8 @@ def weight_map_of(data: Mapping[str, Any], where: str = CONFIG) -> WeightMap:
     """The decoder that the fields of a config.json describe."""
     try:
         flags, given = fields_of(data, where)
-        beside = {"rope_theta": flags.rope_theta, "partial_rotary_factor": flags.partial_rotary_factor}
+        repeated = ("rope_theta", "partial_rotary_factor", "max_position_embeddings")
+        beside = {name: getattr(flags, name) for name in repeated}
         rope = rope_of(flags.rope_parameters, flags.rope_scaling, beside, where)
         described = (flags, rope, _port(given, rope.rope_theta, where), KINDS[data["model_type"]])
         return replace(weight_map(*described, {}), fitted=partial(weight_map, *described))
