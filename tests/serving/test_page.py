@@ -27,6 +27,7 @@ def page(browser: Browser, server: Served) -> Iterator[Page]:
     failures: list[object] = []
     opened.on("pageerror", lambda failure: failures.append(failure))
     opened.goto(server.url)
+    expect(opened.get_by_role("checkbox")).to_be_checked()  # the models are known
     yield opened
     opened.close()
     assert not failures
@@ -67,6 +68,12 @@ def test_what_is_wrong_is_shown(page: Page) -> None:
     page.get_by_label("Prompt", exact=True).fill("a" * 2000)
     page.get_by_role("button", name="Continue").click()
     expect(page.get_by_role("status")).to_contain_text("fit together")
+
+
+def test_somebody_has_to_answer(page: Page) -> None:
+    page.get_by_role("checkbox").uncheck()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_role("status")).to_have_text("no model is chosen")
 
 
 def test_nothing_is_wider_than_a_small_screen(page: Page) -> None:
