@@ -57,6 +57,7 @@ KERNEL = Target("kernel", ("launch.cu",), CUDA, cuda=True)
 HOST = Target("host", ("host.cpp",), (*CPLUSPLUS, "-shared", "-fPIC"))
 THREADS = Target("threads", ("threads.cpp", "host.cpp"), (*CPLUSPLUS, "-g", "-pthread", "-fsanitize=thread"))
 HARNESS = Target("harness", ("harness.cpp",), (*CPLUSPLUS, "-ldl"), tensorrt=True)
+OPENED = Target("opened", ("opened.cpp",), (*CPLUSPLUS, "-ldl", "-rdynamic"), tensorrt=True)
 
 
 def package_folders(name: str) -> list[Path]:

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "registry.h"
 
 using namespace nvinfer1;
 
@@ -339,13 +340,25 @@ class Creator final : public IPluginCreatorV3One {
     PluginFieldCollection collection_{static_cast<int32_t>(fields_.size()), fields_.data()};
 };
 
+struct Creators {
+    Creator plain{false}, general{true};
+    IPluginCreatorInterface* all[2] = {&plain, &general};
+};
+
+Creators& creators() {
+    static Creators both;
+    return both;
+}
+
+// Some programs, Triton among them, only open the library: it then registers itself.
+__attribute__((constructor)) void enroll() { registry::enroll(creators().all, kNamespace); }
+
 } // namespace
 
 FOPE_ROTARY_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static Creator plain(false), general(true);
-    static IPluginCreatorInterface* const creators[] = {&plain, &general};
+    registry::asked_from(__builtin_return_address(0), creators().all);
     count = 2;
-    return creators;
+    return creators().all;
 }
 
 FOPE_ROTARY_EXPORT void setLoggerFinder(ILoggerFinder* found) { finder = found; }

@@ -4,6 +4,7 @@ import ctypes
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,45 @@ def test_the_library_shows_three_functions_and_needs_no_tensorrt(plugin: Path) -
 def test_the_kernel_compiles_without_tensorrt(toolchain: compiling.Toolchain, cache: Path) -> None:
     bare = replace(toolchain, headers=None, headers_version=None)
     assert exports(compiling.build(compiling.KERNEL, bare, ("89",), cache=cache)) == KERNELS
+
+
+def test_a_library_that_is_only_opened_registers_itself_once(plugin: Path, build: Build, headers: Path) -> None:
+    """Where it finds a registry; both versions are there, also after getCreators and when nobody has it open."""
+    opened = build(compiling.OPENED, flags=("-O0", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"))
+    done = subprocess.run([opened, plugin], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == dict.fromkeys(("opened", "asked", "closed"), [2, True, True])
+
+
+OPENING = """
+import ctypes, json, sys
+from pathlib import Path
+from fope_export.fope import contract
+from fope_export.tensorrt import api
+path, *order = sys.argv[1:]
+trt = api.load("tensorrt-rtx")
+log = api.make_log(trt)
+builder, registry = trt.Builder(log), trt.get_plugin_registry()
+versions = [str(version) for version in contract.VERSIONS]
+do = {
+    "open": lambda: ctypes.CDLL(path),
+    "ask": lambda: ctypes.CDLL(path).getCreators(ctypes.byref(ctypes.c_int())),
+    "load": lambda: api.load_plugin(
+        trt, Path(path), log, name=contract.NAME, versions=versions, namespace=contract.DOMAIN
+    ),
+}
+for step in order:
+    do[step]()
+    print(json.dumps(sorted(each.plugin_version for each in registry.all_creators if each.name == contract.NAME)))
+"""
+
+
+@pytest.mark.parametrize("order", ["open", "load", "open load", "open ask load", "load open"])
+def test_it_is_once_in_tensorrts_own_registry(order: str, plugin: Path) -> None:
+    """Opened, loaded by TensorRT, which refuses what is there already, or both."""
+    steps = order.split()
+    done = subprocess.run([sys.executable, "-c", OPENING, plugin, *steps], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ['["1", "2"]'] * len(steps)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
