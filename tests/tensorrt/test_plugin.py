@@ -79,7 +79,7 @@ def test_a_library_that_is_only_opened_registers_itself_once(plugin: Path, build
     """Where it finds a registry; both versions are there, also after getCreators and when nobody has it open."""
     opened = build(compiling.OPENED, flags=("-O0", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations"))
     done = subprocess.run([opened, plugin], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == dict.fromkeys(("opened", "asked", "closed"), [2, True, True])
+    assert json.loads(done.stdout) == {when: [2, True, True] for when in ("opened", "asked", "closed")}
 
 
 OPENING = """
