@@ -23,6 +23,10 @@ from fope_export.tokens import GENERATION, Tokenizer, read_object
 
 IDLE = 0.5
 """Seconds that an idle engine sleeps at most, so that its heart is heard."""
+RESERVED = 2 << 30
+"""Bytes of keys and values that slots have room for from the start: none is taken before a slot is used, and what needs
+more has all of them moved once.
+"""
 STALE = 60.0
 """Seconds without a heartbeat after which it is not alive: longer than any one call of a backend."""
 log = logging.getLogger(__name__)
@@ -135,10 +139,12 @@ class Host:
     def _serve(self, backend: Backend) -> None:
         """Until it is closed, or the engine fails; `engine` is None until a token was made."""
         self.engine = None
-        sizes, row = self.sizes, self.length * bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
+        sizes, token = self.sizes, bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
+        spare = sizes.spare_bytes // (self.length * token)
+        room = min(self.length, max(RESERVED // ((sizes.slots + spare) * token), 1024))
         engine = Engine(
-            backend, sizes.slots, room=min(1024, self.length), chunk=sizes.chunk, spare=sizes.spare_bytes // row,
-            queue=sizes.queue, queued_tokens=sizes.queued_tokens, invariant=sizes.batch_invariant,
+            backend, sizes.slots, room=room, chunk=sizes.chunk, spare=spare, queue=sizes.queue,
+            queued_tokens=sizes.queued_tokens, invariant=sizes.batch_invariant,
         )  # fmt: skip
         try:
             _probe(engine)
