@@ -1,4 +1,4 @@
-"""An engine alone, in a process of its own: inside.py BUNDLE THREADS SLOTS; then a task a line of JSON in, times out."""
+"""An engine alone, in a process of its own: inside.py BUNDLE THREADS SLOTS; then a task a line in, its times out."""
 
 import json
 import statistics

@@ -17,8 +17,6 @@ from fope_export.graph.optimize import optimize
 
 SHAPE = "60M"
 KINDS = {"float32": ExportConfig(), "int4": ExportConfig(quantize="int4")}
-LEARNT = 6_000_000
-"""Bytes of Python that the tokenizer is learnt from."""
 
 
 @dataclass
@@ -52,14 +50,14 @@ class Made:
 
 
 def _tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE of the standard library's source; the last ids may have no text."""
+    """Byte-level BPE of the standard library's source."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     learner = trainers.BpeTrainer(
         vocab_size=VOCABULARY, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    text = python_source(held_out=False)[:LEARNT].decode(errors="replace")
+    text = python_source(held_out=False).decode(errors="replace")
     made.train_from_iterator(text.splitlines(keepends=True), learner)
     return made
 

@@ -1,7 +1,7 @@
 """What a mask of llguidance takes beside a step."""
 
 from fope_export.benchmark.rounds import in_turn
-from serving_bench.bench import Bench, Record, share, spread
+from serving_bench.bench import Bench, Record, ratio, share, spread
 from serving_bench.made import prompts
 from serving_bench.processes import Inside
 
@@ -40,11 +40,14 @@ def masks(bench: Bench) -> Record:
 
 def _told(taken: list[Record]) -> Record:
     plain = [share(each["plain"], 50) for each in taken]
-    mask = [each for one in taken for each in one["masks"]]
-    return {
-        "a mask, ms": {f"p{p}": round(1e3 * share(mask, p), 3) for p in (50, 99)},
-        "a step without, ms": spread([1e3 * each for each in plain], 2),
-        "a mask over a step": {f"p{p}": spread([share(one["masks"], p) / step for one, step in zip(taken, plain, strict=True)], 4) for p in (50, 99)},
-        "a step with masks over one without": spread([share(one["masked"], 50) / step for one, step in zip(taken, plain, strict=True)]),
-        "to compile, ms": round(1e3 * share([one["compiled"] for one in taken], 50), 1),
-    }  # fmt: skip
+    made = [each for one in taken for each in one["masks"]]
+    record: Record = {"a step without, ms": spread([1e3 * each for each in plain], 2)}
+    for percent in (50, 99):
+        of_step = [share(one["masks"], percent) / step for one, step in zip(taken, plain, strict=True)]
+        record[f"a mask, p{percent}, ms"] = round(1e3 * share(made, percent), 3)
+        record[f"a mask, p{percent}, over a step"] = spread(of_step, 4)
+    masked = [share(each["masked"], 50) for each in taken]
+    return record | {
+        "a step with masks over one without": ratio(masked, plain),
+        "to compile, ms": round(1e3 * share([each["compiled"] for each in taken], 50), 1),
+    }

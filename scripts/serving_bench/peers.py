@@ -116,7 +116,7 @@ def write_openvino(bundle: Path, out: Path) -> None:
 
 
 def _simplify(model: Any) -> None:
-    """Take out what changes no number, and hides attention: casts to the type that is there, and what is said of NaN."""
+    """Take out what changes no number and hides attention: casts to the type that is there, and care for NaN."""
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         if kind == "ConvertLike":

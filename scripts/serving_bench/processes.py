@@ -1,4 +1,4 @@
-"""The processes of the benchmark: a server, those that ask it, and engines without one. All are ended by their number."""
+"""The benchmark's processes: a server, those that ask it, engines without one. All are ended by their number."""
 
 import json
 import os
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds of processor time that a process of this machine has taken, ended threads included: Linux's clock of it."""
+    """Seconds of processor time that a process has taken, ended threads included, by Linux's clock of it."""
     return time.clock_gettime((~pid << 3) | 2)
 
 
@@ -51,7 +51,8 @@ class Program:
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        with self._process:  # which closes its pipes, and waits
+            pass
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ OURS, WHOLE, STREAMED = "inside", "HTTP, whole answers", "HTTP, streams"
 LLAMA, OPENVINO = "llama.cpp's server, RoPE twin", "OpenVINO GenAI's continuous batching, RoPE twin"
 SLOTS, LENGTH = 16, 512
 CHECKED, AGREEING = 8, 6
-"""Prompts whose first tokens a peer must give as our engine does on the twin, and how many of them at least: weights are
+"""Prompts whose first tokens a peer must give as our engine does on the twin, and how many at least: weights are
 random, and some likeliest tokens hardly lead.
 """
 Prompts = Sequence[list[int]]

@@ -1,4 +1,4 @@
-"""Where an answer in company is another than alone: near-ties, by the measure of the rule that `validate` refuses by."""
+"""Where an answer in company is another than alone: near-ties, by the measure of the rule of `validate`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,9 +41,8 @@ def ties(bench: Bench) -> Record:
     alone, beside = answers(backend, asked, 1), answers(backend, asked, 8)
     found, judge = differences(alone, beside), Judge(bundle)
     listed = [
-        each._asdict() | {"drawn": asked[each.request].sampling.temperature > 0, "near-tie": judge.near(asked, alone, each)}
-        for each in found
-    ]  # fmt: skip
+        each._asdict() | {"drawn": each.request % 2 == 1, "near-tie": judge.near(asked, alone, each)} for each in found
+    ]
     return {
         "requests": len(asked), "tokens": sum(map(len, alone)), "tokens that were compared": compared(alone, found),
         "differences": len(found), "that are no near-ties": sum(not each["near-tie"] for each in listed),
@@ -102,7 +101,7 @@ class Judge:
         noise = Noise.of(truth, [_logits(each, ids) for each in self._members], float(np.finfo(np.float32).eps))
         allowed = float(noise.tied()[-1])
         draw = Draw(request.sampling, ids.shape[1], request.choice)
-        return all(_can_be(token, truth[-1], allowed, draw) for token in (found.alone, found.beside))
+        return all(can_be(token, truth[-1], allowed, draw) for token in (found.alone, found.beside))
 
 
 def _logits(backend: EagerBackend, ids: Ids) -> Floats:
@@ -111,7 +110,7 @@ def _logits(backend: EagerBackend, ids: Ids) -> Floats:
     return np.asarray(logits)
 
 
-def _can_be(token: int, logits: Floats, allowed: float, draw: Draw) -> bool:
+def can_be(token: int, logits: Floats, allowed: float, draw: Draw) -> bool:
     """Whether it is drawn where its logit is as much too high as may be, and all others too low."""
     raised = logits - allowed
     raised[token] += 2 * allowed

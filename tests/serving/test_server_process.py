@@ -86,11 +86,16 @@ def test_a_second_signal_ends_at_once(asked: Bundle) -> None:
 
 
 def test_nothing_needs_cleaning_after_a_kill(asked: Bundle) -> None:
+    """Not even where it is killed in the middle of an answer, and begins again at the same port."""
+    port = "0"
     for _ in range(2):
-        with served([asked.path], "--unvalidated") as server:
+        with served([asked.path], "--unvalidated", "--port", port) as server:
             assert server.client.completions.create(model="model", prompt="a", max_tokens=1).usage
-            server.process.kill()
-            server.process.wait(20)
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as answer:
+                next(answer.iter_lines())
+                server.process.kill()
+                server.process.wait(20)
+            port = str(server.port)
 
 
 def test_slow_clients_block_nobody(asked: Bundle) -> None:
