@@ -6,7 +6,7 @@ from serving_bench.bench import Bench, Record, answered, body, ratio, share, spr
 from serving_bench.made import prompts
 from serving_bench.processes import Inside, Server
 
-RUNNING, SHORT = 7, 64
+RUNNING, SHORT, MORE = 7, 64, 256
 
 
 def arrival(bench: Bench) -> Record:
@@ -15,10 +15,10 @@ def arrival(bench: Bench) -> Record:
     server is new in every round: the first long prompt finds no room made for it.
     """
     long = bench.few(4096, 1024)
-    limits = ("--slots", "8", "--max-model-len", str(long + 256))
+    limits = ("--slots", "8", "--max-model-len", str(long + MORE))
     between, alone = list[list[float]](), list[Record]()
     bundle = bench.made.bundle("fope", "float32")
-    with Inside(bundle, bench.threads, 8) as inside:
+    with Inside(bundle, bench.threads, 8, long + MORE) as inside:
         for number in range(bench.few(5, 1)):
             arriving, running = prompts(number, 1, long)[0], prompts(100 + number, RUNNING, SHORT)
             alone.append(inside.ask(do="arrival", running=running, arriving=arriving, steps=12))

@@ -1,10 +1,11 @@
-"""An engine alone, in a process of its own: inside.py BUNDLE THREADS SLOTS; then a task a line in, its times out."""
+"""An engine alone, in a process of its own: inside.py BUNDLE THREADS SLOTS ROOM INVARIANT, then a task a line in."""
 
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fope_export.backends.base import Backend, Slots
@@ -66,11 +67,16 @@ class Timed:
 class Inside:
     """The tasks."""
 
-    def __init__(self, folder: str, threads: int, slots: int) -> None:
+    def __init__(self, folder: str, threads: int, slots: int, room: int, invariant: int) -> None:
         bundle = Bundle.open(folder, verify=False)
         self._backend: Any = Watched(load_backend(bundle, settings=Settings(threads=threads)))
-        self._slots, self._engine = slots, Engine(self._backend, slots)
+        self._new_engine = partial(Engine, self._backend, slots, room=room, invariant=bool(invariant))
+        self._engine = self._new_engine()
         self._model, self._folder = bundle.manifest.decoder(), folder
+
+    def _renew(self) -> None:
+        self._engine.close()
+        self._engine = self._new_engine()
 
     def _submit(self, prompts: Sequence[list[int]], new: int, **fields: Any) -> list[Handle]:
         sampling = SamplingParams(max_new_tokens=new)
@@ -89,13 +95,11 @@ class Inside:
         """Rows that run for `steps`, then another with a long prompt: how long steps and its chunks take alone, and
         what moved meanwhile, in an engine of its own.
         """
-        self._engine.close()
-        self._engine = Engine(self._backend, self._slots)
+        self._renew()
         alone = self._submit([arriving], 1)
         chunks = [self._step() for _ in range(-(-len(arriving) // self._backend.chunk))]
         assert len(alone[0].take()) == 2
-        self._engine.close()
-        self._engine = Engine(self._backend, self._slots)
+        self._renew()
         self._submit(running, 1 << 20)
         while self._engine.waiting or self._engine.counts.new_tokens < len(running):
             self._engine.step()
@@ -105,8 +109,7 @@ class Inside:
         while not last[0].first:
             self._engine.step()
         moved = {"copies": self._backend.copies, "moves": self._backend.moves}
-        self._engine.close()
-        self._engine = Engine(self._backend, self._slots)
+        self._renew()
         return moved | {"chunk": self._backend.chunk, "chunks": chunks, "step": statistics.median(decoding)}
 
     def _step(self) -> float:
@@ -140,7 +143,8 @@ class Inside:
 
 
 def main() -> None:
-    inside = Inside(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    folder, *numbers = sys.argv[1:]
+    inside = Inside(folder, *map(int, numbers))
     print("{}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

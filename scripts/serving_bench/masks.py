@@ -24,7 +24,7 @@ def masks(bench: Bench) -> Record:
     of the median step without any, and what a step with masks for all takes beside one without.
     """
     new, rounds = bench.few(64, 12), bench.few(3, 1)
-    with Inside(bench.made.bundle("fope", "float32"), bench.threads, 8) as inside:
+    with Inside(bench.made.bundle("fope", "float32"), bench.threads, 8, 512) as inside:
         record: Record = {"vocabulary": 50304, "rounds": rounds}
         for rows in (1, 8):
             tasks = {

@@ -76,8 +76,10 @@ class Server(Program):
 class Inside(Program):
     """Our engine without a server."""
 
-    def __init__(self, bundle: Path, threads: int, slots: int) -> None:
-        super().__init__(HERE / "inside.py", bundle, str(threads), str(slots), threads=threads)
+    def __init__(self, bundle: Path, threads: int, slots: int, room: int, *, invariant: bool = False) -> None:
+        """`room` is for the tokens of a slot."""
+        numbers = map(str, (threads, slots, room, int(invariant)))
+        super().__init__(HERE / "inside.py", bundle, *numbers, threads=threads)
         self.told()
 
 

@@ -12,7 +12,8 @@ from serving_bench.made import KINDS, prompts
 from serving_bench.processes import HERE, Inside, Program, Server, cpu_of
 
 PEERS = HERE.parent.parent / ".venv-serving" / "bin" / "python"
-OURS, WHOLE, STREAMED = "inside", "HTTP, whole answers", "HTTP, streams"
+OURS, INVARIANT = "inside", "inside, --batch-invariant"
+WHOLE, STREAMED = "HTTP, whole answers", "HTTP, streams"
 LLAMA, OPENVINO = "llama.cpp's server, RoPE twin", "OpenVINO GenAI's continuous batching, RoPE twin"
 SLOTS, LENGTH = 16, 512
 CHECKED, AGREEING = 8, 6
@@ -42,7 +43,7 @@ def throughput(bench: Bench) -> Record:
 
 
 def _of_kind(bench: Bench, kind: str) -> Record:
-    counts, rounds, new = (1, 2, 4, 8, 16)[: bench.few(5, 2)], bench.few(4, 1), bench.few(48, 8)
+    counts, rounds, new = (1, 2, 4, 8, 16)[: bench.few(5, 2)], bench.few(4, 1), bench.few(32, 8)
     with ExitStack() as stack:
         loads, without = _loads(bench, kind, stack)
         requests = {count: _of_count(bench, loads, count, rounds, new) for count in counts}
@@ -60,13 +61,18 @@ def _of_count(bench: Bench, loads: dict[str, Load], count: int, rounds: int, new
     return {
         name: {
             "tokens a second": spread([tokens / each.seconds for each in rounds_of], 1),
-            "ours inside, over it": ratio([each.seconds for each in rounds_of], [each.seconds for each in ours]),
+            "ours inside over it, in speed": ratio(_seconds(rounds_of), _seconds(ours)),
+            "ours through HTTP over it, in speed": ratio(_seconds(rounds_of), _seconds(taken[WHOLE])),
             "CPU of a token, ms": spread([1e3 * each.cpu / tokens for each in rounds_of], 2),
             "CPU over ours inside": ratio([each.cpu for each in rounds_of], [each.cpu for each in ours]),
             "clients' CPU of a token, ms": spread([1e3 * each.client / tokens for each in rounds_of], 2),
         }
         for name, rounds_of in taken.items()
     }
+
+
+def _seconds(rounds: Sequence[Taken]) -> list[float]:
+    return [each.seconds for each in rounds]
 
 
 def _in_rounds(load: Load, given: Sequence[Prompts], new: int) -> Callable[[], Taken]:
@@ -78,12 +84,14 @@ def _in_rounds(load: Load, given: Sequence[Prompts], new: int) -> Callable[[], T
 def _loads(bench: Bench, kind: str, stack: ExitStack) -> tuple[dict[str, Load], dict[str, str]]:
     """By name; and why others cannot be had."""
     bundle = bench.made.bundle("fope", kind)
-    inside = stack.enter_context(Inside(bundle, bench.threads, SLOTS))
+    inside = stack.enter_context(Inside(bundle, bench.threads, SLOTS, LENGTH))
+    alike = stack.enter_context(Inside(bundle, bench.threads, SLOTS, LENGTH, invariant=True))
     sizes = ("--slots", str(SLOTS), "--max-model-len", str(LENGTH))
     server = stack.enter_context(Server(bundle, bench.threads, *sizes))
     named = {"model": server.model}
     loads: dict[str, Load] = {
         OURS: lambda given, new: _inside(inside, given, new),
+        INVARIANT: lambda given, new: _inside(alike, given, new),
         WHOLE: lambda given, new: _http(bench, server, given, new, named),
         STREAMED: lambda given, new: _http(bench, server, given, new, named | {"stream": True}),
     }
@@ -147,7 +155,7 @@ def _peer(*what: str | Path, threads: int) -> Program:
 
 def _check(bench: Bench, firsts: Sequence[list[int]]) -> None:
     """Raises RuntimeError where a peer computes another model."""
-    with Inside(bench.made.bundle("rope", "float32"), bench.threads, CHECKED) as twin:
+    with Inside(bench.made.bundle("rope", "float32"), bench.threads, CHECKED, LENGTH) as twin:
         ours = twin.ask(do="answers", prompts=prompts(0, CHECKED, 32), new=1)["answers"]
     if (alike := sum(a == b for a, b in zip(firsts, ours, strict=True))) < AGREEING:
         raise RuntimeError(f"{alike} of {CHECKED} first tokens are the twin's")

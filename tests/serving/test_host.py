@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError
-from fope_export.serving.host import Host, Sizes
+from fope_export.serving.host import Host, Sizes, bytes_of_a_token
 from fope_export.serving.requests import Failed, Handle, Request
 from fope_export.serving.sampling import SamplingParams
 from tests.scripted import Scripted
@@ -47,6 +48,21 @@ def host(asked: Bundle, backend: Scripted) -> Iterator[Host]:
     host.start()
     yield host
     host.close()
+
+
+@pytest.mark.parametrize(("length", "spare", "room"), [(700, 0, 700), (1 << 30, 0, 1 << 20), (1 << 30, 1 << 42, 1024)])
+def test_slots_have_room_from_the_start(
+    length: int, spare: int, room: int, asked: Bundle, backend: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all that may be asked, within bounds: a long prompt then moves nobody's keys and values."""
+    slots = Mock(wraps=backend.slots)
+    monkeypatch.setattr(backend, "slots", slots)
+    token = bytes_of_a_token(asked.manifest.decoder(), "fp32")
+    monkeypatch.setattr("fope_export.serving.host.RESERVED", 2 * token << 20)
+    host = Host("scripted", asked, lambda: backend, Sizes(slots=2, length=length, spare_bytes=spare * token))
+    host.start()
+    host.close()
+    assert slots.call_args.args[1] == room
 
 
 def test_a_backend_that_failed_is_tried_before_it_is_ready(
