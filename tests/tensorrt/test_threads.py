@@ -75,7 +75,8 @@ def test_real_threads_never_meet(threads: Path, launch: str) -> None:
 RACES = {
     "no barrier before the table": ("fill_basis(thread, threads);\n        barrier();", "fill_basis(thread, threads);"),
     "no barrier before rotation": (
-        "fill_table(thread, threads, early);\n        barrier();", "fill_table(thread, threads, early);"
+        "fill_table(thread, threads, early);\n        barrier();",
+        "fill_table(thread, threads, early);",
     ),
     "two threads fill one place": ("i < a.frequencies * Tile; i += threads", "i < a.frequencies * Tile; i += 1"),
     "two blocks write one head": ("first_group(y * of.chunk)", "first_group(0)"),
