@@ -256,7 +256,7 @@ def _backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--backend",
         metavar="NAME",
-        help="what runs it; a wrong NAME lists all (default: onnxruntime; run and serve take what is fastest here)",
+        help="what runs it; a wrong NAME lists all (default: for run and serve the fastest here, for validate all)",
     )
 
 
