@@ -1,0 +1,10 @@
+"""The table of servers that a bundle can be handed to. A new one is a module here whose TARGET says what its folder
+holds, that in `files/`, and a row.
+"""
+
+TARGETS = {
+    "docker": "an image with `fope-export serve`, Prometheus and a Grafana dashboard",
+}
+"""Name, also of the module -> what it is."""
+PROMPT = "def main("
+"""What a server is asked, to see that it answers as the bundle does."""
