@@ -4,6 +4,7 @@ holds, that in `files/`, and a row.
 
 TARGETS = {
     "docker": "an image with `fope-export serve`, Prometheus and a Grafana dashboard",
+    "triton": "NVIDIA Triton, with the engine in its Python backend",
 }
 """Name, also of the module -> what it is."""
 PROMPT = "def main("
