@@ -127,7 +127,7 @@ def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
     hosts: dict[str, Host] = {}
     try:
         for name, path in zip(names, paths, strict=True):
-            hosts[name] = _host(name, path, args)
+            hosts[name] = host_of(name, path, args)
             hosts[name].start()
     except BaseException:
         for host in hosts.values():
@@ -136,7 +136,8 @@ def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
     return hosts
 
 
-def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
+def host_of(name: str, path: Path, args: argparse.Namespace) -> "Host":
+    """A bundle, not started, as the options of `serve` say. Raises FopeError where it may not be served, or cannot."""
     from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend
     from fope_export.backends.machine import read_machine
     from fope_export.bundle import Bundle

@@ -1,0 +1,1 @@
+"""A folder that puts a bundle behind a production server."""
