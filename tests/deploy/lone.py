@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fope_export.backends.base import Backend
 from fope_export.bundle import Bundle
 from fope_export.serving.engine import Engine
-from fope_export.serving.requests import Request, Token
+from fope_export.serving.requests import Logprobs, Request, Token
 from fope_export.serving.sampling import Draw, SamplingParams, _waits
 from fope_export.tokens import Tokenizer
 
@@ -21,12 +21,20 @@ class Lone:
     def __init__(self, bundle: Bundle, backend: Backend, engine: Engine) -> None:
         self.text, self._backend, self._engine = Tokenizer(bundle.path), backend, engine
 
-    def tokens(self, body: dict[str, Any]) -> list[int]:
+    def answer(self, body: dict[str, Any], logprobs: int | None = None) -> list[Token]:
         """An answer that ends with its length."""
-        handle = self._engine.submit(Request(prompt=self.text.encode(body["prompt"]), sampling=_sampling(body)))
+        handle = self._engine.submit(
+            Request(prompt=self.text.encode(body["prompt"]), sampling=_sampling(body), logprobs=logprobs)
+        )
         while self._engine.step():
             pass
-        return [event.id for event in handle.take() if isinstance(event, Token)]
+        return [event for event in handle.take() if isinstance(event, Token)]
+
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        return [token.id for token in self.answer(body)]
+
+    def logprobs(self, body: dict[str, Any], top: int) -> list[Logprobs]:
+        return [token.logprobs for token in self.answer(body, top) if token.logprobs]
 
     def says(self, body: dict[str, Any]) -> str:
         return self.text.decode(self.tokens(body))
@@ -62,9 +70,7 @@ class Lone:
 
 
 def _sampling(body: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(
-        max_new_tokens=body["max_tokens"], temperature=body["temperature"], seed=body.get("seed", 0)
-    )
+    return SamplingParams(max_new_tokens=body["max_tokens"], temperature=body["temperature"], seed=body.get("seed", 0))
 
 
 def _scores(logits: NDArray[Any], draw: Draw) -> NDArray[np.float64]:

@@ -19,6 +19,8 @@ import httpx
 
 SECONDS = 120
 """That anything may take."""
+LISTENS, LOOPBACK = "0A", "0100007F"
+"""A socket's state, and 127.0.0.1, in /proc/net/tcp."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(folder: Path, *options: str, **more: str) -> Iterator[Started]:
-    """What `start` starts, once it is ready; all of it is ended with the block, by the process that was started here."""
+    """What `start` starts, once it is ready. It ends with the block, and with the process that was started here."""
     port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PORT": str(port), "WAIT": str(SECONDS), **more}
@@ -135,6 +137,16 @@ def all_streams(
             assert event.wait(SECONDS)
         meanwhile()
         return [each.result() for each in running]
+
+
+def addresses(pids: Sequence[int]) -> set[str]:
+    """Where processes listen, as /proc writes it."""
+    links = [link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
+    inodes = {str(link.readlink()).removeprefix("socket:[").removesuffix("]") for link in links if link.is_symlink()}
+    lines = [
+        line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+    ]
+    return {fields[1].partition(":")[0] for fields in lines if fields[3] == LISTENS and fields[9] in inodes}
 
 
 def until(condition: Callable[[], bool]) -> None:
