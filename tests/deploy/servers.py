@@ -38,13 +38,13 @@ class Started:
     """A running server."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", url: str, environment: dict[str, str], folder: Path) -> None:
-        self.process, self.url, self._environment, self._folder = process, url, environment, folder
+        self.process, self.url, self._environment, self.folder = process, url, environment, folder
         self.model = json.loads((folder / "check.json").read_text())["model"]
 
     def check(self) -> "subprocess.CompletedProcess[str]":
         """What the folder's `check` says."""
         return subprocess.run(
-            [self._folder / "check"], env=self._environment, capture_output=True, text=True, timeout=SECONDS
+            [self.folder / "check"], env=self._environment, capture_output=True, text=True, timeout=SECONDS
         )
 
     def ask(self, **body: Any) -> httpx.Response:
