@@ -3,6 +3,8 @@ holds, that in `files/`, and a row.
 """
 
 TARGETS = {
+    "dynamo": "NVIDIA Dynamo's frontend, and workers around our engine, on one machine or many",
+    "ray": "the server of `fope-export serve` as a Ray Serve application, on one machine or a cluster",
     "docker": "an image with `fope-export serve`, Prometheus and a Grafana dashboard",
     "triton": "NVIDIA Triton, with the engine in its Python backend",
 }
