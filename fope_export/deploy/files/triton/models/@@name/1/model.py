@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -62,7 +63,7 @@ class TritonPythonModel:
         """Have them answered; nothing is waited for."""
         for request in requests:
             tensors = {each.name(): each.as_numpy() for each in request.inputs()}
-            answer = self._answer(tensors, request.get_response_sender())
+            answer = self._answer(tensors, json.loads(request.parameters()), request.get_response_sender())
             asyncio.run_coroutine_threadsafe(answer, self._loop)
 
     def finalize(self) -> None:
@@ -77,9 +78,9 @@ class TritonPythonModel:
         print(f"the engine is dead: {self._host.failure}", file=sys.stderr, flush=True)
         os._exit(DEAD)
 
-    async def _answer(self, tensors: Tensors, sender: Any) -> None:
+    async def _answer(self, tensors: Tensors, parameters: Mapping[str, Any], sender: Any) -> None:
         try:
-            call = await asyncio.to_thread(self._understood, tensors)
+            call = await asyncio.to_thread(self._understood, tensors, parameters)
             call.submit(self._loop)
             try:
                 await _tell(call, sender)
@@ -95,8 +96,8 @@ class TritonPythonModel:
             log.exception("a request failed")
             _refuse(sender, reason_of(cause), pb_utils.TritonError.INTERNAL)
 
-    def _understood(self, tensors: Tensors) -> Call:
-        return calls_of_completion(self._host, asked(self._host.name, tensors))
+    def _understood(self, tensors: Tensors, parameters: Mapping[str, Any]) -> Call:
+        return calls_of_completion(self._host, asked(self._host.name, tensors, parameters))
 
 
 async def _tell(call: Call, sender: Any) -> None:
