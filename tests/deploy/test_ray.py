@@ -18,10 +18,12 @@ from tests.deploy.servers import SECONDS, Started, all_streams, started, until
 NETWORKS = [name for _, name in socket.if_nameindex()]
 pytestmark = [
     pytest.mark.skipif(not find_spec("ray"), reason="needs scripts/venv ray"),
-    pytest.mark.skipif(NETWORKS != ["lo"], reason="needs scripts/venv ray and unshare -n: Ray listens everywhere"),
+    pytest.mark.skipif(
+        NETWORKS != ["lo"], reason="needs scripts/venv ray, and scripts/alone.py: Ray listens everywhere"
+    ),
 ]
 
-NEW = 600
+NEW = 1000
 STREAMS: list[dict[str, Any]] = [
     {"prompt": f"def f{i}(", "max_tokens": NEW, "ignore_eos": True, "temperature": 0.9 * (i > 3), "seed": i}
     for i in range(8)
@@ -57,7 +59,7 @@ def test_streams_end_with_their_replica_and_later_requests_are_answered(server: 
     is lost; what was told of it is right. All others are whole.
     """
     killed = replicas(server)[0]
-    told = all_streams(server, STREAMS, lambda: os.kill(killed, signal.SIGKILL))
+    told = all_streams(server, STREAMS, lambda: os.kill(killed, signal.SIGKILL), in_turn=True)
     later = [server.ask(**SHORT) for _ in range(20)]
     assert [answer.status_code for answer in later] == [200] * 20
     texts = [lone.says(body) for body in STREAMS]

@@ -95,7 +95,7 @@ def main() -> int:
     try:
         run(Engine)
     except FopeError as cause:
-        print(f"worker: {reason_of(cause)}", file=sys.stderr)  # noqa: T201
+        print(f"worker: {reason_of(cause)}", file=sys.stderr)
         return 2
     return 0
 
