@@ -11,6 +11,8 @@ from fope_export import place
 from fope_export.errors import BundleError, ConfigError, cut
 
 FILES = Path(__file__).parent / "files"
+SHARED = "shared"
+"""What every folder gets."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a model may be called: part of paths, URLs and configurations."""
 
@@ -20,7 +22,7 @@ class Target:
     """A server, and what its folder holds."""
 
     folders: tuple[str, ...]
-    """Of FILES, whose contents are copied in this order. In their names and texts @@NAME stands for a value."""
+    """Of FILES, whose contents are copied, after those of SHARED. In names and texts @@NAME stands for a value."""
     bundle: str = "bundle"
     """Where the bundle's copy lies."""
     values: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda common: {}
@@ -60,7 +62,7 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     with place.preparing(out, lock_timeout, _settle) as work:
         check_free(out)
-        for folder in target.folders:
+        for folder in (SHARED, *target.folders):
             _fill_in(FILES / folder, work, values)
         _copy(bundle, work / fill(target.bundle, values))
         for name, content in files.items():
