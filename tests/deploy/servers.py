@@ -120,6 +120,18 @@ def started(folder: Path, *options: str, **more: str) -> Iterator[Started]:
                 process.kill()
 
 
+@contextmanager
+def running(command: Sequence[str | Path], environment: dict[str, str]) -> Iterator[None]:
+    """A program until the end of the block."""
+    none = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdout=none, stderr=none) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(SECONDS)
+
+
 def all_streams(
     server: Started, bodies: Sequence[dict[str, Any]], meanwhile: Callable[[], object] = lambda: None, *,
     in_turn: bool = False,
@@ -138,13 +150,19 @@ def all_streams(
             begun[index].set()
 
     with ThreadPoolExecutor(len(bodies)) as pool:
-        running = []
+        streams = []
         for index, event in enumerate(begun):
-            running.append(pool.submit(one, index))
+            streams.append(pool.submit(one, index))
             assert not in_turn or event.wait(SECONDS)
         assert all(event.wait(SECONDS) for event in begun)
         meanwhile()
-        return [each.result() for each in running]
+        return [each.result() for each in streams]
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 def addresses(pids: Sequence[int]) -> set[str]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from tests.deploy.servers import (
     all_streams,
     environment_of,
     free_port,
+    running,
     started,
     until,
 )
@@ -172,8 +173,8 @@ def test_machines_find_each_other(folder: Path) -> None:
             "DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats", "NATS_SERVER": nats, "WORKERS": "1",
         }  # fmt: skip
         with (
-            running([folder / "start", "worker"], **settings),
-            running([folder / "start", "worker"], **settings),
+            running([folder / "start", "worker"], environment_of(**settings)),
+            running([folder / "start", "worker"], environment_of(**settings)),
             started(folder, "frontend", **settings) as server,
         ):
             until(lambda: instances(server) == 2)
@@ -189,19 +190,7 @@ def stores(folder: Path) -> Iterator[tuple[str, str]]:
     listening = ("--listen-client-urls", etcd, "--advertise-client-urls", etcd)
     peers = ("--listen-peer-urls", f"http://127.0.0.1:{peer}", "--data-dir", str(folder / "etcd"))
     with (
-        running([BIN / "etcd", *listening, *peers]),
-        running([BIN / "nats-server", "-a", "127.0.0.1", "-p", str(nats)]),
+        running([BIN / "etcd", *listening, *peers], environment_of()),
+        running([BIN / "nats-server", "-a", "127.0.0.1", "-p", str(nats)], environment_of()),
     ):
         yield etcd, f"nats://127.0.0.1:{nats}"
-
-
-@contextmanager
-def running(command: Sequence[str | Path], **more: str) -> Iterator[None]:
-    """A program until the end of the block."""
-    none = subprocess.DEVNULL
-    with subprocess.Popen(command, env=environment_of(**more), stdout=none, stderr=none) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.wait(SECONDS)
