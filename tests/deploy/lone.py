@@ -20,6 +20,7 @@ class Lone:
 
     def __init__(self, bundle: Bundle, backend: Backend, engine: Engine) -> None:
         self.text, self._backend, self._engine = Tokenizer(bundle.path), backend, engine
+        self._known: dict[str, list[int]] = {}
 
     def answer(self, body: dict[str, Any], logprobs: int | None = None) -> list[Token]:
         """An answer that ends with its length."""
@@ -31,7 +32,9 @@ class Lone:
         return [event for event in handle.take() if isinstance(event, Token)]
 
     def tokens(self, body: dict[str, Any]) -> list[int]:
-        return [token.id for token in self.answer(body)]
+        if (asked := str(body)) not in self._known:
+            self._known[asked] = [token.id for token in self.answer(body)]
+        return self._known[asked]
 
     def logprobs(self, body: dict[str, Any], top: int) -> list[Logprobs]:
         return [token.logprobs for token in self.answer(body, top) if token.logprobs]

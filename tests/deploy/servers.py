@@ -19,6 +19,7 @@ import httpx
 
 SECONDS = 120
 """That anything may take."""
+BIN = Path(sys.executable).parent
 LISTENS, LOOPBACK = "0A", "0100007F"
 """A socket's state, and 127.0.0.1, in /proc/net/tcp."""
 
@@ -92,12 +93,16 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def environment_of(**more: str) -> dict[str, str]:
+    """For a program that finds this Python first."""
+    return os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+
+
 @contextmanager
 def started(folder: Path, *options: str, **more: str) -> Iterator[Started]:
     """What `start` starts, once it is ready. It ends with the block, and with the process that was started here."""
     port = free_port()
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PORT": str(port), "WAIT": str(SECONDS), **more}
+    environment = environment_of(PORT=str(port), WAIT=str(SECONDS), **more)
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen([folder / "start", *options], env=environment, stdout=log, stderr=log) as process,
@@ -115,15 +120,28 @@ def started(folder: Path, *options: str, **more: str) -> Iterator[Started]:
                 process.kill()
 
 
+@contextmanager
+def running(command: Sequence[str | Path], environment: dict[str, str]) -> Iterator[None]:
+    """A program until the end of the block."""
+    none = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdout=none, stderr=none) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(SECONDS)
+
+
 def all_streams(
-    server: Started, bodies: Sequence[dict[str, Any]], meanwhile: Callable[[], object] = lambda: None, after: int = 40
-) -> list[Told]:
-    """Streams at once; `meanwhile` something happens, when each has had as many characters as `after` says."""
+    server: Started, bodies: Sequence[dict[str, Any]], meanwhile: Callable[[], object] = lambda: None, *,
+    in_turn: bool = False,
+) -> list[Told]:  # fmt: skip
+    """Streams at once, or each begun when the one before has; when all have, `meanwhile` something happens."""
     begun = [Event() for _ in bodies]
 
     def one(index: int) -> Told:
         def each(told: Told) -> None:
-            if len(told.text) >= after:
+            if told.text:
                 begun[index].set()
 
         try:
@@ -132,11 +150,19 @@ def all_streams(
             begun[index].set()
 
     with ThreadPoolExecutor(len(bodies)) as pool:
-        running = [pool.submit(one, index) for index in range(len(bodies))]
-        for event in begun:
-            assert event.wait(SECONDS)
+        streams = []
+        for index, event in enumerate(begun):
+            streams.append(pool.submit(one, index))
+            assert not in_turn or event.wait(SECONDS)
+        assert all(event.wait(SECONDS) for event in begun)
         meanwhile()
-        return [each.result() for each in running]
+        return [each.result() for each in streams]
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 def addresses(pids: Sequence[int]) -> set[str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -150,8 +149,6 @@ def test_blanks_are_filled_or_missed() -> None:
         fill("@@nothing", {})
 
 
-def test_every_target_has_a_readme_and_is_in_the_documentation() -> None:
-    documented = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
+def test_every_target_says_how_it_is_used() -> None:
     for target in TARGETS:
-        assert (FILES / target / "README.md").is_file() and (FILES / target / "start").is_file()
-        assert re.search(rf"--target {target}\b", documented), target
+        assert "./check" in (FILES / target / "README.md").read_text() and (FILES / target / "start").is_file()

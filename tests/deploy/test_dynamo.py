@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,19 @@ import httpx
 import pytest
 
 from tests.deploy.lone import Lone
-from tests.deploy.servers import LOOPBACK, SECONDS, Started, addresses, all_streams, started, until
+from tests.deploy.servers import (
+    BIN,
+    LOOPBACK,
+    SECONDS,
+    Started,
+    addresses,
+    all_streams,
+    environment_of,
+    free_port,
+    running,
+    started,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(not find_spec("dynamo"), reason="needs scripts/venv dynamo")
 
@@ -46,6 +60,11 @@ def tiny(folder: Path) -> Iterator[Started]:
 
 def workers(server: Started) -> list[int]:
     return [pid for pid in server.children() if b"worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def instances(server: Started) -> int:
+    """As many workers as the frontend knows."""
+    return len(httpx.get(f"{server.url}/health").json()["instances"])
 
 
 def migrations(server: Started) -> float:
@@ -82,6 +101,7 @@ def test_no_stream_is_lost_with_a_worker(server: Started, lone: Lone, capsys: py
         with capsys.disabled():
             sys.stdout.write(f"near-ties after a migration: {'; '.join(ties)}\n")
     until(lambda: killed not in workers(server) and len(workers(server)) == 2)
+    until(lambda: instances(server) == 2)  # until then, what cannot migrate may be sent to the one that is lost
     assert [chosen(server.ask(**SHORT)) for _ in range(8)] == [lone.says(SHORT)] * 8
 
 
@@ -123,6 +143,13 @@ def test_probabilities_are_the_model_s(server: Started, lone: Lone) -> None:
     assert [[*top.values()] for top in told["top_logprobs"]] == [pytest.approx(top, rel=1e-6) for top in tops]
 
 
+def test_what_a_worker_refuses_ends_all(folder: Path) -> None:
+    environment = environment_of(PORT=str(free_port()))
+    for options in (["--slots", "none"], ["--backend", "none"]):
+        ended = subprocess.run([folder / "start", *options], env=environment, capture_output=True, timeout=SECONDS)
+        assert ended.returncode == 2 and b"none" in ended.stderr
+
+
 def test_a_disconnect_frees_the_slot(tiny: Started, lone: Lone) -> None:
     with httpx.stream("POST", f"{tiny.url}/v1/completions", json=ENDLESS | {"model": tiny.model}) as running:
         lines = running.iter_lines()  # whose end is the connection's
@@ -136,3 +163,34 @@ def test_at_sigterm_answers_are_finished(tiny: Started, lone: Lone) -> None:
     (told,) = all_streams(tiny, STREAMS[:1], lambda: tiny.process.send_signal(signal.SIGTERM))
     assert told.whole and told.text == lone.says(STREAMS[0])
     assert tiny.process.wait(SECONDS) == 0
+
+
+def test_machines_find_each_other(folder: Path) -> None:
+    """The frontend and each worker are started apart, and meet in etcd and NATS."""
+    with stores(folder) as (etcd, nats):
+        settings = {
+            "DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": etcd, "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+            "DYN_REQUEST_PLANE": "nats", "DYN_EVENT_PLANE": "nats", "NATS_SERVER": nats, "WORKERS": "1",
+        }  # fmt: skip
+        with (
+            running([folder / "start", "worker"], environment_of(**settings)),
+            running([folder / "start", "worker"], environment_of(**settings)),
+            started(folder, "frontend", **settings) as server,
+        ):
+            until(lambda: instances(server) == 2)
+            assert server.check().returncode == 0
+            assert addresses(server.children()) == {LOOPBACK}
+
+
+@contextmanager
+def stores(folder: Path) -> Iterator[tuple[str, str]]:
+    """etcd and NATS."""
+    client, peer, nats = free_port(), free_port(), free_port()
+    etcd = f"http://127.0.0.1:{client}"
+    listening = ("--listen-client-urls", etcd, "--advertise-client-urls", etcd)
+    peers = ("--listen-peer-urls", f"http://127.0.0.1:{peer}", "--data-dir", str(folder / "etcd"))
+    with (
+        running([BIN / "etcd", *listening, *peers], environment_of()),
+        running([BIN / "nats-server", "-a", "127.0.0.1", "-p", str(nats)], environment_of()),
+    ):
+        yield etcd, f"nats://127.0.0.1:{nats}"
