@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 
 from fope_export.bundle import Bundle
-from fope_export.cli import main
 from tests.deploy.lone import Lone
 from tests.deploy.servers import LOOPBACK, SECONDS, Started, addresses, free_port, started, until
 
@@ -151,16 +150,15 @@ def pieces(came: "SimpleQueue[Any]") -> list[tuple[str, int, int, str]]:
     return told
 
 
-def test_it_answers_as_the_bundle_does(
-    server: Triton, model: Bundle, lone: Lone, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_answers_as_the_bundle_does(server: Triton, model: Bundle, lone: Lone) -> None:
     assert server.check().returncode == 0
     for body in (GREEDY, DRAWN):
         answer = server.generate(**asked(body)).json()
         assert (answer["text_output"], answer["finish_reason"]) == (lone.says(body), "length")
         assert (answer["num_input_tokens"], answer["num_output_tokens"]) == (len(body["prompt"]), body["max_tokens"])
-    assert main(["run", str(model.path), "--prompt", GREEDY["prompt"], "--max-new-tokens", "40", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["text"] == lone.says(GREEDY)
+    asked_too = ["--prompt", GREEDY["prompt"], "--max-new-tokens", "40", "--json"]
+    done = subprocess.run([sys.executable, "-m", "fope_export", "run", model.path, *asked_too], capture_output=True)
+    assert json.loads(done.stdout)[0]["text"] == lone.says(GREEDY)
 
 
 def test_another_text_is_found(server: Triton) -> None:
