@@ -1,5 +1,6 @@
 """A bundle that servers are started with, and what it answers alone."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,12 @@ from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.serving.engine import Engine
 from tests.deploy.lone import Lone
+
+
+@pytest.fixture(autouse=True)
+def _pipes() -> None:
+    """The command line lets a process end that writes where nobody reads; one that tests servers must not."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

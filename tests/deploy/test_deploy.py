@@ -15,6 +15,7 @@ from fope_export.deploy import TARGETS
 from fope_export.deploy.base import FILES, fill
 from fope_export.deploy.run import CHECK, CLEAR
 from fope_export.manifest import REPORTS
+from fope_export.place import COMMITTED
 from fope_export.validated import REPORT
 from tests.deploy.lone import Lone
 from tests.serving.served import served
@@ -141,6 +142,14 @@ def test_what_breaks_in_the_middle_leaves_nothing(
     monkeypatch.setattr("fope_export.deploy.base.shutil.copyfile", full)
     assert main(["deploy", str(bundle.path), "--target", "docker", str(tmp_path / "new"), "--unvalidated"]) == 2
     assert "No space left" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_what_was_cut_short_between_two_files_is_finished(bundle: Bundle, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / COMMITTED / "models").mkdir(parents=True)
+    (tmp_path / COMMITTED / "start").touch()
+    command = ["deploy", str(bundle.path), "--target", "docker", "--unvalidated"]
+    assert main([*command, str(tmp_path)]) == 2 and "would be lost" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "models"}
 
 
 def test_blanks_are_filled_or_missed() -> None:

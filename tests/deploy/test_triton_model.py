@@ -167,21 +167,23 @@ def test_errors_have_their_kinds(loaded: Any) -> None:
 
 
 def test_a_dead_engine_is_not_ready_and_ends_the_process(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(module.os, "_exit", ended.append)
-    monkeypatch.setattr(module, "WATCH", 0.02)
-    model = made(module)
-    assert model.is_ready() and not ended
+    loaded, ended = made(module), list[int]()
+
+    def end(code: int) -> None:
+        ended.append(code)
+        loaded._ending = True  # or it is ended again
 
     def broken() -> bool:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(model._host.engine, "step", broken)
+    monkeypatch.setattr(module.os, "_exit", end)
+    assert loaded.is_ready()
+    monkeypatch.setattr(loaded._host.engine, "step", broken)
     monkeypatch.setattr("fope_export.serving.host._probe", lambda engine: broken())
-    model._host.wake()
+    loaded._host.wake()
     until(lambda: bool(ended))
-    assert ended == [module.DEAD] and not model.is_ready()
-    model.finalize()
+    assert ended == [module.DEAD] and not loaded.is_ready()
+    loaded.finalize()
 
 
 @pytest.mark.parametrize(
@@ -227,10 +229,12 @@ def start(folder: Path, python: str, **more: str) -> "subprocess.CompletedProces
 def test_start_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
     done = start(folder, sys.executable)
     assert done.returncode == 2 and "there is no tritonserver" in done.stderr and "./install" in done.stderr
-    (tmp_path / "pytriton").mkdir()
-    (tmp_path / "pytriton/__init__.py").touch()
-    done = start(folder, sys.executable, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and f"numpy {np.__version__} is there" in done.stderr and "./install" in done.stderr
+    home = tmp_path / "pytriton/tritonserver"
+    (home / "python_backend_stubs").mkdir(parents=True)
+    (home.parent / "__init__.py").touch()
+    for more in ({"PYTHONPATH": str(tmp_path)}, {"TRITONSERVER": str(home / "bin/tritonserver")}):
+        done = start(folder, sys.executable, **more)
+        assert done.returncode == 2 and f"numpy {np.__version__} is there" in done.stderr and "./install" in done.stderr
 
 
 def test_start_needs_the_package(folder: Path, tmp_path: Path) -> None:
