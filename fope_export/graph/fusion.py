@@ -138,23 +138,25 @@ class KeepLastLogits(Pass):
         graph.inputs.append(kept)
         graph.register_initializer(kept)
         zero, one = builder.integer(0), builder.integer(1)
-        after = builder.op("Add", builder.op("Squeeze", step.new), one, name="one")
+        new = builder.op("Squeeze", step.new)
+        after = builder.op("Add", new, one, name="one")
         places = builder.op("Mul", step.fed, builder.op("Range", one, after, one))
         whole = builder.op("Equal", builder.op("ReduceMax", places, builder.integers(1)), step.counts)
         index = builder.op("Clip", builder.op("Add", step.counts, kept, name="index"), zero)  # [B, kept]
-        index = builder.op("Where", whole, index, builder.integer(NOWHERE))
-        index = builder.op("Unsqueeze", index, builder.integers(-1))
+        starts = builder.op("Unsqueeze", builder.op("Range", zero, step.tokens, new, name="rows"), builder.integers(1))
+        index = builder.op("Where", whole, builder.op("Add", starts, index, name="row"), builder.integer(NOWHERE))
         norm, logits = _last_norm(graph), graph.outputs[0]
-        picked = builder.within("padding_belongs_on_the_right").op("GatherND", norm.inputs[0], index, batch_dims=1)
+        assert logits.shape is not None and norm.inputs[1] is not None and norm.inputs[1].shape is not None
+        flat = builder.op("Reshape", norm.inputs[0], builder.integers(-1, *norm.inputs[1].shape), name="tokens")
+        picked = builder.within("padding_belongs_on_the_right").op("Gather", flat, index)
         norm.replace_input_with(0, picked)
-        assert logits.shape is not None
         logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])  # as by default, which GenAI goes by
         return PassResult(model, modified=True)
 
     def ensures(self, model: ir.Model) -> None:
         seen = _last_norm(model.graph).inputs[0]
         gather = seen.producer() if seen is not None else None
-        if gather is None or gather.op_type != "GatherND":
+        if gather is None or gather.op_type != "Gather":
             raise PostconditionError("the last norm sees all tokens")
 
 

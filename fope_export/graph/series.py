@@ -116,7 +116,7 @@ class ShareSeries(Pass):
     def call(self, model: ir.Model) -> PassResult:
         step, layers = steps(model), rotations(model)
         builder = GraphBuilder(model)
-        for layer, table in zip(layers, _tables(builder, layers), strict=True):
+        for layer, table in zip(layers, _tables(builder, layers, step), strict=True):
             _turn(builder, layer, table, step)
         del model.opset_imports[contract.DOMAIN]
         model.functions.clear()
@@ -127,7 +127,7 @@ class ShareSeries(Pass):
             raise PostconditionError("a rotation is still a call")
 
 
-def _tables(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
+def _tables(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> list[Table]:
     """What each layer rotates by; one product for all that share frequencies."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, layer in enumerate(layers):
@@ -137,12 +137,12 @@ def _tables(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
         alike.setdefault((freq.tobytes(), axis, coef.shape, *settings), []).append(i)
     tables: dict[int, Table] = {}
     for turn, members in enumerate(alike.values()):
-        made = _series(builder.within(f"series.{turn}" if turn else "series"), [layers[i] for i in members])
+        made = _series(builder.within(f"series.{turn}" if turn else "series"), [layers[i] for i in members], step)
         tables.update(zip(members, made, strict=True))
     return [tables[i] for i in range(len(layers))]
 
 
-def _series(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
+def _series(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> list[Table]:
     """A token has one row for each group of every distinct layer, then rows that turn nothing: ONNX Runtime wants as
     many as there are heads, and values need one.
     """
@@ -157,8 +157,7 @@ def _series(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
     start = {key: i * groups for i, key in enumerate(distinct)}
     reads = [np.where(group < 0, still, group + start[key]) for key, group in zip(keys, heads, strict=True)]
 
-    tokens, positions = _positions(builder, layers[0])
-    angles = builder.op("Cast", positions, to=int(ir.DataType.FLOAT))
+    angles = builder.op("Cast", _positions(builder, layers[0]), to=int(ir.DataType.FLOAT))
     angles = builder.op("Mul", angles, builder.constant(f"{builder.scope}.freq", freq))
     tables = []
     for turn, wave in enumerate(("Sin", "Cos")):
@@ -167,21 +166,18 @@ def _series(builder: GraphBuilder, layers: Sequence[Rotation]) -> list[Table]:
         weight = np.concatenate([*(pair[turn] for pair in distinct.values()), rest], axis=1)
         basis = [builder.op(each, angles) for each in ((wave,) if coef.shape[1] == len(freq) else ("Sin", "Cos"))]
         tables.append(_table(builder, wave, basis, weight, half, layers[0].setting("compute_dtype")))
-    return [Table(tables[0], tables[1], rows) for rows in _read(builder, tokens, width, reads)]
+    return [Table(tables[0], tables[1], rows) for rows in _read(builder, step.tokens, width, reads)]
 
 
-def _positions(builder: GraphBuilder, layer: Rotation) -> tuple[ir.Value, ir.Value]:
-    """As many numbers as there are tokens, and the positions that frequencies turn these by: [N, 1], or each its own,
-    [N, D].
-    """
+def _positions(builder: GraphBuilder, layer: Rotation) -> ir.Value:
+    """The positions that frequencies turn N tokens by: [N, 1], or each its own, [N, D]."""
     inputs = decoder_inputs(builder.model)
     asked, axis = inputs["position_ids"], layer.axis
     if axis is None or layer.node.inputs[POSITIONS] is not asked:
-        column = builder.op("Reshape", asked, builder.integers(-1, 1))
-        return column, column
+        return builder.op("Reshape", asked, builder.integers(-1, 1))
     by_axis = builder.op("Reshape", asked, builder.integers(0, -1))
     chosen = builder.op("Gather", by_axis, builder.constant(f"{builder.scope}.axis", axis), axis=0)
-    return inputs["input_ids"], builder.op("Transpose", chosen, perm=[1, 0])
+    return builder.op("Transpose", chosen, perm=[1, 0])
 
 
 def _table(
@@ -200,7 +196,7 @@ def _read(
     builder: GraphBuilder, tokens: ir.Value, width: int, reads: Sequence[NDArray[np.int64]]
 ) -> Sequence[ir.Value]:
     """The rows [B * S, heads] of the table that each layer reads, from those of a token with `width` rows."""
-    end = builder.op("Mul", builder.op("Size", tokens), builder.integer(width), name="end")
+    end = builder.op("Mul", tokens, builder.integer(width), name="end")
     starts = builder.op("Range", builder.integer(0), end, builder.integer(width))
     starts = builder.op("Unsqueeze", starts, builder.integers(1))
     every = builder.op("Add", starts, builder.constant(f"{builder.scope}.rows", np.concatenate(reads)))

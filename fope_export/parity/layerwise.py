@@ -106,10 +106,14 @@ class Layerwise:
                 pieces = self._pieces(f"{name}.{inner}", parameter, rounded)
                 placed = self._placed(pieces, parameter.shape, kind, number << 16 | i)
                 setattr(block.get_submodule(module), leaf, nn.Parameter(placed, requires_grad=False))
+        if kind != DOUBLE:
+            for inner, norm in list(block.named_modules()):
+                if isinstance(norm, nn.RMSNorm):
+                    block.set_submodule(inner, OneByOne(norm.weight, norm.eps))
         ids, mask, positions = map(torch.from_numpy, for_decoder(self.feeds, config.spectrum.axes))
         step = self.outline.step_of(ids, mask, positions, self.dtype(kind))
         empty = x.new_zeros(len(x), config.num_kv_heads, self.outline.capacity, config.spectrum.head_dim)
-        with attention_for(block.attn_norm.weight):
+        with attention_for(x):
             out: Tensor = block(x, step, (empty, empty))[0]
         return out
 
@@ -118,7 +122,10 @@ class Layerwise:
         normed, found = {}, {kind: list[Tensor]() for kind in given}
         for kind, x in given.items():
             scale = self._placed([norm.weight.detach()], norm.weight.shape, kind, 1)
-            normed[kind] = nn.functional.rms_norm(x, scale.shape, scale, norm.eps)
+            exact = kind == DOUBLE
+            normed[kind] = (
+                nn.functional.rms_norm(x, scale.shape, scale, norm.eps) if exact else OneByOne(scale, norm.eps)(x)
+            )
         for i, piece in enumerate(self._pieces("lm_head.weight", self.outline.lm_head.weight, rounded), start=2):
             for kind, x in normed.items():
                 found[kind].append(nn.functional.linear(x, self._placed([piece], piece.shape, kind, i)))
@@ -140,6 +147,22 @@ class Layerwise:
             for part in whole.split(ROWS):
                 part.copy_(neighbours(part.clone(), generator))
         return whole
+
+
+class OneByOne(nn.Module):
+    """An RMSNorm that adds squares [..., C] one after the other in float32, the order that rounds most, and ONNX
+    Runtime's: where numbers are of about one size, each addition may be off to the same side.
+    """
+
+    def __init__(self, weight: Tensor, eps: float | None) -> None:
+        super().__init__()
+        self.weight, self._eps = weight, eps or 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        total = np.add.accumulate(wide.square().numpy(), axis=-1, dtype=np.float32)[..., -1:]
+        scale = torch.from_numpy(total).div(x.shape[-1]).add(self._eps).rsqrt()
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 def doubled(feeds: Feeds) -> Feeds:

@@ -1,6 +1,8 @@
 // How the work is cut into blocks: a pure function of the arguments, so that the host runs what the GPU runs.
 #pragma once
 
+#include <algorithm>
+
 #include "rotary.cuh"
 
 namespace fope {
@@ -8,13 +10,15 @@ namespace fope {
 enum Type { kFloat = 1, kInt64 = 7, kHalf = 10, kBFloat16 = 16 }; // ONNX's numbers
 
 constexpr int kMaxThreads = 256;
-constexpr int kEnoughBlocks = 256;           // about two for every multiprocessor of the largest GPUs
+constexpr int kWarp = 32;
+constexpr int kEnoughBlocks = 132;           // one for every multiprocessor of a large GPU
 constexpr size_t kSharedBytes = 48 * 1024;   // what a block has everywhere, without asking
 constexpr int64_t kMaxItems = int64_t{1} << 31;
 constexpr int kMaxChunks = 65535;            // of a grid's second dimension
 
 struct Plan {
-    int tile, vector, threads, chunk; // tokens a block, pairs an access, threads a block, groups a block
+    int tile, vector, threads; // tokens a block, pairs an access, threads a block
+    int chunk, parts;          // groups a block, threads that share a series
     int64_t tiles;
     int chunks;
     size_t shared_bytes;
@@ -26,9 +30,12 @@ struct Config {
     static constexpr int Tile = Tile_, Vector = Vector_;
 };
 
+// Single tokens have few channels: rather many threads than long accesses.
+constexpr int access_bytes(int tile) { return tile == 1 ? 4 : 16; }
+
 template <typename T, int Tile, typename Run>
 auto with_tile(Plan const& plan, Run run) {
-    return plan.vector == 1 ? run(Config<T, Tile, 1>{}) : run(Config<T, Tile, 16 / sizeof(T)>{});
+    return plan.vector == 1 ? run(Config<T, Tile, 1>{}) : run(Config<T, Tile, access_bytes(Tile) / sizeof(T)>{});
 }
 
 template <typename T, typename Run>
@@ -68,32 +75,50 @@ inline int fault(FopeRotaryGeneralArguments const& a) {
     return a.frequencies && !a.axis ? FOPE_ROTARY_POINTER : 0;
 }
 
-// Pairs that fill 16 bytes, or 1 where they do not fit evenly.
-inline int widest(FopeRotaryArguments const& a) {
-    int const vector = a.dtype == kFloat ? 4 : 8;
+// Pairs that fill an access, or 1 where they do not fit evenly.
+inline int widest(FopeRotaryArguments const& a, int tile) {
+    int const bytes = access_bytes(tile), vector = bytes / (a.dtype == kFloat ? 4 : 2);
     uintptr_t together = 0;
     for (void const* tensor : {a.q, a.k, static_cast<void const*>(a.q_rotated), static_cast<void const*>(a.k_rotated)})
         together |= reinterpret_cast<uintptr_t>(tensor);
-    return a.head_dim / 2 % vector || a.rotary_dim / 2 % vector || together % 16 ? 1 : vector;
+    return a.head_dim / 2 % vector || a.rotary_dim / 2 % vector || together % bytes ? 1 : vector;
 }
 
-// Gives a block as many groups as its threads can fill a table for at once, or fewer where shared memory is short.
+// What threads stream in a block: some tokens of a thread's pairs of a head, each.
+inline int64_t pieces_of(FopeRotaryArguments const& a, Plan const& plan) {
+    int64_t const members = (a.heads + a.kv_heads) / a.groups, lanes = a.head_dim / 2 / plan.vector;
+    return plan.chunk * members * lanes * ((plan.tile + kAhead - 1) / kAhead);
+}
+
+// Whether a Divisor divides these by what it has to.
+inline bool divisible(FopeRotaryArguments const& a, Plan const& plan) {
+    return pieces_of(a, plan) * std::max({a.head_dim / 2, (a.heads + a.kv_heads) / a.groups, plan.chunk}) <= UINT32_MAX;
+}
+
+// Gives a block as many groups as its threads can fill a table for at once; fewer where shared memory is short or,
+// with `few`, blocks are.
 template <typename Arguments>
-Plan cut(Arguments const& a, Plan plan) {
+Plan cut(Arguments const& a, Plan plan, bool few) {
+    int const row = row_size(a.pairs, plan.vector), runs = run_count(a.frequencies);
     plan.tiles = (a.tokens + plan.tile - 1) / plan.tile;
-    int const most = plan.threads / (a.pairs ? a.pairs : 1);
-    plan.chunk = most < 1 ? 1 : most > a.groups ? a.groups : most;
+    plan.parts = plan.tile == 1 && row * runs <= kMaxThreads ? runs : 1;
+    int const filling = row * plan.parts;
+    plan.chunk = std::clamp(kMaxThreads / std::max(filling, 1), 1, a.groups);
     while (true) {
         plan.chunks = (a.groups + plan.chunk - 1) / plan.chunk;
         plan.chunk = (a.groups + plan.chunks - 1) / plan.chunks; // as many for each block
         plan.shared_bytes = dispatch(a.dtype, plan, [&](auto config) {
-            return Block<config.Tile, config.Vector, Arguments>::shared_bytes(a, plan.chunk);
+            Layout const layout(a, plan.vector, plan.chunk, plan.parts);
+            return Block<config.Tile, config.Vector, Arguments>::shared_bytes(a, layout);
         });
-        // A single token's block is short: rather many of them than long ones.
-        bool const idle = plan.tile == 1 && plan.tiles * plan.chunks < kEnoughBlocks;
+        bool const idle = few && (plan.tile == 1 || plan.tiles * plan.chunks < kEnoughBlocks);
         if (plan.chunk == 1 || (plan.shared_bytes <= kSharedBytes && !idle)) break;
         plan.chunk = (plan.chunk + 1) / 2;
     }
+    if (plan.threads) return plan;
+    int64_t const wanted = std::max<int64_t>(pieces_of(a, plan), plan.chunk * filling);
+    int64_t const rounds = (wanted + kMaxThreads - 1) / kMaxThreads; // as many for each thread
+    plan.threads = static_cast<int>((wanted + rounds * kWarp - 1) / (rounds * kWarp)) * kWarp;
     return plan;
 }
 
@@ -102,15 +127,16 @@ Plan cut(Arguments const& a, Plan plan) {
 template <typename Arguments>
 int choose(Arguments const& a, Plan& plan, int tile = 0, int vector = 0, int threads = 0) {
     if (int const code = fault(a)) return code;
-    int const wide = widest(a);
     if (tile != 0 && tile != 1 && tile != 4 && tile != 8) return FOPE_ROTARY_PLAN;
-    if (vector != 0 && vector != 1 && vector != wide) return FOPE_ROTARY_PLAN;
     if (threads < 0 || threads > kMaxThreads) return FOPE_ROTARY_PLAN;
     for (int const size : {8, 4, 1}) {
         if (tile && size != tile) continue;
-        plan = {size, vector ? vector : wide, threads ? threads : size == 1 ? 128 : kMaxThreads, 0, 0, 0, 0};
-        plan = cut(a, plan);
-        bool const fits = plan.shared_bytes <= kSharedBytes && plan.tiles < kMaxItems && plan.chunks <= kMaxChunks;
+        int const wide = widest(a, size);
+        if (vector != 0 && vector != 1 && vector != wide) return FOPE_ROTARY_PLAN;
+        plan = {size, vector ? vector : wide, threads, 0, 0, 0, 0, 0};
+        plan = cut(a, plan, !tile);
+        bool const fits = plan.shared_bytes <= kSharedBytes && plan.tiles < kMaxItems && plan.chunks <= kMaxChunks &&
+                          divisible(a, plan);
         if (fits && (tile || size == 1 || plan.tiles * plan.chunks >= kEnoughBlocks)) return 0;
     }
     return FOPE_ROTARY_SIZE;

@@ -33,17 +33,18 @@ struct Shared {
     ~Shared() { pthread_barrier_destroy(&barrier); }
 };
 
-template <typename T, int Tile, int Vector, typename Arguments>
+template <typename T, bool Interleaved, int Tile, int Vector, typename Arguments>
 int run(Arguments const& a, Plan const& plan) {
+    Layout const layout(a, Vector, plan.chunk, plan.parts);
     std::deque<Shared> blocks;
     std::vector<std::thread> threads;
     for (int y = 0; y < plan.chunks; ++y) {
         for (int64_t x = 0; x < plan.tiles; ++x) {
             Shared& shared = blocks.emplace_back(plan.threads, plan.shared_bytes);
             for (int thread = 0; thread < plan.threads; ++thread)
-                threads.emplace_back([&a, &plan, &shared, x, y, thread] {
-                    Block<Tile, Vector, Arguments> const block(a, plan.chunk, x, y, shared.memory.data());
-                    block.template compute<T>(thread, plan.threads, [&] { pthread_barrier_wait(&shared.barrier); });
+                threads.emplace_back([&a, &plan, &layout, &shared, x, y, thread] {
+                    Block<Tile, Vector, Arguments> const block(a, layout, x, y, shared.memory.data());
+                    block.template compute<T, Interleaved>(thread, plan.threads, [&] { pthread_barrier_wait(&shared.barrier); });
                 });
         }
     }
@@ -74,7 +75,9 @@ int compare(Arguments a, Wanted const& w) {
     a.q = q.data(), a.k = k.data(), a.q_rotated = q_met.data(), a.k_rotated = k_met.data();
     Plan plan;
     if (choose(a, plan, w.tile, w.vector, w.threads)) return kRefused;
-    dispatch(w.dtype, plan, [&](auto c) { return run<typename decltype(c)::T, c.Tile, c.Vector>(a, plan); });
+    dispatch(w.dtype, plan, [&](auto c) {
+        return w.interleaved ? run<T, true, c.Tile, c.Vector>(a, plan) : run<T, false, c.Tile, c.Vector>(a, plan);
+    });
     a.q_rotated = q_alone.data(), a.k_rotated = k_alone.data();
     if (host(a, w)) return kRefused;
     bool const same = !std::memcmp(q_met.data(), q_alone.data(), q_size * sizeof(T)) &&

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
 
+from fope_export.backends.ort import open_session
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
@@ -112,3 +116,21 @@ def test_a_model_that_has_no_room_in_float64_is_sent_there(bundle: Bundle, monke
         validate(bundle)
     assert "--stages" in caught.value.hint
     assert validate_stages(bundle).passed
+
+
+def test_norms_round_as_onnxruntimes_do() -> None:
+    """Numbers of about one size, as random embeddings in half types are: additions are off to the same side."""
+    random, (rows, size) = np.random.default_rng(0), (64, 2048)
+    x = (random.integers(128, 256, (rows, size)) * random.choice([-1, 1], (rows, size)) / 2**15).astype(np.float32)
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, size]) for name in "xy"]
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [size], np.ones(size, np.float32))
+    node = helper.make_node("RMSNormalization", ["x", "scale"], ["y"], epsilon=1e-5)
+    graph = helper.make_graph([node], "norm", ports[:1], ports[1:], [scale])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    [got] = open_session(model.SerializeToString()).run(None, {"x": x})
+    y, weight = torch.from_numpy(x), torch.ones(size)
+    truth = nn.functional.rms_norm(y.double(), (size,), eps=1e-5)
+    fused = nn.functional.rms_norm(y, (size,), eps=1e-5)
+    found = torch.from_numpy(got), layerwise.OneByOne(weight, 1e-5)(y), fused
+    errors = [float((each - truth).norm() / truth.norm()) for each in found]
+    assert errors[0] < 2 * errors[1] and errors[1] > 10 * errors[2], errors

@@ -164,10 +164,12 @@ def worst(call: Call, outputs: list[np.ndarray]) -> float:
 
 def plans(call: Call) -> Iterator[tuple[int, int, int]]:
     """Tokens a block, pairs an access, threads a block: every one that the GPU could take."""
-    widest = 16 // call.kind.numpy.itemsize
     c = call.spectrum.config
-    vectors = (1, widest) if c.head_dim // 2 % widest == c.rotary_dim // 2 % widest == 0 else (1,)
-    yield from product((1, 4, 8), vectors, (32, 128, 256))
+    for tile, threads in product((1, 4, 8), (32, 128, 256)):
+        yield tile, 1, threads
+        widest = (4 if tile == 1 else 16) // call.kind.numpy.itemsize
+        if widest > 1 and c.head_dim // 2 % widest == c.rotary_dim // 2 % widest == 0:
+            yield tile, widest, threads
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], int]] = {

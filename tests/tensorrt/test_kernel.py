@@ -183,17 +183,18 @@ def test_no_tokens_are_no_work(host: ctypes.CDLL) -> None:
 
 
 MUTATIONS = {
-    "direction": ("-(right * by.sin)", "right * by.sin"),
+    "direction": ("-(right * by[v].sin)", "right * by[v].sin"),
     "sign": ("a.sign * sum.at[t].sin", "sum.at[t].sin"),
     "sine pad 0": ("a.sign * a.sin_pad}", "0.0F}"),
     "group": ("(first_group + group) * rows(a)", "(first_group) * rows(a)"),
     "position": ("a.position_ids[token]", "a.position_ids[0]"),
-    "last frequency": ("d < end", "d + 1 < end"),
-    "key heads": ("+ (member - heads)", ""),
-    "pairing": ("if (a.interleaved)", "if (false)"),
-    "column": ("return pair % Vector * stride + pair / Vector;", "return pair;"),
+    "last frequency": ("for (; d < end; ++d)", "for (; d + 1 < end; ++d)"),
+    "key heads": ("member : member - of.heads", "member : 0"),
+    "pairing": ("i = Interleaved ? 2 * v : v", "i = v"),
+    "column": ("return pair % Vector * of.stride + pair / Vector;", "return pair;"),
+    "token of a piece": ("first = part * kTogether", "first = 0 * part"),
     "wide angle": ("float const angle = static_cast<float>(", "double const angle = static_cast<double>("),
-    "half a series": ("sum.at[t].cos += part.at[t].cos", "sum.at[t].cos += float(__half(part.at[t].cos))"),
+    "half a series": ("sum.at[t].cos += terms.at[t].cos", "sum.at[t].cos += float(__half(terms.at[t].cos))"),
 }  # fmt: skip
 
 
@@ -216,9 +217,9 @@ def error_of(library: ctypes.CDLL, call: Call) -> float:
 GENERAL_MUTATIONS = {
     "axes swapped": ("a.axis[d] * a.tokens", "(2 - a.axis[d]) * a.tokens"),
     "one axis": ("a.axis[d] * a.tokens + token", "token"),
-    "phases dropped": ("if (!other) continue;", "continue;"),
+    "phases dropped": ("if (!kGeneral<Arguments> || !other()) return;", "return;"),
     "phase of the other sign": ("fmaf(turns.at[t].sin, of_sin,", "fmaf(-turns.at[t].sin, of_sin,"),
-    "bases exchanged": ("+ first + other, *sin_coef = a.sin_coef + first", "+ first, *sin_coef = a.sin_coef + first"),
+    "bases exchanged": ("+ first(group) + other();", "+ first(group);"),
     "rows of one basis": ("{ return a.rows; }", "{ return a.frequencies; }"),
     "positions rounded": (
         "static_cast<float const*>(a.positions)[place]", "std::rint(static_cast<float const*>(a.positions)[place])"

@@ -40,6 +40,7 @@ LAUNCHES = {
     "one pair": Launch("one-pair", "fp32"),
     "several axes and both bases": Launch("gqa", "fp16", axes=3),
     "many groups": Launch("many-groups", "fp16", tile=8),
+    "blocks of one token and group": Launch("gqa", "fp16", tile=0),
 }
 MET = 66
 """The exit code of ThreadSanitizer where two threads met in one place without a barrier between them."""
@@ -73,9 +74,12 @@ def test_real_threads_never_meet(threads: Path, launch: str) -> None:
 
 RACES = {
     "no barrier before the table": ("fill_basis(thread, threads);\n        barrier();", "fill_basis(thread, threads);"),
-    "no barrier before rotation": ("fill_table(thread, threads);\n        barrier();", "fill_table(thread, threads);"),
+    "no barrier before rotation": (
+        "fill_table(thread, threads, early);\n        barrier();",
+        "fill_table(thread, threads, early);",
+    ),
     "two threads fill one place": ("i < a.frequencies * Tile; i += threads", "i < a.frequencies * Tile; i += 1"),
-    "two blocks write one head": ("first_group(y * chunk)", "first_group(0)"),
+    "two blocks write one head": ("first_group(y * of.chunk)", "first_group(0)"),
 }
 
 
@@ -86,5 +90,5 @@ def test_threads_that_meet_are_noticed(
     sources = mutated(tmp_path, *RACES[race])
     built = compiling.build(compiling.THREADS, toolchain, cache=tmp_path, flags=("-O1",), sources=sources)  # no -O0:
     # g++ then writes what a function returns unseen
-    done = meet(built, LAUNCHES["many groups" if "blocks" in race else "gqa"])
+    done = meet(built, LAUNCHES["blocks of one token and group" if "blocks" in race else "gqa"])
     assert done.returncode == MET and "data race" in done.stderr
