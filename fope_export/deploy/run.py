@@ -68,7 +68,8 @@ def deploy(
     served: Target = import_module(f"fope_export.deploy.{target}").TARGET
     name = check_name(bundle.path.resolve().name if name is None else name)
     check_free(out)
-    chosen = fastest(bundle, machine := read_machine())[0] if backend is None else backend
+    machine = read_machine()
+    chosen = fastest(bundle, machine)[0] if backend is None else backend
     variant = BACKENDS[choose(chosen, machine, bundle.manifest.export)].variant(bundle)
     if not variant.files(bundle):
         raise ConfigError(f"what {chosen} runs is not in the bundle", hint="Choose another --backend, or none.")

@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fope_export.errors import cut
 from fope_export.serving.protocol import Completion, RequestError, parse
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -15,13 +16,21 @@ SAME = (
     "presence_penalty", "repetition_penalty", "ignore_eos",
 )  # fmt: skip
 """Tensors [1, 1] that are called as OpenAI's and vLLM's fields."""
+ID = "id"
+"""What a client calls its request, which is told to it again."""
 GUIDES = {"json_schema": "json", "regex": "regex", "lark_grammar": "grammar"}
 """Kinds of guides, and the fields of `structured_outputs` that they are."""
 
 
-def asked(model: str, tensors: Tensors) -> Completion:
-    """The request that some tensors are. Raises RequestError naming what is wrong."""
-    fields: dict[str, Any] = {"model": model, "prompt": _text(tensors["text_input"])}
+def asked(model: str, tensors: Tensors, parameters: Mapping[str, Any]) -> Completion:
+    """The request that some tensors are; what else its JSON had comes as `parameters`, where a field may be, too.
+
+    Raises RequestError naming what is wrong.
+    """
+    if unknown := sorted(parameters.keys() - {*SAME, "seed", ID}):
+        raise RequestError(f"there is no parameter or tensor {cut(unknown[0], 60)}", hint="Leave it out.")
+    fields = {name: value for name, value in parameters.items() if name != ID}
+    fields |= {"model": model, "prompt": _text(tensors["text_input"])}
     fields |= {name: _number(tensors[name]) for name in SAME if name in tensors}
     if "seed" in tensors:
         fields["seed"] = int(tensors["seed"].item()) % (1 << 63)

@@ -8,9 +8,10 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -48,10 +49,10 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(reason_of(cause)) from cause
         except SystemExit as cause:
             raise pb_utils.TritonModelException(f"options of `fope-export serve`: {options}") from cause
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="answers", daemon=True)
+        self._ending, started = False, Event()
+        self._thread = Thread(target=lambda: asyncio.run(self._run(started)), name="answers", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        started.wait()
         self._watched = _watched()
 
     def is_ready(self) -> bool:
@@ -62,24 +63,34 @@ class TritonPythonModel:
         """Have them answered; nothing is waited for."""
         for request in requests:
             tensors = {each.name(): each.as_numpy() for each in request.inputs()}
-            answer = self._answer(tensors, request.get_response_sender())
+            answer = self._answer(tensors, json.loads(request.parameters()), request.get_response_sender())
             asyncio.run_coroutine_threadsafe(answer, self._loop)
 
     def finalize(self) -> None:
         """End what is left."""
+        self._ending = True
         self._host.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
+        if self._watched:
+            self._watched.close()
 
-    async def _watch(self) -> None:
-        while self._host.alive:
-            await asyncio.sleep(WATCH)
-        print(f"the engine is dead: {self._host.failure}", file=sys.stderr, flush=True)
-        os._exit(DEAD)
+    async def _run(self, started: Event) -> None:
+        """Answer until the end, and look after the engine."""
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        started.set()
+        while not self._closing.is_set():
+            if not (self._host.alive or self._ending):
+                print(f"the engine is dead: {self._host.failure}", file=sys.stderr, flush=True)
+                os._exit(DEAD)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), WATCH)
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=WATCH)
 
-    async def _answer(self, tensors: Tensors, sender: Any) -> None:
+    async def _answer(self, tensors: Tensors, parameters: Mapping[str, Any], sender: Any) -> None:
         try:
-            call = await asyncio.to_thread(self._understood, tensors)
+            call = await asyncio.to_thread(self._understood, tensors, parameters)
             call.submit(self._loop)
             try:
                 await _tell(call, sender)
@@ -95,8 +106,8 @@ class TritonPythonModel:
             log.exception("a request failed")
             _refuse(sender, reason_of(cause), pb_utils.TritonError.INTERNAL)
 
-    def _understood(self, tensors: Tensors) -> Call:
-        return calls_of_completion(self._host, asked(self._host.name, tensors))
+    def _understood(self, tensors: Tensors, parameters: Mapping[str, Any]) -> Call:
+        return calls_of_completion(self._host, asked(self._host.name, tensors, parameters))
 
 
 async def _tell(call: Call, sender: Any) -> None:
