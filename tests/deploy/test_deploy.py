@@ -159,5 +159,7 @@ def test_blanks_are_filled_or_missed() -> None:
 
 
 def test_every_target_says_how_it_is_used() -> None:
+    documented = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
     for target in TARGETS:
+        assert f"--target {target} " in documented, target
         assert "./check" in (FILES / target / "README.md").read_text() and (FILES / target / "start").is_file()
