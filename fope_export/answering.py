@@ -1,4 +1,4 @@
-"""The commands that answer: `run` a prompt, `serve` whoever asks."""
+"""The commands that answer: `run` a prompt, `serve` whoever asks, `deploy` for other servers."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fope_export.commands import PASSED, print_json
-from fope_export.errors import BundleError, ConfigError
+from fope_export.errors import ConfigError
 
 if TYPE_CHECKING:
     from socket import socket
@@ -93,6 +93,25 @@ def serve(args: argparse.Namespace) -> int:
         return _answer(listening, key, args)
 
 
+def deploy(args: argparse.Namespace) -> int:
+    """Write a folder with which the server `args.target` answers with the bundle `args.bundle`. Raises as `deploy`."""
+    from fope_export.bundle import Bundle
+    from fope_export.deploy.run import deploy
+    from fope_export.terminal import RESULTS, waiting
+
+    with waiting("deploying"):
+        made = deploy(
+            Bundle.open(args.bundle), args.target, args.out, name=args.served_model_name, backend=args.backend,
+            report=args.report, unvalidated=args.unvalidated, prompt=args.prompt, lock_timeout=args.lock_timeout,
+        )  # fmt: skip
+    if args.json:
+        print_json({"target": made.target, "folder": str(made.folder), "expected": vars(made.expected)})
+    else:
+        RESULTS.print(f"{made.folder}: {made.expected.model} for {made.target}; its README.md says how", markup=False)
+        RESULTS.print(f"next: {made.folder}/start, and beside it {made.folder}/check", markup=False)
+    return PASSED
+
+
 def _answer(listening: "socket", key: str | None, args: argparse.Namespace) -> int:
     from fope_export.serving.app import State
     from fope_export.serving.server import address, serve
@@ -127,7 +146,7 @@ def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
     hosts: dict[str, Host] = {}
     try:
         for name, path in zip(names, paths, strict=True):
-            hosts[name] = _host(name, path, args)
+            hosts[name] = host_of(name, path, args)
             hosts[name].start()
     except BaseException:
         for host in hosts.values():
@@ -136,19 +155,21 @@ def _hosts(args: argparse.Namespace) -> "dict[str, Host]":
     return hosts
 
 
-def _host(name: str, path: Path, args: argparse.Namespace) -> "Host":
+def host_of(name: str, path: Path, args: argparse.Namespace) -> "Host":
+    """A bundle as the options of `serve` say, not started yet. Raises FopeError where it may not be, or cannot be."""
     from fope_export.backends.choose import BACKENDS, Settings, choose, load_backend
     from fope_export.backends.machine import read_machine
     from fope_export.bundle import Bundle
     from fope_export.onnx_files import check_graphs
     from fope_export.serving.host import Host, Sizes
+    from fope_export.validated import require_tested
 
     bundle = Bundle.open(path)
     check_graphs(bundle)
     backend = choose(_backend(args, bundle), read_machine(), bundle.manifest.export)
     variant = BACKENDS[backend].variant(bundle)
     if not args.unvalidated:
-        _check_report(bundle, args.report, backend, variant.name)
+        require_tested(bundle, args.report, backend, variant.name, otherwise="serve it --unvalidated")
     settings = Settings(threads=args.threads)
     sizes = Sizes(
         slots=args.slots, length=args.max_model_len or min(16 * bundle.manifest.decoder().training_length, LONGEST),
@@ -170,19 +191,6 @@ def _backend(args: argparse.Namespace, bundle: "Bundle") -> str:
     if read_machine().gpus:
         ERRORS.print(f"backend {name}, {BACKENDS[name].what}" + (f" ({reasons})" if reasons else ""), markup=False)
     return name
-
-
-def _check_report(bundle: "Bundle", folder: Path | None, backend: str, variant: str) -> None:
-    """Raises BundleError unless a report says that this backend computes this variant of the bundle right."""
-    from fope_export.validated import require_green
-
-    tested = require_green(bundle, folder)
-    if (backend, variant) not in {(each.backend, each.variant) for each in tested}:
-        passed = ", ".join(f"{each.variant} in {each.backend}" for each in tested)
-        raise BundleError(
-            f"{bundle.path}: the report is about {passed}, and {variant} in {backend} is to be served",
-            hint=f"Run `fope-export validate {bundle.path} --backend {backend}`, or serve it --unvalidated.",
-        )
 
 
 def _known(ids: Sequence[int], bundle: "Bundle") -> Sequence[int]:

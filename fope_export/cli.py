@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from fope_export import options
-from fope_export.answering import run, serve
+from fope_export.answering import deploy, run, serve
 from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, perform, validate
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.processes import clean_path
@@ -27,6 +27,7 @@ examples:
   fope-export validate out/                    prove that it computes what PyTorch computes
   fope-export run out/ --prompt 'def main('    generate text
   fope-export serve out/                       answer OpenAI's API at http://127.0.0.1:8000
+  fope-export deploy out/ --target triton new/ a folder with which another server answers
   fope-export bench out/                       how fast it is, beside PyTorch
   fope-export build out/                       TensorRT-RTX engine with the fused rotation, no GPU needed
   fope-export demo                             all of it, on a model that comes along
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         (validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.", options.validate),
         (run, "Generate text (or token ids) with a bundle.", options.run),
         (serve, "Answer OpenAI's API with one bundle or several.", options.serve),
+        (deploy, "Write a folder with which another server answers with a bundle.", options.deploy),
         (bench, "Time a bundle beside PyTorch, and beside other runtimes, and write a report into it.", options.bench),
         (inspect, "Describe a checkpoint, a bundle or an ONNX file.", options.inspect),
     ):

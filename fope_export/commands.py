@@ -20,6 +20,7 @@ EXTRAS = {
     "inspect": "export",
     "run": "run",
     "serve": "serve",
+    "deploy": "run",
     "validate": "validate",
 }
 """What brings the packages that a command needs; `cpu`, which is everything, for the others."""

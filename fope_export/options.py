@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import cut
 from fope_export.lock import TIMEOUT
@@ -199,6 +200,20 @@ def serve(sub: argparse.ArgumentParser) -> None:
     _backend(sub)
 
 
+def deploy(sub: argparse.ArgumentParser) -> None:
+    """Of handing over."""
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument("out", type=Path, metavar="DEST", help="the folder to write; it must be free")
+    what = "; ".join(f"{name}: {text}" for name, text in TARGETS.items())
+    sub.add_argument("--target", required=True, choices=TARGETS, help=what)
+    sub.add_argument("--served-model-name", metavar="NAME", help="what it is called there (default: its folder's name)")
+    sub.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"what DEST/check asks (default: {PROMPT!r})")
+    sub.add_argument("--unvalidated", action="store_true", help="hand over what no report says is right")
+    sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")
+    _lock(sub)
+    _backend(sub)
+
+
 def bench(sub: argparse.ArgumentParser) -> None:
     """Of timing."""
     sub.add_argument("bundle", type=Path, metavar="OUT")
@@ -256,7 +271,7 @@ def _backend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--backend",
         metavar="NAME",
-        help="what runs it; a wrong NAME lists all (default: onnxruntime; run and serve take what is fastest here)",
+        help="what runs it; a wrong NAME lists all (default: for run and serve the fastest here, for validate all)",
     )
 
 

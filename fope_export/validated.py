@@ -41,6 +41,19 @@ def require_green(bundle: Bundle, folder: Path | None = None) -> tuple[Tested, .
     return tested
 
 
+def require_tested(bundle: Bundle, folder: Path | None, backend: str, variant: str, *, otherwise: str) -> None:
+    """Raises BundleError unless the report in `folder` (None: the bundle's own) says that this backend computes this
+    variant of the bundle right; `otherwise` is what else can be done.
+    """
+    tested = require_green(bundle, folder)
+    if (backend, variant) not in {(each.backend, each.variant) for each in tested}:
+        passed = ", ".join(f"{each.variant} in {each.backend}" for each in tested)
+        raise BundleError(
+            f"{bundle.path}: the report is about {passed}, and {variant} in {backend} is to be served",
+            hint=f"Run `fope-export validate {bundle.path} --backend {backend}`, or {otherwise}.",
+        )
+
+
 def _are(tested: Sequence[Tested], bundle: Bundle) -> bool:
     """Whether what was tested is what the bundle has."""
     return bool(tested) and all(each.files.items() <= bundle.manifest.files.items() for each in tested)

@@ -11,6 +11,7 @@ import pytest
 
 from fope_export.cli import main
 from fope_export.config import ExportConfig
+from fope_export.deploy import TARGETS
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 
@@ -56,6 +57,20 @@ def test_what_needs_no_exporter_works(native: Path, tmp_path: Path) -> None:
     for command in (["doctor"], ["inspect", str(made.path)], ["--help"]):
         done = python(tmp_path, "-m", "fope_export", *command)
         assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_folder_is_what_it_is_here(target: str, native: Path, tmp_path: Path) -> None:
+    """With all files that the package has, and their rights."""
+    made = export(native, tmp_path / "out")
+    command = ["deploy", str(made.path), "--target", target, "--unvalidated"]
+    done = python(tmp_path, "-m", "fope_export", *command, "theirs")
+    assert done.returncode == 0 and main([*command, str(tmp_path / "ours")]) == 0, done.stderr
+    theirs, ours = (
+        {str(path.relative_to(tmp_path / name)): path.stat().st_mode for path in (tmp_path / name).rglob("*")}
+        for name in ("theirs", "ours")
+    )
+    assert theirs == ours
 
 
 @pytest.mark.parametrize(

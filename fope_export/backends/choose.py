@@ -325,6 +325,12 @@ def fastest(bundle: Bundle, machine: Machine, *, optimized: bool = True) -> tupl
     raise BackendError(f"{bundle.path} runs in nothing here: {'; '.join(reasons)}", hint="See `fope-export doctor`.")
 
 
+def able(bundle: Bundle, machine: Machine) -> list[str]:
+    """The backends that `machine` runs what `bundle` has in, the usual one first. Raises BackendError without that."""
+    usual = choose(None, machine, bundle.manifest.export)
+    return [usual, *(name for name, row in BACKENDS.items() if row.rank > 1 and not row.against(bundle, machine))]
+
+
 def load_backend(
     bundle: str | Path | Bundle, wanted: str | None = None, settings: Settings = USUALLY, *, variant: str = ""
 ) -> "Backend":

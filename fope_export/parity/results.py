@@ -1,7 +1,8 @@
 """What a validation found, and why it failed where it did."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fope_export.dtypes import FP32
 from fope_export.parity.extended import Reach
@@ -125,6 +126,29 @@ class ParityResult:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+
+def joined(results: Sequence[ParityResult]) -> ParityResult:
+    """Those of one bundle in several backends as one; what another than the first did is called after it."""
+    first, *others = results
+    if not others:
+        return first
+
+    def named(field: str) -> tuple[Any, ...]:
+        more = ((each, x) for each in others for x in getattr(each, field))
+        return (*getattr(first, field), *(replace(x, name=f"{x.name}, {each.backend}") for each, x in more))
+
+    return replace(
+        first,
+        cases=named("cases"),
+        controls=named("controls"),
+        columns=named("columns"),
+        backend=", ".join(each.backend for each in results),
+        broken="; ".join(f"{each.backend}: {each.broken}" for each in results if each.broken),
+        place=next((each.place for each in results if each.place), None),
+        dtype=", ".join(dict.fromkeys(each.dtype for each in results)),
+        tested=tuple(tested for each in results for tested in each.tested),
+    )
 
 
 def why(verdict: Verdict | ColumnVerdict, labels: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds, axes_of
-from fope_export.backends.choose import BACKENDS, USUALLY, Settings, choose, load_backend
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, able, choose, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
@@ -29,7 +29,7 @@ from fope_export.parity.extended import reach_of
 from fope_export.parity.judge import Noise, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
-from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place
+from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, joined
 from fope_export.parity.yardstick import Look, Yardstick
 from fope_export.validated import Tested
 
@@ -64,8 +64,8 @@ def validate(
     instead. `seed` draws their tokens. `load` is a file with inputs, saved as Polygraphy's JSON, that are compared in
     the place of all these; `save` is one that the inputs are written to. `checkpoint` is the folder where the
     checkpoint is now (None: where it was exported from), `adapter` that of the adapter in it, and `backend` what runs
-    the bundle (None: ONNX Runtime on the CPU). `report` is told what is compared next, how many comparisons are done,
-    and how many there are.
+    the bundle (None: all that this machine runs it in, one after the other). `report` is told what is compared next,
+    how many comparisons are done, and how many there are.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
     cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, when a length is not
@@ -77,20 +77,25 @@ def validate(
     >>> result.passed, result.failures
     (True, [])
     """
-    bundle = Bundle.of(bundle)
-    if (chosen := choose(backend, read_machine(), bundle.manifest.export)) == "torch":
+    bundle, machine = Bundle.of(bundle), read_machine()
+    names = [choose(backend, machine, bundle.manifest.export)] if backend else able(bundle, machine)
+    if "torch" in names:
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
     check_graphs(bundle)
-    source, limits = source_of(bundle, checkpoint, adapter), BACKENDS[chosen].limits(bundle)
+    source = source_of(bundle, checkpoint, adapter)
     _check_memory(bundle, source)
     axes = axes_of(bundle.manifest)
     if axes and (load or save):
         raise ParityError("inputs with positions on several axes are neither saved nor loaded", hint="Leave that out.")
-    cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
-    cases += with_images(cases, axes) if axes else []
-    if save:
-        save_inputs(save, bundle.manifest, cases)
-    return _compared(bundle, source, chosen, cases, seed, report)
+    results = list[ParityResult]()
+    for name in names:
+        limits = BACKENDS[name].limits(bundle)
+        cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
+        cases += with_images(cases, axes) if axes else []
+        if save and not results:
+            save_inputs(save, bundle.manifest, cases)
+        results.append(_compared(bundle, source, name, cases, seed, report))
+    return joined(results)
 
 
 def memory() -> int:

@@ -26,7 +26,7 @@ class Call:
     """Some prompts, each with as many answers as were asked for. Its methods are for the event loop's thread."""
 
     def __init__(self, host: Host, asked: Asked, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
-        self.host, self.asked, self._requests = host, asked, requests
+        self.host, self.asked, self.requests = host, asked, requests
         self.is_chat, self.created = isinstance(asked, Chat), int(time.time())
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.changed, self._woken = asyncio.Event(), False
@@ -50,7 +50,7 @@ class Call:
 
         each = self.asked.stream or bool(self.asked.stops)  # else nobody looks before the end
         try:
-            for request in self._requests:
+            for request in self.requests:
                 handle = self.host.submit(request, notify, each=each)
                 self._answers.append(Answer(handle, self.host.text, self.asked.stops))
         except BaseException:

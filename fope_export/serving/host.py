@@ -210,4 +210,6 @@ def _defaults(folder: Path) -> Mapping[str, Any]:
 
 def reason_of(cause: Exception) -> str:
     """What went wrong inside, for somebody outside."""
-    return f"{cause}. {cause.hint}" if isinstance(cause, FopeError) else f"{type(cause).__name__} in the engine"
+    if not isinstance(cause, FopeError):
+        return f"{type(cause).__name__} in the engine"
+    return f"{cause}. {cause.hint}" if cause.hint else str(cause)

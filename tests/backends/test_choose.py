@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fope_export.backends.choose import BACKENDS, PORTABLE, abilities, choose, fastest
+from fope_export.backends.choose import BACKENDS, PORTABLE, Settings, abilities, able, choose, fastest
 from fope_export.backends.machine import Machine, read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
@@ -15,6 +15,9 @@ from fope_export.errors import BackendError
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPTIMIZED
+from fope_export.parity import run
+from fope_export.report import write_parity
+from fope_export.validated import require_green
 
 
 def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
@@ -209,3 +212,30 @@ def test_without_the_optimized_file_nothing_is_chosen_that_runs_it(
     monkeypatch.setattr("fope_export.backends.choose.records", lambda bundle: [])
     assert fastest(halved, GPU)[0] == "onnxruntime-cuda"
     assert fastest(halved, GPU, optimized=False)[0] == "onnxruntime"
+
+
+def test_validation_takes_all_that_the_machine_and_the_bundle_have(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is not there: its backend is the optimized file on the CPU."""
+    bundle = optimize(export(native, tmp_path / "out", ExportConfig(dtype="fp16")))
+    assert able(bundle, FULL) == ["onnxruntime"]
+    assert able(bundle, EVERYTHING) == ["onnxruntime", "onnxruntime-cuda"]
+    cpu, cuda = BACKENDS["onnxruntime"], BACKENDS["onnxruntime-cuda"]
+    monkeypatch.setattr(run, "read_machine", lambda: EVERYTHING)
+    here = replace(cuda, missing=lambda machine: "", variants=cpu.variants[1:], widens=True)
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cuda", here)
+    result = run.validate(bundle, lengths=(7,))
+    assert result.passed and result.backend == "onnxruntime, onnxruntime-cuda"
+    write_parity(bundle, result)
+    tested = [(each.backend, each.variant) for each in require_green(Bundle.open(bundle.path))]
+    optimized = ("onnxruntime-cuda", "optimized")
+    assert tested == [("onnxruntime", "portable"), ("onnxruntime", "optimized"), optimized]
+
+    def broken(bundle: Bundle, settings: Settings) -> Any:
+        raise BackendError("no kernel image", hint="")
+
+    spoilt = replace(here, variants=(replace(here.variants[0], load=broken),))
+    monkeypatch.setitem(BACKENDS, "onnxruntime-cuda", spoilt)
+    assert run.validate(bundle, lengths=(7,)).failures == ["backend: onnxruntime-cuda: no kernel image"]
+    assert run.validate(bundle, lengths=(7,), backend="onnxruntime").passed

@@ -340,7 +340,7 @@ def test_a_schema_is_compiled_once_for_all_answers(asked: Bundle, monkeypatch: p
     call = calls_of_completion(
         host, protocol.Completion(model="model", prompt=["a", "b"], n=4, structured_outputs=form)
     )
-    grammars = [request.grammar for request in call._requests]
+    grammars = [request.grammar for request in call.requests]
     assert follow.call_count == 1 and len({id(each) for each in grammars}) == 8
     first, second = grammars[:2]
     assert first is not None and second is not None
