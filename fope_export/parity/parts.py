@@ -58,7 +58,7 @@ class Parts:
             raise
         except Exception as cause:  # ONNX Runtime's errors share no base class of their own
             raise failure("run", self.path, cause) from cause
-        return out
+        return out.copy()  # what ONNX Runtime gave holds all memory that the session took
 
 
 def _between(model: onnx.ModelProto, start: str, end: str) -> onnx.ModelProto:

@@ -18,11 +18,15 @@
 #ifdef __CUDACC__
 #define FOPE_BOTH __host__ __device__ __forceinline__
 #define FOPE_THREAD __device__ __forceinline__
-#define FOPE_UNROLL _Pragma("unroll")
-#define FOPE_UNROLL_8 _Pragma("unroll 8")
 #else
 #define FOPE_BOTH inline
 #define FOPE_THREAD inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define FOPE_UNROLL _Pragma("unroll")
+#define FOPE_UNROLL_8 _Pragma("unroll 8")
+#else
 #define FOPE_UNROLL
 #define FOPE_UNROLL_8
 #endif
