@@ -2,7 +2,8 @@
 // and on the host.
 //
 // A block takes `Tile` tokens and some coefficient groups, with all query and key heads of these groups. What a thread
-// needs from afar it asks for before the first barrier, so that it waits once. A pair of channels (left, right) turns by its group's series, in float32 whatever T is, rounded once at the end:
+// needs from afar it asks for before the first barrier, so that it waits once. A pair of channels (left, right) turns by
+// its group's series, in float32 whatever T is, rounded once at the end:
 //   left * C - right * sign * S,   right * C + left * sign * S
 // Channels that form no pair are copied.
 #pragma once
@@ -142,11 +143,11 @@ struct Divisor {
 
 // What follows from the arguments and a plan, once for all blocks.
 struct Layout {
-    int chunk, parts;              // groups a block, threads that share a series
-    int run, runs;                 // the sums that a series is cut into; their order is the same for every plan
-    int row, pitch, stride;        // turns of a row, its last vector filled up; from row to row, from vector to vector
-    int heads, kv_heads;           // of a group
-    int lanes, members;            // threads that turn a head at one token, heads of a group
+    int chunk, parts;       // groups a block, threads that share a series
+    int run, runs;          // terms of the sums that a series is cut into, and how many there are
+    int row, pitch, stride; // turns of a row, its last vector filled up; from row to row, from vector to vector
+    int heads, kv_heads;    // of a group
+    int lanes, members;     // threads that turn a head at one token, heads of a group
     Divisor by_row, by_parts, by_lanes, by_members, by_chunk;
 
     template <typename Arguments>
