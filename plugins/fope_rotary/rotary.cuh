@@ -2,8 +2,8 @@
 // and on the host.
 //
 // A block takes `Tile` tokens and some coefficient groups, with all query and key heads of these groups. What a thread
-// needs from afar it asks for before the first barrier, so that it waits once. A pair of channels (left, right) turns by
-// its group's series, in float32 whatever T is, rounded once at the end:
+// needs from afar it asks for before the first barrier, so that it waits once. A pair of channels (left, right) turns
+// by its group's series, in float32 whatever T is, rounded once at the end:
 //   left * C - right * sign * S,   right * C + left * sign * S
 // Channels that form no pair are copied.
 #pragma once
@@ -315,7 +315,8 @@ struct Block {
             sum.at[t].sin = fmaf(turns.at[t].sin, sin, sum.at[t].sin);
         }
         if (!kGeneral<Arguments> || !other()) return;
-        float const of_sin = constant(by_cos + d * a.pairs - other()), of_cos = constant(by_sin + d * a.pairs + other());
+        float const of_sin = constant(by_cos + d * a.pairs - other());
+        float const of_cos = constant(by_sin + d * a.pairs + other());
         for (int t = 0; t < Tile; ++t) {
             sum.at[t].cos = fmaf(turns.at[t].sin, of_sin, sum.at[t].cos);
             sum.at[t].sin = fmaf(turns.at[t].cos, of_cos, sum.at[t].sin);
@@ -336,7 +337,8 @@ struct Block {
         int const step = (is_q ? a.heads : a.kv_heads) * a.head_dim;
         int const nth = (first_group + group) * (is_q ? of.heads : of.kv_heads) + (is_q ? member : member - of.heads);
         int64_t const low = (first_token + first) * step + nth * a.head_dim + (adjacent ? 2 * pair : pair);
-        return {is_q, copied, padded, first, group < groups ? tokens - first : 0, low, adjacent ? Vector : a.rotary_dim / 2, step,
+        return {is_q, copied, padded, first, group < groups ? tokens - first : 0, low,
+                adjacent ? Vector : a.rotary_dim / 2, step,
                 padded ? pads() : table + (first * of.chunk + group) * of.parts * of.pitch + pair / Vector};
     }
 
