@@ -50,7 +50,7 @@ class Target:
     tensorrt: bool = False
 
 
-CUDA = ("-O3", "-std=c++17", "--cudart", "static", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+CUDA = tuple("-O3 -std=c++17 --threads 0 --cudart static -shared -Xcompiler -fPIC,-fvisibility=hidden".split())
 CPLUSPLUS = ("-O2", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off")
 PLUGIN = Target("plugin", ("launch.cu", "plugin.cpp"), CUDA, cuda=True, tensorrt=True)
 KERNEL = Target("kernel", ("launch.cu",), CUDA, cuda=True)
