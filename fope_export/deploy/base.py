@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from fope_export import place
 from fope_export.errors import BundleError, ConfigError, cut
 
@@ -48,6 +50,11 @@ def check_name(name: str) -> str:
             hint="Give it another name with --served-model-name.",
         )
     return name
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that becomes a number in float32, in which servers hand it on: 0.7 is 0.7."""
+    return float(str(np.float32(value)))
 
 
 def write(

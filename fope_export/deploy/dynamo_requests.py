@@ -6,8 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
-import numpy as np
 
+from fope_export.deploy.base import shortest
 from fope_export.serving.answers import named
 from fope_export.serving.calls import calls_of_completion
 from fope_export.serving.host import Host
@@ -55,17 +55,12 @@ def _fields(asked: Mapping[str, Any]) -> dict[str, Any]:
     for name in GROUPS:
         for field, value in (given.pop(name, None) or {}).items():
             if value is not None and field not in FRONTEND:
-                fields[field] = as_asked(value) if isinstance(value, float) else value
+                fields[field] = shortest(value) if isinstance(value, float) else value
     if given:
         raise RequestError(f"{min(given)} is not supported", hint="Leave it out.", param=min(given))
     if (guided := fields.pop("guided_decoding", None)) is not None:
         fields["structured_outputs"] = _form(guided)
     return fields | {"stop_token_ids": [token for name in ENDS for token in fields.pop(name, ())]}
-
-
-def as_asked(value: float) -> float:
-    """The frontend keeps numbers in float32: the shortest decimal that becomes this one there."""
-    return float(str(np.float32(value)))
 
 
 def _form(guided: Mapping[str, Any]) -> dict[str, Any]:

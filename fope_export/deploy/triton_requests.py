@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fope_export.deploy.base import shortest
 from fope_export.errors import cut
 from fope_export.serving.protocol import Completion, RequestError, parse
 
@@ -51,9 +52,8 @@ def _guide(tensors: Tensors) -> dict[str, Any]:
 
 
 def _number(tensor: NDArray[Any]) -> bool | int | float:
-    """A number in float32 stands for the shortest decimal that becomes it: 0.7 is 0.7."""
     value = tensor.item()
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return shortest(value) if isinstance(value, float) else value
 
 
 def _text(tensor: NDArray[Any]) -> str:

@@ -8,7 +8,8 @@ import pytest
 
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
-from fope_export.deploy.dynamo_requests import Answered, as_asked, chunk_of, request_of
+from fope_export.deploy.base import shortest
+from fope_export.deploy.dynamo_requests import Answered, chunk_of, request_of
 from fope_export.errors import BackendError
 from fope_export.serving.host import Host, Sizes
 from fope_export.serving.protocol import RequestError
@@ -48,7 +49,7 @@ def test_everything_that_is_asked_is_followed(host: Host) -> None:
 
 
 def test_numbers_are_as_they_were_asked() -> None:
-    assert as_asked(FLOAT32) == 0.9 and as_asked(0.5) == 0.5
+    assert shortest(FLOAT32) == 0.9 and shortest(0.5) == 0.5
 
 
 def test_without_a_limit_a_completion_is_short(host: Host) -> None:

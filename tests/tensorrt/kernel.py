@@ -193,6 +193,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], int]] = {
     "more basis than shared memory": ({"frequencies": 7000}, SIZE),
     "more pairs than shared memory": ({"head_dim": 2**23, "rotary_dim": 2**23, "pairs": 2**22, "frequencies": 1}, SIZE),
     "more channels than a block counts": ({"heads": 3 * 2**22}, SIZE),
+    "more heads than are divided by": ({"heads": 2**20, "kv_heads": 2**20, "groups": 1}, SIZE),
     "more tokens than a grid": ({"tokens": 2**40}, SIZE),
 }
 
