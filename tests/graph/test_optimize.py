@@ -152,6 +152,12 @@ def test_decoding_is_captured_in_a_cuda_graph(optimized: Bundle, monkeypatch: py
     assert placed[0] == placed[1] != placed[2] == placed[3]
 
 
+def test_a_step_has_nothing_that_a_cuda_graph_cannot_record(optimized: Bundle) -> None:
+    """The host waits for the numbers of Size and NonZero, and GatherND copies from its memory in every step."""
+    nodes = onnx.load(optimized.path / OPTIMIZED, load_external_data=False).graph.node
+    assert {node.op_type for node in nodes}.isdisjoint({"Size", "NonZero", "GatherND"})
+
+
 def test_a_mask_that_contradicts_the_cache_is_refused(pair: tuple[Any, Any]) -> None:
     ids, cache = np.ones((1, 3), np.int64), pair[1].empty_cache(1)
     for mask in ([[1, 1, 1, 1]], [[1, 0, 1]], [[1, 1, 0]]):
