@@ -161,7 +161,7 @@ def _written(tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: Hashed
     """Where in `file`, whose path is `data`, a tensor's numbers now are; itself where it is small."""
     if tensor.nbytes <= INLINE_BYTES:
         return tensor
-    assert isinstance(numbers, ir.Tensor | ir.LazyTensor)
+    assert isinstance(numbers, ir.Tensor | ir.PackedTensor | ir.LazyTensor)
     start = file.size
     numbers.tofile(file)
     return ir.ExternalTensor(

@@ -1,4 +1,5 @@
-"""Linear layers with their weights as 4 or 8 bit integers in blocks: MatMul becomes com.microsoft's MatMulNBits.
+"""Linear layers with their weights as 4 or 8 bit integers in blocks: MatMul becomes com.microsoft's MatMulNBits. What
+becomes of experts is in `expert_weights`.
 
 The quantizer is ONNX Runtime's own. Embedding, norms, routers and everything about the rotation stay what they are.
 """
@@ -12,13 +13,21 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
 
 from fope_export.dtypes import FP32
 from fope_export.errors import ExportError, require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.calibration import Ranges
+from fope_export.graph.expert_weights import (
+    ExactExperts,
+    QuantizeExperts,
+    RoundExpertInputs,
+    Rounding,
+    is_experts,
+    stored,
+)
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.ways import Quantized, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
@@ -41,11 +50,7 @@ class QuantizeWeights(Pass):
     def __init__(self, kind: str) -> None:
         """Of a row. Raises BackendError where ONNX Runtime, which brings the quantizer, is not installed."""
         super().__init__()
-        self._kind, self._bits = kind, ir.DataType[QUANTIZATIONS[kind].element].bitwidth
-        with _no_root_logger():
-            tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "run")
-        config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=self._bits)
-        self._quantizer = tools.DefaultWeightOnlyQuantizer(config)
+        self._kind, self._bits, self._rounded = kind, _bits_of(kind), rounding(kind, BLOCK)
 
     def requires(self, model: ir.Model) -> None:
         if not any(map(linear_weight, model.graph)):
@@ -65,9 +70,7 @@ class QuantizeWeights(Pass):
         """Turn the call into one of the operator. A weight that nothing else reads leaves the graph."""
         assert weight.name and weight.const_value is not None and node.name
         inputs, outputs = weight.const_value.shape.numpy()
-        with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
-            arrays = self._quantizer.qbits_block_quant(weight.const_value.numpy())
-        _check_range(weight.name, *arrays, bits=self._bits)
+        arrays = self._rounded(weight.name, weight.const_value.numpy())
         node.op_type, node.domain = OPERATOR, MICROSOFT
         node.name = f"{node.name.rpartition('/')[0]}/{OPERATOR}"
         node.resize_inputs(1 + len(arrays))
@@ -86,9 +89,31 @@ class QuantizeWeights(Pass):
             raise PostconditionError(f"{left[0]} is not quantized")
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> QuantizeWeights:  # noqa: ARG001
-    """The pass that rounds weights as the row `kind` says; it needs no `ranges`, as inputs stay as they are."""
-    return QuantizeWeights(kind)
+def _bits_of(kind: str) -> int:
+    return int(ir.DataType[QUANTIZATIONS[kind].element].bitwidth)
+
+
+def rounding(kind: str, block: int) -> Rounding:
+    """What rounds one weight of the row `kind`, in blocks of so many inputs. Raises BackendError where ONNX Runtime is
+    not installed, and ExportError, when it is called, for a weight that it makes too large.
+    """
+    bits = _bits_of(kind)
+    with _no_root_logger():
+        tools = require("onnxruntime.quantization.matmul_nbits_quantizer", "run")
+    quantizer = tools.DefaultWeightOnlyQuantizer(tools.DefaultWeightOnlyQuantConfig(block_size=block, bits=bits))
+
+    def rounded(name: str, weight: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        with np.errstate(over="ignore", invalid="ignore"):  # said by name instead
+            packed, scales, zero_points = quantizer.qbits_block_quant(weight)
+        _check_range(name, packed, scales, zero_points, bits=bits)
+        return packed, scales, zero_points
+
+    return rounded
+
+
+def write(kind: str, ranges: Mapping[str, Ranges]) -> Sequential:  # noqa: ARG001
+    """The passes that round weights as the row `kind` says; they need no `ranges`, as inputs stay as they are."""
+    return Sequential(QuantizeWeights(kind), QuantizeExperts(kind, BLOCK, rounding))
 
 
 @contextmanager
@@ -130,12 +155,12 @@ def _products(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def exact() -> list[Pass]:
     """Products of rounded weights with inputs that are not rounded."""
-    return [SetAccuracyLevel(EXACT)]
+    return [SetAccuracyLevel(EXACT), ExactExperts()]
 
 
 def fast() -> list[Pass]:
     """Products of rounded weights with inputs that are rounded to 8 bits as they come."""
-    return [SetAccuracyLevel(INT8)]
+    return [SetAccuracyLevel(INT8), RoundExpertInputs(INT8)]
 
 
 def read(path: Path) -> Iterator[Quantized]:
@@ -144,6 +169,8 @@ def read(path: Path) -> Iterator[Quantized]:
         if node.op_type == OPERATOR:
             assert node.name
             yield Quantized(node.name.rpartition("/")[0], *_dequantized(node))
+        elif is_experts(node):
+            yield stored(node)
 
 
 def _dequantized(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

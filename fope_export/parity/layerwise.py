@@ -45,7 +45,7 @@ class Rounded:
         taken = {}
         while (layer := self._next) is not None and layer.module.startswith(prefix):
             weight = torch.from_numpy(layer.weight)
-            taken[f"{layer.module}.weight"] = weight.to(precision).double() if layer.rounding else weight
+            taken[layer.name] = weight.to(precision).double() if layer.rounding else weight
             self._next = next(self._layers, None)
         return taken
 

@@ -17,6 +17,7 @@ from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, BundleError
 from fope_export.graph.ways import Quantized, Rounding, way_of
 from fope_export.model.decoder import Decoder
+from fope_export.model.experts import Experts
 from fope_export.parity.judge import Floats, divergence, log_softmax
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.tokens import Tokenizer
@@ -110,8 +111,8 @@ def allowance_of(bundle: Bundle, model: nn.Module) -> float:
 
 
 def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
-    """Give the linear layers of `model` the weights that the bundle's small numbers stand for, in the `arithmetic` that
-    a backend computes it in (else its own dtype).
+    """Give the linear layers and experts of `model` the weights that the bundle's small numbers stand for, in the
+    `arithmetic` that a backend computes it in (else its own dtype).
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
@@ -120,8 +121,9 @@ def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
         layer, weight = _layer(model, stored.module), torch.from_numpy(stored.weight)
         if stored.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
+        dtype = layer.get_parameter(stored.leaf).dtype
         # A new parameter, because an embedding may share the old one.
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+        setattr(layer, stored.leaf, nn.Parameter(weight.to(dtype), requires_grad=False))
 
 
 def round_inputs(bundle: Bundle, model: Decoder) -> None:
@@ -146,14 +148,14 @@ def _layers(bundle: Bundle) -> Iterator[Quantized]:
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
     for stored in _layers(bundle):
-        original = _layer(model, stored.module).weight.double().numpy()
+        original = _layer(model, stored.module).get_parameter(stored.leaf).double().numpy()
         if original.shape != stored.weight.shape or not (np.abs(stored.weight - original) <= stored.allowed).all():
-            yield f"{stored.module}.weight"
+            yield stored.name
 
 
-def _layer(model: Decoder, name: str) -> nn.Linear:
+def _layer(model: Decoder, name: str) -> nn.Linear | Experts:
     layer = dict(model.named_modules()).get(name)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear | Experts):
         raise BackendError(f"the graph quantizes {name}, which is no linear layer", hint="Export the checkpoint again.")
     return layer
 
