@@ -10,7 +10,7 @@ from onnx_ir.passes import PreconditionError
 
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.config import ExpertsConfig, ExportConfig
+from fope_export.config import ExportConfig
 from fope_export.errors import ConfigError
 from fope_export.fope import contract
 from fope_export.graph.builder import MICROSOFT
@@ -18,7 +18,7 @@ from fope_export.graph.export import export, to_onnx
 from fope_export.graph.quantize import OPERATOR, QuantizeWeights, read
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
-from tests.conftest import small_decoder, write_native
+from tests.conftest import mixture, small_decoder, write_native
 from tests.spoiling import attributes
 
 LINEAR = ["attention.att_proj", "attention.attn_out", "feed_forward.ff_proj", "feed_forward.ff_out"]
@@ -114,8 +114,7 @@ def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_router_keeps_its_weights() -> None:
-    experts = ExpertsConfig(count=4, per_token=2, intermediate_size=32, groups=1, normalize=True, layers=(1,))
-    model = to_onnx(small_decoder(experts=experts), ExportConfig(quantize="int4").resolved(64))
+    model = to_onnx(small_decoder(experts=mixture()), ExportConfig(quantize="int4").resolved(64))
     read = [value.name or "" for node in model.graph for value in node.inputs if value is not None]
     assert any(name.startswith("layers.1.feed_forward.router.weight") for name in read)
     assert not any("router.weight.int4" in name for name in read) and "lm_head.weight.int4" in read
