@@ -1,5 +1,6 @@
 """Checkpoint to bundle: torch.export, torch.onnx, passes, checker, manifest."""
 
+import gc
 import logging
 import shutil
 import warnings
@@ -352,13 +353,18 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal, and
+    the collector from going through what tracing makes again and again, of which almost nothing is garbage.
+    """
+    logger, collecting = logging.getLogger("torch.onnx._internal.exporter._registration"), gc.isenabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg|torch")
             yield
     finally:
         logger.setLevel(level)
+        if collecting:
+            gc.enable()
