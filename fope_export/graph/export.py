@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.graph import passes
 from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
+from fope_export.graph.repetition import first_layers, repeat, repeats
 from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import way_of
@@ -235,13 +237,14 @@ def to_onnx(
 
     Weights are not copied: they are read when the result is saved, or here where they are quantized.
     """
-    inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
-    outputs = ["logits", *cache_names("present", model.config)]
+    whole = without_numbers(model) if numbers else model
+    traced = first_layers(whole) if repeats(whole) else whole
+    inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", traced.config)]
+    outputs = ["logits", *cache_names("present", traced.config)]
     with quiet():
-        program = trace(
-            without_numbers(model) if numbers else model, config.capacity or 0, position_axes=config.position_axes
-        )
-        finished = lower(program, config, inputs, outputs, _dimensions, numbers)
+        program = trace(traced, config.capacity or 0, position_axes=config.position_axes)
+        complete = partial(repeat, model=whole) if traced is not whole else None
+        finished = lower(program, config, inputs, outputs, _dimensions, numbers, complete)
     if row := config.quantization:
         way_of(row).write(row.name, ranges or {})(finished)
     finished.graph.name = "fope_decoder"
@@ -259,11 +262,12 @@ def lower(
     outputs: Sequence[str],
     dimensions: Callable[[ir.Model], Mapping[str, str]],
     numbers: Numbers | None = None,
+    complete: Callable[[ir.Graph], None] | None = None,
 ) -> ir.Model:
     """What torch traced, as an ONNX model: translated, optimized, and with every rotation a call of one function.
 
     Inputs and outputs get these names, in order. `dimensions` is given the translated model and says which of torch's
-    symbols gets which name as a size. `numbers` are as for `to_onnx`.
+    symbols gets which name as a size. `numbers` are as for `to_onnx`; `complete` is given the translated graph first.
 
     Raises ExportError where the model writes to a buffer of its own.
     """
@@ -283,6 +287,8 @@ def lower(
             f"the model writes to its buffer {next(iter(written.values()))}",
             hint="A graph has no memory: make it an input and an output.",
         )
+    if complete:
+        complete(onnx_program.model.graph)
     if numbers:
         give_numbers(onnx_program.model.graph, numbers)
     passes.TransposeWeights()(onnx_program.model)
@@ -353,8 +359,8 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal, and
-    the collector from going through what tracing makes again and again, of which almost nothing is garbage.
+    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal,
+    and the collector from going through what tracing makes again and again, of which almost nothing is garbage.
     """
     logger, collecting = logging.getLogger("torch.onnx._internal.exporter._registration"), gc.isenabled()
     level = logger.level
