@@ -246,7 +246,8 @@ def to_onnx(
         complete = partial(repeat, model=whole) if traced is not whole else None
         finished = lower(program, config, inputs, outputs, _dimensions, numbers, complete)
     if row := config.quantization:
-        way_of(row).write(row.name, ranges or {})(finished)
+        for rounding in way_of(row).write(row.name, ranges or {}):
+            rounding(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(

@@ -163,9 +163,9 @@ class ExactInputs(Pass):
             raise PostconditionError(f"{left[0]} rounds its inputs")
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
+def write(kind: str, ranges: Mapping[str, Ranges]) -> list[Pass]:
     """The pass that rounds weights, and inputs within their `ranges` by layer, as the row `kind` says."""
-    return InsertQdq(kind, ranges)
+    return [InsertQdq(kind, ranges)]
 
 
 def exact() -> list[Pass]:

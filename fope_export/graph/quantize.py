@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from fope_export.dtypes import FP32
 from fope_export.errors import ExportError, require
@@ -111,9 +111,9 @@ def rounding(kind: str, block: int) -> Rounding:
     return rounded
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> Sequential:  # noqa: ARG001
+def write(kind: str, ranges: Mapping[str, Ranges]) -> list[Pass]:  # noqa: ARG001
     """The passes that round weights as the row `kind` says; they need no `ranges`, as inputs stay as they are."""
-    return Sequential(QuantizeWeights(kind), QuantizeExperts(kind, BLOCK, rounding))
+    return [QuantizeWeights(kind), QuantizeExperts(kind, BLOCK, rounding)]
 
 
 @contextmanager

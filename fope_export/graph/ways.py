@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import PassBase
 
 from fope_export.graph.base import Pass
 from fope_export.graph.calibration import Ranges
@@ -41,10 +40,8 @@ class Quantized(NamedTuple):
 class Way(Protocol):
     """One way to round linear layers: the functions of the module that a row of `QUANTIZATIONS` names as its `home`."""
 
-    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> PassBase:
-        """The pass, or passes, that round a graph's linear layers as the row `kind` says; `ranges` are what `calibrate`
-        found by the layer's name, none for weights alone. Raises BackendError where the quantizer is not installed.
-        """
+    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> list[Pass]:
+        """The passes that round a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by the layer's name, none for weights alone. Raises BackendError where the quantizer is not installed."""
         ...
 
     def read(self, path: Path) -> Iterator[Quantized]:

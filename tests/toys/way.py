@@ -41,9 +41,9 @@ class RoundWeights(Pass):
         builder.graph.initializers.pop(weight.name)
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> RoundWeights:
+def write(kind: str, ranges: Mapping[str, Ranges]) -> list[Pass]:
     assert kind == TOY.name and not ranges
-    return RoundWeights()
+    return [RoundWeights()]
 
 
 def read(path: Path) -> Iterator[Quantized]:
