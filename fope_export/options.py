@@ -152,6 +152,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
     sub.add_argument("--cuda-graph", action="store_true", help="on a GPU: repeat decoding from a CUDA graph")
+    _speculation(sub, "auto")
     _backend(sub)
 
 
@@ -194,6 +195,7 @@ def serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch-invariant", action="store_true", help="alike to the last bit in any company; each step runs all slots"
     )
+    _speculation(sub, "off")
     sub.add_argument("--unvalidated", action="store_true", help="serve what no report says is right")
     sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
@@ -242,6 +244,23 @@ def _lock(sub: argparse.ArgumentParser) -> None:
         "--lock-timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS",
         help=f"how long to wait for another command that writes this bundle (default: {TIMEOUT:.0f})",
     )  # fmt: skip
+
+
+def _speculation(sub: argparse.ArgumentParser, usual: str) -> None:
+    sub.add_argument(
+        "--speculate", type=_guesses, metavar="auto|off|N",
+        help=f"guess tokens and look at them together: as many as pay, none, at most N a step (default: {usual})",
+    )  # fmt: skip
+    sub.add_argument("--draft", type=Path, metavar="BUNDLE", help="a smaller model on the same tokens, which guesses")
+
+
+def _guesses(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    try:
+        return _positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{cut(text)!r} is neither auto nor off nor a number from 1 on") from None
 
 
 def _seconds(text: str) -> float:
