@@ -6,18 +6,24 @@ WIDTHS = (2, 4, 8, 16)
 """Tokens of a row in a step that looks ahead: one that is drawn already, and guesses."""
 GROWTH = 1 / 8
 """Of a single token's step, what each more costs, until one was timed."""
-MARGIN = 1.03
+SURE, DOUBTED = 3, 2.0
+"""How often something is timed before it is believed, and how many times what was expected is believed until then."""
+MARGIN = 1.1
 """How much sooner tokens must come for a guess to be worth while."""
-PATIENCE = 2.0
+PATIENCE = 5.0
 """Steps that may be lost before guessing rests."""
-RESTS = (128, 2048)
+RESTS = (192, 3072)
 """Steps of the first rest, and of the longest: each is twice as long as the one before while all is lost again."""
+LEAST = 0.01
+"""How often guesses are wrong at least, for a bound of what they can give."""
+SEEN = 64
+"""Steps after which costs are looked at again."""
 STALE = 512
 """Looks of a width are forgotten after as many steps without one."""
 
 
 class Recent:
-    """The median of the last few times."""
+    """The median of the last few times, of two the shorter: now and then something else takes the processor."""
 
     def __init__(self) -> None:
         self._taken: deque[float] = deque(maxlen=5)
@@ -25,7 +31,12 @@ class Recent:
 
     def add(self, seconds: float) -> None:
         self._taken.append(seconds)
-        self.typical = sorted(self._taken)[len(self._taken) // 2]
+        self.typical = sorted(self._taken)[(len(self._taken) - 1) // 2]
+
+    @property
+    def sure(self) -> bool:
+        """Whether one that took too long cannot matter."""
+        return len(self._taken) >= SURE
 
 
 class Pace:
@@ -37,6 +48,8 @@ class Pace:
         self._looked: dict[int, int] = {}
         """When each width was timed last."""
         self.count = 0
+        self._costs: list[tuple[int, float]] = []
+        """Of looks of those of WIDTHS that are no more than twice what is known, as they were seen last."""
 
     def step(self, rows: int, seconds: float) -> None:
         """One of so many rows, with nothing in it that a look before has left to do."""
@@ -45,10 +58,12 @@ class Pace:
     def look(self, width: int, seconds: float) -> None:
         self._looks.setdefault(width, Recent()).add(seconds)
         self._looked[width] = self.count
+        self._costs.clear()
 
     def known(self, rows: int) -> float:
-        """Seconds of a step; 0 where none was timed."""
-        return self._steps[rows].typical if rows in self._steps else 0.0
+        """Seconds of a step; 0 where too few were timed."""
+        steps = self._steps.get(rows)
+        return steps.typical if steps and steps.sure else 0.0
 
     def worth(self, rows: int) -> tuple[float, float]:
         """Seconds that a step is shorter by without one of its rows, and that each more token of a row is worth."""
@@ -58,14 +73,12 @@ class Pace:
 
     def cost(self, width: int) -> float:
         """Seconds of a look of so many tokens, by such looks, or else by others."""
-        if width in self._looks and self.count - self._looked[width] < STALE:
-            return self._looks[width].typical
         single = self._steps[min(self._steps)].typical
-        growths = [
-            (look.typical / single - 1) / (each - 1)
-            for each, look in self._looks.items()
-            if self.count - self._looked[each] < STALE
-        ]
+        fresh = {each: look for each, look in self._looks.items() if self.count - self._looked[each] < STALE}
+        if own := fresh.get(width):
+            doubted = DOUBTED * single * (1 + (width - 1) * GROWTH)
+            return own.typical if own.sure else min(own.typical, doubted)
+        growths = [(look.typical / single - 1) / (each - 1) for each, look in fresh.items() if look.sure]
         return single * (1 + (width - 1) * max(min(growths, default=GROWTH), 0.0))
 
     def width(self, chance: float, rows: int, most: int, each: float = 0.0) -> int:
@@ -74,12 +87,16 @@ class Pace:
         """
         if not self.known(rows):
             return 1
+        if not self._costs or self.count % SEEN == 0:
+            known = [width for width, look in self._looks.items() if look.sure]
+            self._costs = [(width, self.cost(width)) for width in WIDTHS if width <= 2 * max(known, default=2)]
         saved, value = self.worth(rows)
         best, found = MARGIN, 1
-        for width in (size for size in WIDTHS if size <= most):
-            more = expected(chance, width - 1)
-            gain = (saved + more * value) / (self.cost(width) + (width - 1) * each)
-            if gain > best:
+        if saved + value * chance / max(1 - chance, LEAST) < best * self._costs[0][1]:
+            return found  # not even if all that may be right came for as little as one guess
+        for width, cost in self._costs:
+            gain = (saved + expected(chance, width - 1) * value) / (cost + (width - 1) * each)
+            if gain > best and width <= most:
                 best, found = gain, width
         return found
 

@@ -10,6 +10,8 @@ from fope_export.serving.drafting import Asked, Draft
 from fope_export.serving.pace import Pace, Trust
 from fope_export.serving.work import Work
 
+TIMED = 4
+"""One in so many steps is timed, once it is known what they take."""
 log = logging.getLogger(__name__)
 
 
@@ -63,14 +65,19 @@ class Ahead:
         self._pace.count, self._rows = self._pace.count + 1, len(works)
         for kind in (self._lookups, self._drafts):
             kind.resting = self._most is None and kind.trust.rests()
-        made = []
-        for work in works:
-            _read(work, held[work.slot])
-            made.append(work.lookup.guess(self._width(self._lookups, work, work.lookup.chance) - 1))
-        self._drafted = frozenset()
+        made = [self._look_up(work, held[work.slot]) for work in works]
         if self._draft:
             self._ask(self._draft, [(number, work) for number, work in enumerate(works) if not made[number]], made)
         return made
+
+    def _look_up(self, work: Work, held: Sequence[int]) -> list[int]:
+        """What a work's text says, which is read when that may matter."""
+        text = work.lookup
+        if not self._draft and (self._lookups.resting or len(held) - len(text.text) < text.may_wait):
+            return []
+        _read(work, held)
+        chance = text.chance
+        return text.guess(self._width(self._lookups, work, chance) - 1) if chance else []
 
     def _width(self, kind: _Kind, work: Work, chance: float, seconds: float = 0.0) -> int:
         """Tokens of a look at guesses that are right with a chance and take as many seconds each; 1 for none."""
@@ -102,7 +109,8 @@ class Ahead:
         """A step of one token in so many rows took as long."""
         known, kind = self._pace.known(rows), self._stirred
         if kind is None:
-            self._pace.step(rows, seconds)
+            if self._pace.count % TIMED == 0 or not known:
+                self._pace.step(rows, seconds)
         elif known:
             kind.trust.settle(max(min(known - seconds, known), -known), known)
         self._stirred = None
