@@ -73,7 +73,7 @@ class Pace:
 
     def cost(self, width: int) -> float:
         """Seconds of a look of so many tokens, by such looks, or else by others."""
-        single = self._steps[min(self._steps)].typical
+        single = min(step.typical / rows for rows, step in self._steps.items())  # no more than that, or a row's own
         fresh = {each: look for each, look in self._looks.items() if self.count - self._looked[each] < STALE}
         if own := fresh.get(width):
             doubted = DOUBTED * single * (1 + (width - 1) * GROWTH)

@@ -99,10 +99,14 @@ class Judge:
         request = asked[found.request]
         ids = np.array([[*request.prompt, *alone[found.request][: found.place]]], np.int64)
         truth = _logits(self._exact, ids)
-        noise = Noise.of(truth, [_logits(each, ids) for each in self._members], float(np.finfo(np.float32).eps))
-        allowed = float(noise.tied()[-1])
+        allowed = self.allowed(truth, ids)
         draw = _draw(request, alone[found.request][: found.place], truth.shape[1])
         return all(can_be(token, truth[-1], allowed, draw) for token in (found.alone, found.beside))
+
+    def allowed(self, truth: Floats, ids: Ids) -> float:
+        """How far the last logit of some tokens [1, S] may be from the truth [S, V]."""
+        noise = Noise.of(truth, [_logits(each, ids) for each in self._members], float(np.finfo(np.float32).eps))
+        return float(noise.tied()[-1])
 
 
 def _draw(request: Request, made: Sequence[int], size: int) -> Draw:
