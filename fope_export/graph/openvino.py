@@ -13,10 +13,11 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, TopologicalSortPass
 
 from fope_export.bundle import Bundle
+from fope_export.dtypes import DTYPES, FP32
 from fope_export.errors import ConfigError, ExportError, cut, require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.passes import widening
+from fope_export.graph.passes import CastBFloat16ToFloat32
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.steps import SCOPE, decoder_inputs
 from fope_export.manifest import OPENVINO
@@ -81,7 +82,9 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
                 hint="Export the checkpoint to another folder without that option.",
             )
     edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), InlinePass()]
-    return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *widening(export)]
+    narrow = DTYPES[export.dtype]
+    wide = [] if narrow is FP32 else [CastBFloat16ToFloat32(narrow, FP32)]  # who loads it says what it computes in
+    return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *wide]
 
 
 def convert(portable: Path, folder: Path) -> None:
