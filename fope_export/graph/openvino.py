@@ -2,6 +2,7 @@
 optimum-intel want it, and its tokenizer is a graph too.
 """
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, TopologicalSortPass
 
 from fope_export.bundle import Bundle
@@ -27,6 +28,8 @@ PAST, PRESENT = "past_key_values", "present"
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Files of the bundle that go with it where they are there."""
 SAMPLES = ("def main():\n\treturn 'naïve…' + \"日本\"\n", " a  b\r\n\r\n1234567 ", "isn't , right ?")
+NUMBERED = re.compile(r'(?<=[",])([A-Z][A-Za-z]*)_\d+(?=[.",])')
+"""Names that OpenVINO gives."""
 NEVER = "\U0010ffff\U0010fffe"
 """Characters that no text has."""
 WITHOUT = "Take tokenizer.json out of the checkpoint and export again: the bundle then takes and gives token ids alone."
@@ -64,6 +67,53 @@ def _sizes_of_cache(model: ir.Model) -> Iterator[ir.Node]:
             yield from (node for node, _ in value.uses() if node.op_type == "Shape")
 
 
+class RepeatHeads(Pass):
+    """Give attention as many heads of keys and values as of queries, in the form by which OpenVINO knows that it need
+    not copy them.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        for node in _attentions(model):
+            if any(value is None or value.shape is None or value.shape.rank() != 4 for value in node.inputs[:3]):
+                raise PreconditionError(f"{node.name} reads what has no shape [B, heads, S, E]")
+
+    def call(self, model: ir.Model) -> PassResult:
+        grouped = [node for node in _attentions(model) if _heads(node, 0) != _heads(node, 1)]
+        for node in grouped:
+            builder = GraphBuilder(model).within(node.name or "", before=node)
+            times = _heads(node, 0) // _heads(node, 1)
+            for port, name in ((1, "keys"), (2, "values")):
+                apart = builder.op("Unsqueeze", node.inputs[port], builder.integers(2), name=name)
+                repeated = builder.op("Expand", apart, builder.integers(1, 1, times, 1, 1), name=name)
+                shape = builder.integers(0, _heads(node, 0), -1, _extent(node, port, 3))
+                together = builder.op("Reshape", repeated, shape, name=name)
+                together.shape = ir.Shape([None, _heads(node, 0), None, None])
+                node.replace_input_with(port, together)
+        return PassResult(model, modified=bool(grouped))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in _attentions(model):
+            if len({_heads(node, port) for port in range(3)}) > 1:
+                raise PostconditionError(f"{node.name} has fewer heads of keys or values than of queries")
+
+
+def _attentions(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for node in model.graph if node.op_type == "Attention")
+
+
+def _heads(node: ir.Node, port: int) -> int:
+    return _extent(node, port, 1)
+
+
+def _extent(node: ir.Node, port: int, axis: int) -> int:
+    value = node.inputs[port]
+    assert value is not None and value.shape is not None
+    size = value.shape[axis]
+    if not isinstance(size, int):
+        raise PreconditionError(f"{value.name} has the shape {value.shape}")
+    return size
+
+
 def passes_for(bundle: Bundle) -> list[InPlacePass]:
     """What the portable file goes through before OpenVINO reads it.
 
@@ -81,7 +131,7 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
                 "weights of 8 or 4 bits",
                 hint="Export the checkpoint to another folder without that option.",
             )
-    edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), InlinePass()]
+    edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), RepeatHeads(), InlinePass()]
     narrow = DTYPES[export.dtype]
     wide = [] if narrow is FP32 else [CastBFloat16ToFloat32(narrow, FP32)]  # who loads it says what it computes in
     return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *wide]
@@ -92,8 +142,7 @@ def convert(portable: Path, folder: Path) -> None:
     openvino = require("openvino", "openvino")
     model = openvino.Core().read_model(portable)
     _make_stateful(model)
-    path = folder / Path(OPENVINO).name
-    openvino.save_model(model, path, compress_to_fp16=False)
+    _save(model, path := folder / Path(OPENVINO).name)
     _keep_angles(path)
 
 
@@ -123,6 +172,19 @@ def _make_stateful(model: Any) -> None:
         zero = op.constant(0.0, dtype=state.get_output_element_type(0))
         state.set_arguments([op.broadcast(zero, op.concat([rows, sizes[0], sizes[1], sizes[2]], 0))])
     model.validate_nodes_and_infer_types()
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write a graph, its weights beside it: the same for the same graph. OpenVINO numbers what has no name by all that
+    the process has made before; here that begins anew in each file.
+    """
+    require("openvino", "openvino").save_model(model, path, compress_to_fp16=False)
+    known: dict[str, str] = {}
+
+    def again(name: re.Match[str]) -> str:
+        return known.setdefault(name[0], f"{name[1]}_{len(known)}")
+
+    path.write_text(NUMBERED.sub(again, path.read_text("utf-8")), "utf-8")
 
 
 def _keep_angles(path: Path) -> None:
@@ -179,7 +241,7 @@ def write_tokenizer(bundle: Bundle, folder: Path) -> None:
                 hint=WITHOUT,
             )
     for name, graph in zip(("tokenizer", "detokenizer"), graphs, strict=True):
-        openvino.save_model(graph, folder / f"openvino_{name}.xml", compress_to_fp16=False)
+        _save(graph, folder / f"openvino_{name}.xml")
 
 
 def files_beside(bundle: Bundle) -> Iterable[str]:
