@@ -86,7 +86,7 @@ class PagedSlots:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         used = -(-tokens // self._backend.page)
-        for tensor in self.tensors:
+        for tensor in self.tensors if source != target else ():
             tensor[target * self._pages :][:used] = tensor[source * self._pages :][:used]
         self.lengths[target] = tokens
 

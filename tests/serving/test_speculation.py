@@ -1,5 +1,6 @@
 """Guesses change no answer: what is drawn after them is what is drawn without."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from fope_export.backends.base import Backend, Ids, Logits, Slots
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
+from fope_export.graph.optimize import optimize
 from fope_export.serving.engine import Engine
 from fope_export.serving.lookup import ORDERS, Lookup
 from fope_export.serving.requests import Event, Request
@@ -34,7 +36,12 @@ def judge(bundle: Bundle) -> Judge:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def real(request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, asked: Bundle) -> Backend:
+def real(
+    request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, asked: Bundle, tmp_path_factory: Any
+) -> Backend:
+    if request.param == "openvino":
+        folder = shutil.copytree(bundle.path, tmp_path_factory.mktemp("guessed") / "openvino")
+        return load_backend(optimize(Bundle.open(folder), "openvino"), "openvino")
     made = {"static": static_bundle, "optimized": asked}.get(request.param, bundle)
     return load_backend(made, "torch" if request.param == "torch" else None)
 
