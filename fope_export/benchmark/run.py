@@ -43,7 +43,8 @@ class BenchConfig(Checked, frozen=True, kw_only=True):
     tokens are generated. Everybody is timed once in each of `rounds`; and all that again in each of `sittings`, which
     begin with new processes, because a process keeps the memory that it was given, and its luck with it. A contender
     has `threads` threads (None: one for each core). PyTorch runs on `device`. `backends` names those to be timed (none:
-    all that this machine can run), `peers` other libraries beside them: "genai", "optimum".
+    all that this machine can run), `peers` other libraries beside them: "genai", "optimum", "openvino",
+    "llamacpp".
 
     Raises ConfigError for names that there are not, and where `lengths` or `batch` is empty.
 
