@@ -233,6 +233,9 @@ def bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--peers", type=_names, default=(), help="genai,optimum,openvino,llamacpp: on a RoPE twin of the same shape"
     )
+    sub.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="time this contender alone; may be repeated"
+    )
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
     _lock(sub)

@@ -34,6 +34,7 @@ from fope_export.benchmark.contenders import (
     Stepping,
 )
 from fope_export.benchmark.greedy import answer, distance, scores
+from fope_export.benchmark.lead import leads
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, bench, prompt
 from fope_export.benchmark.twin import write_twin
@@ -147,7 +148,7 @@ def test_the_record_the_page_and_the_table(green: Bundle, measured: BenchResult,
     assert write_bench(green, measured, tmp_path / "new").parent == tmp_path / "new"
     old = read_old(tmp_path / "new" / "bench.json")
     console = Console(width=200, file=(written := io.StringIO()))
-    print_bench(measured, console, old)
+    print_bench(green, measured, console, old)
     told = written.getvalue()
     assert "decode / old" in told and told.count("1.00") >= 8
     write_bench(green, measured)
@@ -284,6 +285,10 @@ def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, tmp_path: Path
     assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes
     assert peers["openvino genai int4"].weight_bytes < peers["openvino genai fp32"].weight_bytes
     assert "genai int4 *" in bench_page(bundle, result)
+    led = [*leads(result, bundle.manifest.export)]
+    assert [lead.what for lead in led[:3]] == ["prefill", "decode", "memory"]
+    assert all(lead.peer.endswith(" fp32") and CONTENDERS[lead.ours].backend and lead.ratio > 0 for lead in led)
+    assert str(led[0]) in bench_page(bundle, result)
 
 
 def test_the_twin_is_a_model_of_the_same_sizes(bundle: Bundle, tmp_path: Path) -> None:
