@@ -79,7 +79,7 @@ def quality(folder: Path) -> list[dict[str, Any]]:
 def decoding(folder: Path, shape: str) -> dict[str, Callable[[], float]]:
     """Seconds of this thread for a token, by kind and block; weights are random, which costs the same."""
     write_checkpoint(shape, "fope", folder / "checkpoint")
-    tasks = {}
+    tasks: dict[str, Callable[[], float]] = {}
     for kind, block in itertools.product(KINDS, BLOCKS):
         config = msgspec.convert({"quantize": kind, "block": block, "rounding": NEAREST}, ExportConfig)
         bundle = optimize(export(folder / "checkpoint", folder / f"{kind} {block}", config))
@@ -105,8 +105,8 @@ def seconds(step: Callable[[], Any]) -> float:
 
 def multiplying(inputs: int, outputs: int) -> dict[str, Callable[[], float]]:
     """The same for a token's product with one matrix, by kind and block."""
-    rng, tasks = np.random.default_rng(0), {}
-    x = rng.standard_normal((1, 1, inputs), np.float32)
+    tasks: dict[str, Callable[[], float]] = {}
+    x = np.random.default_rng(0).standard_normal((1, 1, inputs), np.float32)
     for (kind, bits), block in itertools.product(KINDS.items(), BLOCKS):
         copies = max(ROOM // (inputs * outputs), 1)
         shape = (outputs, inputs // block, block * bits // 8)

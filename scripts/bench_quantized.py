@@ -64,7 +64,8 @@ def size(bundle: Bundle) -> float:
 
 def quality(folder: Path) -> dict[str, Any]:
     """Perplexity, its growth over fp32's, divergence and size of the shipped model, by kind."""
-    text, kinds, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], {}, 0.0
+    text, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], 0.0
+    kinds: dict[str, dict[str, Any]] = {}
     for kind, config in KINDS.items():
         bundle = export(shipped("fope"), folder / f"shipped {kind}", config)
         trained, backend = source_of(bundle).config.training_length, load_backend(bundle)

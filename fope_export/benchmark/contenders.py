@@ -184,7 +184,7 @@ def _export_ours(job: Job) -> None:
     from fope_export.graph.optimize import optimize
 
     like = Bundle.open(job.bundle, verify=False).manifest.export
-    optimize(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize)))
+    optimize(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize, block=like.block)))
 
 
 def _build_genai(precision: str, job: Job) -> None:

@@ -112,6 +112,43 @@ def test_a_spoiled_bundle_fails_and_the_layer_is_named_without_the_hash(name: st
 
 
 @pytest.fixture(scope="module")
+def compensated(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(native, tmp_path_factory.mktemp("compensated") / "out", ExportConfig(quantize="int4"))
+
+
+COMPENSATED = SPOILED | {
+    "one integer": (
+        weights("layers.0.attention.att_proj.weight.int4", lambda a: a ^ np.uint8(2) * (np.indices(a.shape).sum(0) == 0)), "",
+        "layers.0.attention.att_proj.weight",
+    ),
+    "zeros": (weights("layers.0.feed_forward.ff_out.weight.zero_points", lambda a: a ^ 2), "",
+        "layers.0.feed_forward.ff_out.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPENSATED)
+def test_a_spoiled_bundle_whose_weights_are_compensated_fails_too(
+    name: str, compensated: Bundle, tmp_path: Path
+) -> None:
+    spoil, module, tensor = COMPENSATED[name]
+    spoil(spoilt := Bundle.open(shutil.copytree(compensated.path, tmp_path / "bundle")))
+    result = validate(spoilt, lengths=(7, 64))
+    assert result.place is not None and (result.place.divergence is not None) == bool(module)
+    assert not result.passed and result.place.tensors == ((tensor,) if tensor else ())
+
+
+def test_compensated_weights_are_no_rounding_to_the_nearest(compensated: Bundle, native: Path) -> None:
+    """A bundle that says it was rounded so is held to it."""
+    export = msgspec.structs.replace(compensated.manifest.export, rounding="nearest")
+    said = replace(compensated, manifest=msgspec.structs.replace(compensated.manifest, export=export))
+    cost = cost_of(said, source_of(compensated).model, load_backend(compensated))
+    assert (
+        "lm_head.weight" in cost.strays
+        and not cost_of(compensated, source_of(compensated).model, load_backend(compensated)).strays
+    )
+
+
+@pytest.fixture(scope="module")
 def rounded(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "SAMPLED", 1 << 9)
