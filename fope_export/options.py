@@ -69,8 +69,12 @@ def _quantization(row: Quantization) -> str:
 
 
 def optimize(sub: argparse.ArgumentParser) -> None:
-    """Of the file for ONNX Runtime."""
+    """Of what a runtime is fastest with."""
     sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument(
+        "--for", dest="target", choices=("onnxruntime", "openvino"), default="onnxruntime",
+        help="a file for ONNX Runtime (default), or the folder openvino/, which OpenVINO GenAI opens too",
+    )  # fmt: skip
     sub.add_argument(
         "--int8-activations", action=argparse.BooleanOptionalAction, default=True,
         help="round activations too where weights are quantized: several times faster",

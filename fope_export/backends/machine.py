@@ -24,6 +24,9 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-genai",
     "optimum-onnx",
+    "openvino",
+    "openvino-genai",
+    "openvino-tokenizers",
     "tensorrt",
     "tensorrt-rtx",
 )
