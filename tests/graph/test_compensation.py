@@ -1,6 +1,7 @@
 """Compensated rounding: of which inputs it takes account, that it helps, and that no weight goes past the next step."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fope_export.cli import main
 from fope_export.config import ExportConfig
 from fope_export.errors import ConfigError, ExportError
 from fope_export.graph.compensation import Moments, compensated
-from fope_export.graph.export import export
+from fope_export.graph.measuring import sampled
 from fope_export.graph.quantize import read
 from fope_export.model.checkpoint import open_checkpoint
 from fope_export.model.conversion import ConvertedWeights
@@ -96,39 +97,42 @@ def test_inputs_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
     model = small_decoder()
     model.get_parameter("layers.1.attn_norm.weight")[0] = 3e38
     checkpoint = write_native(model, tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match=r"inputs of layers\.1\.attention\.att_proj are not finite"):
-        export(checkpoint, tmp_path / "out", ExportConfig(quantize="int4"))
-    assert not (tmp_path / "out").exists()
+    moments = moments_of(checkpoint, ExportConfig().resolved(64))
+    assert moments.of("layers.0.feed_forward.ff_out").isfinite().all()
+    with pytest.raises(ExportError, match=r"inputs of layers\.1\.attention\.att_proj are not finite") as caught:
+        moments.of("layers.1.attention.att_proj")
+    assert "--calibration FILE" in caught.value.hint
 
 
 def test_it_is_what_is_usual_where_there_is_text_for_it(native: Path, tmp_path: Path) -> None:
-    def chosen(checkpoint: Path, *options: str) -> tuple[str | None, int | None]:
-        assert main(["export", str(checkpoint), str(tmp_path / "out"), *options]) == 0
-        written = Bundle.open(tmp_path / "out").manifest.export
-        return written.rounding, written.block
-
-    bare = write_native(small_decoder(), tmp_path / "bare")
+    bare, ids = write_native(small_decoder(), tmp_path / "bare"), tmp_path / "ids.npy"
     (bare / "tokenizer.json").unlink()
-    np.save(tmp_path / "ids.npy", WINDOWS.numpy())
-    sample = ("--calibration", str(tmp_path / "ids.npy"))
-    assert chosen(native, "--quantize", "int4") == ("compensated", 128)
-    assert chosen(native, "--quantize", "int4", "--rounding", "nearest", "--block", "64") == ("nearest", 64)
-    assert chosen(bare, "--quantize", "int4") == ("nearest", 128)
-    assert chosen(bare, "--quantize", "int4", *sample) == ("compensated", 128)
-    assert chosen(native, "--quantize", "int8", "--block", "256") == ("nearest", 256)
-    assert chosen(native, "--quantize", "int8", *sample) == ("compensated", 128)
-    assert chosen(native) == (None, None)
+    np.save(ids, WINDOWS.numpy())
+
+    def chosen(checkpoint: Path, file: Path | None = None, **options: Any) -> tuple[str | None, int | None, bool]:
+        config, windows = sampled(open_checkpoint(checkpoint), ExportConfig(**options).resolved(64), file)
+        return config.rounding, config.block, windows is not None
+
+    assert chosen(native, quantize="int4") == ("compensated", 128, True)
+    assert chosen(native, quantize="int4", rounding="nearest", block=64) == ("nearest", 64, False)
+    assert chosen(bare, quantize="int4") == ("nearest", 128, False)
+    assert chosen(bare, ids, quantize="int4") == ("compensated", 128, True)
+    assert chosen(native, quantize="int8", block=256) == ("nearest", 256, False)
+    assert chosen(native, ids, quantize="int8") == ("compensated", 128, True)
+    assert chosen(native, quantize="int8-qdq") == (None, None, True)
+    assert chosen(native) == (None, None, False)
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        export(bare, tmp_path / "other", ExportConfig(quantize="int4", rounding="compensated"))
+        chosen(bare, quantize="int4", rounding="compensated")
     with pytest.raises(ConfigError, match="calibrates nothing"):
-        export(native, tmp_path / "other", ExportConfig(quantize="int4", rounding="nearest"), calibration=Path("x"))
+        chosen(native, ids, quantize="int4", rounding="nearest")
 
 
-def test_both_have_the_same_steps_and_zeros(native: Path, tmp_path: Path) -> None:
-    nearest, near = (
-        list(read(export(native, tmp_path / name, ExportConfig(quantize="int4", rounding=name)).model))
-        for name in ("nearest", "compensated")
-    )
-    for one, other in zip(nearest, near, strict=True):
+def test_both_are_asked_for_by_name_and_have_the_same_steps(native: Path, tmp_path: Path) -> None:
+    made = []
+    for name in ("nearest", "compensated"):
+        options = ["--quantize", "int4", "--rounding", name, "--block", "64"]
+        assert main(["export", str(native), str(tmp_path / name), *options]) == 0
+        made.append(list(read(Bundle.open(tmp_path / name).model)))
+    for one, other in zip(*made, strict=True):
         np.testing.assert_array_equal(one.allowed, other.allowed)
         assert (np.abs(one.weight - other.weight) <= 2.01 * one.allowed).all() and (one.weight != other.weight).any()
