@@ -232,7 +232,7 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         print_json(bench_record(bundle, result))
     else:
-        print_bench(result, RESULTS, old)
+        print_bench(bundle, result, RESULTS, old)
     try:
         page = write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout)
     except OSError as cause:

@@ -243,7 +243,12 @@ def bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=_natural, help="default: one for each core")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch (default: cpu)")
     sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
-    sub.add_argument("--peers", type=_names, default=(), help="genai,optimum: on a RoPE twin of the same shape")
+    sub.add_argument(
+        "--peers", type=_names, default=(), help="genai,optimum,openvino,llamacpp: on a RoPE twin of the same shape"
+    )
+    sub.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="time this contender alone; may be repeated"
+    )
     sub.add_argument("--compare", type=Path, metavar="FILE", help="an older bench.json, to print the speed over its")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
     _lock(sub)

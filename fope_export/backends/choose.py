@@ -296,7 +296,7 @@ BACKENDS: dict[str, Row] = {
         (
             Variant("ir", _load_openvino, _ir, _without_ir, optimized=True),
             Variant(
-                "ir, inputs rounded",
+                "inputs rounded",
                 partial(_load_openvino, int8_activations=True),
                 _ir,
                 _without_rounded_ir,

@@ -27,6 +27,7 @@ PACKAGES = (
     "openvino",
     "openvino-genai",
     "openvino-tokenizers",
+    "llama-cpp-python",
     "tensorrt",
     "tensorrt-rtx",
 )

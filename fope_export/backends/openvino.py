@@ -120,10 +120,8 @@ class OpenVinoBackend:
         openvino = require("openvino", "openvino")
         self.vocab_size, self._path = bundle.manifest.decoder().vocab_size, bundle.path / OPENVINO
         self._precision = arithmetic(bundle)
-        precision = SHORT[self._precision]
-        settings = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "KV_CACHE_PRECISION": precision,
+        settings: dict[str, str | int] = {
+            **hints(bundle),
             "PERFORMANCE_HINT": "LATENCY",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": ROUNDED_TOGETHER if int8_activations else 0,
         }
@@ -243,6 +241,12 @@ def arithmetic(bundle: Bundle) -> str:
     """
     dtype = DTYPES[bundle.manifest.export.dtype]
     return dtype.precision if dtype.precision in CACHES and (dtype.widened is None or _halves()) else "float32"
+
+
+def hints(bundle: Bundle) -> dict[str, str]:
+    """OpenVINO's settings for that, cache included. Raises BackendError without OpenVINO."""
+    precision = SHORT[arithmetic(bundle)]
+    return {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
 
 
 def _failure(what: str, path: Path, cause: Exception) -> BackendError:

@@ -28,8 +28,10 @@ PAST, PRESENT = "past_key_values", "present"
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Files of the bundle that go with it where they are there."""
 SAMPLES = ("def main():\n\treturn 'naïve…' + \"日本\"\n", " a  b\r\n\r\n1234567 ", "isn't , right ?")
-NUMBERED = re.compile(r'(?<=[",])([A-Z][A-Za-z]*)_\d+(?=[.",])')
+NUMBERED = re.compile(r'(?<=[",])([A-Z]\w*)_\d+(?=[.",])')
 """Names that OpenVINO gives."""
+SEVERAL = re.compile(r'(?<=names=")[^"]*,[^"]*(?=")')
+"""Names of one port, which are a set."""
 NEVER = "\U0010ffff\U0010fffe"
 """Characters that no text has."""
 WITHOUT = "Take tokenizer.json out of the checkpoint and export again: the bundle then takes and gives token ids alone."
@@ -184,7 +186,8 @@ def _save(model: Any, path: Path) -> None:
     def again(name: re.Match[str]) -> str:
         return known.setdefault(name[0], f"{name[1]}_{len(known)}")
 
-    path.write_text(NUMBERED.sub(again, path.read_text("utf-8")), "utf-8")
+    text = NUMBERED.sub(again, path.read_text("utf-8"))
+    path.write_text(SEVERAL.sub(lambda names: ",".join(sorted(names[0].split(","))), text), "utf-8")
 
 
 def _keep_angles(path: Path) -> None:
