@@ -3,13 +3,14 @@
 import argparse
 import re
 from pathlib import Path
+from typing import get_args
 
 from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import cut
 from fope_export.lock import TIMEOUT
 from fope_export.model.layouts import LAYOUTS
-from fope_export.quantizations import QUANTIZATIONS, Quantization, calibrated
+from fope_export.quantizations import QUANTIZATIONS, BlockSize, Quantization, RoundingName, calibrated, in_blocks
 
 DIGITS = re.compile(r"[0-9]{1,18}")
 
@@ -45,10 +46,22 @@ def export(sub: argparse.ArgumentParser) -> None:
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
     )  # fmt: skip
     sub.add_argument(
+        "--block", type=_natural, choices=get_args(BlockSize), help=f"inputs that share a step ({_usual()})"
+    )
+    sub.add_argument(
+        "--rounding", choices=get_args(RoundingName),
+        help="of weights in blocks: to the nearest, or with the layers' inputs on sample text in mind "
+        f"(default: compensated for {either(row for row in in_blocks() if row.compensates)} if there is a tokenizer)",
+    )  # fmt: skip
+    sub.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help=f"text, or ids as .npy or .json, for {either(calibrated())} (default: Python's own)",
+        help=f"text, or ids as .npy or .json, for {either([*calibrated(), *in_blocks()])} (default: Python's own)",
     )  # fmt: skip
     _lock(sub)
+
+
+def _usual() -> str:
+    return "default: " + ", ".join(f"{row.block} for {row.name}" for row in in_blocks())
 
 
 def _quantization(row: Quantization) -> str:

@@ -104,8 +104,11 @@ def without_function() -> ir.Model:
     return model
 
 
+BLOCKS = ExportConfig(quantize="int4", block=32)
+
+
 def product(model: ir.Model) -> ir.Model:
-    QuantizeWeights("int4")(model)
+    QuantizeWeights(BLOCKS)(model)
     return model
 
 
@@ -176,7 +179,7 @@ ROWS = [
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
-    Row(QuantizeWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(QuantizeWeights(BLOCKS), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
     Row(SetAccuracyLevel(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),
