@@ -13,6 +13,7 @@ from rich.table import Table
 from fope_export import plots, report
 from fope_export.backends.machine import read_machine
 from fope_export.benchmark.contenders import CONTENDERS
+from fope_export.benchmark.lead import Lead, leads
 from fope_export.benchmark.run import BenchResult, Cell, What
 from fope_export.bundle import Bundle
 from fope_export.config import Positive
@@ -63,7 +64,13 @@ def bench_record(bundle: Bundle, result: BenchResult) -> dict[str, Any]:
         "config": msgspec.to_builtins(result.config),
         "contenders": [msgspec.to_builtins(entry) for entry in result.entries],
         "cells": [_cell_record(result, cell) for cell in result.cells],
+        "over_best_peer": [_lead_record(lead) for lead in leads(result, bundle.manifest.export)],
     }
+
+
+def _lead_record(lead: Lead) -> dict[str, Any]:
+    ends = lead.interval and [round(end, 3) for end in lead.interval]
+    return lead._asdict() | {"ratio": round(lead.ratio, 3), "interval": ends}
 
 
 def _cell_record(result: BenchResult, cell: Cell) -> dict[str, Any]:
@@ -98,6 +105,7 @@ def bench_page(bundle: Bundle, result: BenchResult) -> str:
         columns=COLUMNS,
         rows={batch: [_row(result, c) for c in result.cells if c.batch == batch] for batch in result.config.batch},
         twins=bool(result.config.peers),
+        leads=[str(lead) for lead in leads(result, bundle.manifest.export)],
         warm_up=warm_up,
         processor=processor(),
         machine=read_machine(),
@@ -142,8 +150,8 @@ def read_old(path: Path) -> Old:
     return {(cell.contender, cell.length, cell.batch): cell for cell in old}
 
 
-def print_bench(result: BenchResult, console: Console, old: Old | None = None) -> None:
-    """A table, and who was not timed, with the reason; speed over an older run's where there is one."""
+def print_bench(bundle: Bundle, result: BenchResult, console: Console, old: Old | None = None) -> None:
+    """A table, who leads, and who was not timed, with the reason; speed over an older run's where there is one."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in (*COLUMNS, *(("prefill / old", "decode / old") if old else ())):
         table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
@@ -153,6 +161,8 @@ def print_bench(result: BenchResult, console: Console, old: Old | None = None) -
         table.add_row(rows + name, *others, *_over_old(result, cell, old or {}))
     console.print(table)
     console.print("[dim]x eager: speed over eager PyTorch's in the same round, the median; *: on a RoPE twin[/]")
+    for lead in leads(result, bundle.manifest.export):
+        console.print(str(lead), markup=False)
     for entry in result.entries:
         if entry.refused:
             console.print(f"not timed: {entry.name}: {entry.refused}", markup=False)

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         (demo, "Export, validate, run and measure the model that comes along, in a minute or two.", options.demo),
         (doctor, "Say what this machine can do, and why not.", options.doctor),
         (export, "Write a checkpoint as a portable ONNX bundle.", options.export),
-        (optimize, "Add the form that ONNX Runtime runs fastest to a bundle.", options.optimize),
+        (optimize, "Add the form that a runtime runs fastest to a bundle.", options.optimize),
         (build, "Build a TensorRT engine from a bundle, and add it.", options.build),
         (validate, "Compare a bundle with its checkpoint in PyTorch, and write reports into it.", options.validate),
         (run, "Generate text (or token ids) with a bundle.", options.run),

@@ -101,20 +101,24 @@ def export(args: argparse.Namespace) -> int:
 
 
 def optimize(args: argparse.Namespace) -> int:
-    """Add the file for ONNX Runtime to the bundle `args.bundle`. Raises as `optimize` does."""
+    """Add what `args.target` is fastest with to the bundle `args.bundle`. Raises as `optimize` does."""
     from fope_export.bundle import Bundle
-    from fope_export.graph.optimize import optimize
-    from fope_export.manifest import OPTIMIZED
+    from fope_export.graph.optimize import ONNXRUNTIME, optimize
+    from fope_export.manifest import OPENVINO, OPTIMIZED
     from fope_export.terminal import RESULTS, waiting
 
-    with waiting("optimizing"):
+    with waiting(f"optimizing for {args.target}"):
         bundle = optimize(
-            Bundle.open(args.bundle), int8_activations=args.int8_activations, lock_timeout=args.lock_timeout
-        )
+            Bundle.open(args.bundle), args.target, int8_activations=args.int8_activations,
+            lock_timeout=args.lock_timeout,
+        )  # fmt: skip
+    file, weights = (
+        (OPTIMIZED, "stay in model.onnx.data") if args.target == ONNXRUNTIME else (OPENVINO, "lie beside it")
+    )
     if args.json:
-        print_json({"bundle": str(bundle.path), "file": OPTIMIZED})
+        print_json({"bundle": str(bundle.path), "file": file})
     else:
-        RESULTS.print(f"{bundle.path / OPTIMIZED}: the weights stay in model.onnx.data", markup=False)
+        RESULTS.print(f"{bundle.path / file}: the weights {weights}", markup=False)
         RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
     return PASSED
 
@@ -228,7 +232,7 @@ def bench(args: argparse.Namespace) -> int:
     if args.json:
         print_json(bench_record(bundle, result))
     else:
-        print_bench(result, RESULTS, old)
+        print_bench(bundle, result, RESULTS, old)
     try:
         page = write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout)
     except OSError as cause:

@@ -16,6 +16,8 @@ MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
 OPTIMIZED = "model.ort.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
+OPENVINO = "openvino/openvino_model.xml"
+"""The same model for OpenVINO; all that it needs lies in the same folder, its weights too."""
 KEPT = "logits_to_keep"
 """Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it
 gets those of the last, -1.

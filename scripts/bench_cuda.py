@@ -63,7 +63,7 @@ def measure(shape: str, folder: Path, config: BenchConfig, stage: Stages) -> dic
     validated(bundle, load=folder / "inputs.json")
     result = bench(Bundle.open(bundle.path), config, stage=stage)
     stage.finish()
-    print_bench(result, RESULTS)
+    print_bench(bundle, result, RESULTS)
     return {"shape": shape, "parameters": parameters} | bench_record(bundle, result)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -26,12 +27,14 @@ from fope_export.benchmark.contenders import (
     CONTENDERS,
     EAGER,
     GRAPH,
+    IN_OPENVINO,
     OURS,
     PEERS,
     TWIN,
     Stepping,
 )
 from fope_export.benchmark.greedy import answer, distance, scores
+from fope_export.benchmark.lead import leads
 from fope_export.benchmark.process import Worker
 from fope_export.benchmark.run import BenchConfig, BenchResult, Entry, bench, prompt
 from fope_export.benchmark.twin import write_twin
@@ -145,7 +148,7 @@ def test_the_record_the_page_and_the_table(green: Bundle, measured: BenchResult,
     assert write_bench(green, measured, tmp_path / "new").parent == tmp_path / "new"
     old = read_old(tmp_path / "new" / "bench.json")
     console = Console(width=200, file=(written := io.StringIO()))
-    print_bench(measured, console, old)
+    print_bench(green, measured, console, old)
     told = written.getvalue()
     assert "decode / old" in told and told.count("1.00") >= 8
     write_bench(green, measured)
@@ -262,16 +265,30 @@ def test_a_size_without_room_says_so(static_bundle: Bundle, tmp_path: Path, unco
     assert not refusals[EAGER, 250] and "room for 200" in bench_page(bundle, result)
 
 
-def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, uncompiled: None) -> None:
+def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, tmp_path: Path, uncompiled: None) -> None:
     pytest.importorskip("onnxruntime_genai", reason="needs fope-export[peers]")
     pytest.importorskip("optimum.onnxruntime", reason="needs fope-export[peers]")
-    result = bench(green, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
+    bundle = optimize(Bundle.open(shutil.copytree(green.path, tmp_path / "bundle")), "openvino")
+    bundle = write_parity(bundle, validate(bundle, lengths=(1, 64)))
+    result = bench(bundle, msgspec.structs.replace(SMALL, peers=PEERS, rounds=1))
     peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
-    assert peers.keys() == {TWIN, f"{OURS}, RoPE twin", "genai", "genai fp32", "genai int4", "optimum fp32"}
-    assert {name: entry.refused for name, entry in peers.items()} == dict.fromkeys(peers, "")
-    assert all(away_of(peers[name]) <= ALLOWED["fp32"] for name in ("genai fp32", "optimum fp32"))
+    theirs = {"genai": ("", " fp32", " int4"), "optimum": (" fp32",), "llama.cpp": (" fp32", " int8", " int4")}
+    theirs["openvino genai"] = ("", " fp32", " default", " int4")
+    named = {f"{name}{kind}" for name, kinds in theirs.items() for kind in kinds}
+    assert peers.keys() == named | {TWIN, f"{OURS}, RoPE twin", f"{IN_OPENVINO}, RoPE twin"}
+    refused = {name: entry.refused for name, entry in peers.items() if entry.refused}
+    if not find_spec("llama_cpp"):
+        assert refused.keys() == {name for name in named if name.startswith("llama")}
+        assert all("pip install llama-cpp-python" in reason for reason in refused.values())
+    exact = [entry for name, entry in peers.items() if name.endswith(" fp32") and not entry.refused]
+    assert all(away_of(entry) <= ALLOWED["fp32"] for entry in exact)
     assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes
-    assert "genai int4 *" in bench_page(green, result)
+    assert peers["openvino genai int4"].weight_bytes < peers["openvino genai fp32"].weight_bytes
+    assert "genai int4 *" in bench_page(bundle, result)
+    led = [*leads(result, bundle.manifest.export)]
+    assert [lead.what for lead in led[:3]] == ["prefill", "decode", "memory"]
+    assert all(lead.peer.endswith(" fp32") and CONTENDERS[lead.ours].backend and lead.ratio > 0 for lead in led)
+    assert str(led[0]) in bench_page(bundle, result)
 
 
 def test_the_twin_is_a_model_of_the_same_sizes(bundle: Bundle, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Slots(Protocol):
         ...
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Have the row `target` be the first `tokens` of another, `source`, which has as many."""
+        """Have the row `target` be the first `tokens` of `source`, another or the same, which has as many."""
         ...
 
     def free(self, slot: int) -> None:
@@ -119,6 +119,22 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give back memory and device. It is not used again."""
         ...
+
+
+def counts_of(feeds: Feeds, lengths: Ids) -> tuple[Ids, Ids]:
+    """How many of a step's new tokens are real in each row [B], and how many came before them [B].
+
+    Raises BackendError where these are not as many as a cache has, `lengths` [B], or where padding is not on the left.
+    """
+    real = feeds.attention_mask[:, -feeds.input_ids.shape[1] :] != 0
+    counts = np.count_nonzero(real, axis=1)
+    past = np.count_nonzero(feeds.attention_mask, axis=1) - counts
+    if (past != lengths).any() or (real[:, :-1] > real[:, 1:]).any():
+        raise BackendError(
+            "the attention mask does not fit the cache",
+            hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
+        )
+    return counts, past
 
 
 def by_axis(position_ids: Ids, axes: int | None) -> Ids:

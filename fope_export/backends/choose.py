@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, plain_file
+from fope_export.manifest import MODEL, OPENVINO, plain_file
 from fope_export.tensorrt.api import LIBRARIES
 from fope_export.tensorrt.record import BUILD_IT, plan_in, records
 
@@ -55,6 +56,8 @@ class Variant:
     """Whether its decoding can be captured in a CUDA graph."""
     exact: bool = False
     """Whether it loads a copy of its file that leaves out the rounding of what linear layers read."""
+    rounds: bool = False
+    """Whether it is the one before it with what linear layers read rounded: then its cost is judged, not its cases."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Row:
     too_old: Callable[[Machine, ExportConfig], str] = lambda machine, export: ""
     widens: bool = False
     """Whether it computes a copy where the dtype has one (`Dtype.widened`)."""
+    computes: Callable[[Bundle], str] | None = None
+    """The dtype that it computes a bundle in here, where only it can tell."""
     rank: int = 0
     """Where nobody chooses, who can run a bundle and has the highest runs it; never one with 0."""
     unfit: Callable[[Bundle, Machine], str] = lambda bundle, machine: ""
@@ -89,6 +94,8 @@ class Row:
 
     def arithmetic(self, bundle: Bundle) -> str:
         """The dtype that it computes the bundle in."""
+        if self.computes:
+            return self.computes(bundle)
         dtype = DTYPES[bundle.manifest.export.dtype]
         return ((self.widens and dtype.widened) or dtype).precision
 
@@ -107,7 +114,7 @@ class Row:
                 return each
             refusals.append(refusal)
         hint = "Leave --no-optimized out, or choose another --backend."
-        raise refusals[0] if refusals else BackendError(f"{self.what} is all that this backend runs", hint=hint)
+        raise refusals[-1] if refusals else BackendError(f"{self.what} is all that this backend runs", hint=hint)
 
 
 def _limits(length: int | None = None) -> "Limits":
@@ -157,6 +164,22 @@ def _without_optimized(bundle: Bundle) -> BackendError | None:
     return BackendError(f"{bundle.path} has no optimized file", hint="Make it with `fope-export optimize`.")
 
 
+def _ir(bundle: Bundle) -> tuple[str, ...]:
+    return tuple(name for name in (OPENVINO, OPENVINO.replace(".xml", ".bin")) if name in bundle.manifest.files)
+
+
+def _without_ir(bundle: Bundle) -> BackendError | None:
+    if OPENVINO in bundle.manifest.files:
+        return None
+    return BackendError(f"{bundle.path} has no {OPENVINO}", hint="fope-export optimize --for openvino.")
+
+
+def _without_rounded_ir(bundle: Bundle) -> BackendError | None:
+    if bundle.manifest.export.quantize:
+        return _without_ir(bundle)
+    return BackendError(f"{bundle.path} has no quantized weights", hint="fope-export export --quantize int4 or int8.")
+
+
 def _without_half(bundle: Bundle) -> BackendError | None:
     taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
     if bundle.manifest.optimized and DTYPES[bundle.manifest.export.dtype] in taken:
@@ -188,6 +211,18 @@ def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
     return OptimizedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
+def _load_openvino(bundle: Bundle, settings: Settings, *, int8_activations: bool = False) -> "Backend":
+    from fope_export.backends.openvino import OpenVinoBackend
+
+    return OpenVinoBackend(bundle, threads=settings.threads, int8_activations=int8_activations)
+
+
+def _openvino_arithmetic(bundle: Bundle) -> str:
+    from fope_export.backends.openvino import arithmetic
+
+    return arithmetic(bundle)
+
+
 def _load_trt(bundle: Bundle, settings: Settings) -> "Backend":  # noqa: ARG001
     from fope_export.backends.trt import TrtBackend
 
@@ -210,6 +245,10 @@ def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
         if installed := machine.packages.get(name):
             return too_old(name, installed, export)
     return "onnxruntime is not installed: pip install 'fope-export[run]'"
+
+
+def _without_openvino(machine: Machine) -> str:
+    return _without(machine, "openvino", "openvino")
 
 
 def _without_ort_cuda(machine: Machine) -> str:
@@ -251,18 +290,35 @@ BACKENDS: dict[str, Row] = {
         widens=True,
         rank=1,
     ),
+    "openvino": Row(
+        "its IR in OpenVINO on the CPU",
+        _without_openvino,
+        (
+            Variant("ir", _load_openvino, _ir, _without_ir, optimized=True),
+            Variant(
+                "inputs rounded",
+                partial(_load_openvino, int8_activations=True),
+                _ir,
+                _without_rounded_ir,
+                optimized=True,
+                rounds=True,
+            ),
+        ),
+        computes=_openvino_arithmetic,
+        rank=2,
+    ),
     "onnxruntime-cuda": Row(
         "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
         (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True, captured=True),),
-        rank=2,
+        rank=3,
     ),
     "tensorrt": Row(
         "its engine in TensorRT on a GPU",
         _without_trt,
         (Variant("engine", _load_trt, _engine, _without_engine),),
         _trt_limits,
-        rank=3,
+        rank=4,
         unfit=_for_another_gpu,
     ),
     "torch": Row("its checkpoint in PyTorch, eager", _without_torch, (Variant("checkpoint", _load_eager),)),
@@ -313,8 +369,8 @@ def choose(wanted: str | None, machine: Machine, export: ExportConfig = PORTABLE
 
 def fastest(bundle: Bundle, machine: Machine, *, optimized: bool = True) -> tuple[str, str]:
     """The backend that `machine` runs `bundle` fastest in, and why it is none of those before it: an engine for its
-    GPU, then ONNX Runtime on the GPU, then on the CPU; without `optimized`, none that runs what `optimize` wrote.
-    Raises BackendError where it runs in none.
+    GPU, then ONNX Runtime on the GPU, OpenVINO on the CPU, and ONNX Runtime there; without `optimized`, none that runs
+    what `optimize` wrote. Raises BackendError where it runs in none.
     """
     reasons = list[str]()
     for name, row in sorted(BACKENDS.items(), key=lambda item: -item[1].rank):

@@ -24,6 +24,10 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-genai",
     "optimum-onnx",
+    "openvino",
+    "openvino-genai",
+    "openvino-tokenizers",
+    "llama-cpp-python",
     "tensorrt",
     "tensorrt-rtx",
 )

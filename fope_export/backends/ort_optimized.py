@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Ids, Logits, axes_of, by_axis, empty_past
+from fope_export.backends.base import Feeds, Ids, Logits, axes_of, by_axis, counts_of, empty_past
 from fope_export.backends.memory import Array, Device, Host
 from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
@@ -170,7 +170,7 @@ class OrtSlots:
         self._decoding = None
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        for tensor in self.tensors:
+        for tensor in self.tensors if source != target else ():
             tensor[target, :, :tokens] = tensor[source, :, :tokens]
         self.lengths[target] = tokens
 
@@ -264,14 +264,7 @@ class OptimizedOrtBackend:
 
     def step(self, feeds: Feeds, cache: SharedCache, *, last: bool = False) -> tuple[Logits, SharedCache]:
         slots, (batch, new) = cache.slots, feeds.input_ids.shape
-        real = feeds.attention_mask[:, -new:] != 0
-        counts = np.count_nonzero(real, axis=1)
-        past = np.count_nonzero(feeds.attention_mask, axis=1) - counts
-        if (past != cache.lengths).any() or (real[:, :-1] > real[:, 1:]).any():
-            raise BackendError(
-                "the attention mask does not fit the cache",
-                hint="New tokens are padded on the left, and the mask covers the past as it was fed.",
-            )
+        counts, past = counts_of(feeds, cache.lengths)
         slots.lengths[:] = past
         logits = np.zeros((batch, 1 if last else new, self.vocab_size), np.float32)
         if new == 1:

@@ -18,10 +18,11 @@ from fope_export.backends.machine import Machine
 from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.dtypes import DTYPES, FP32
+from fope_export.dtypes import BF16, DTYPES, FP32
 from fope_export.errors import BackendError
 from fope_export.generation import prefill
-from fope_export.quantizations import INT4, QUANTIZATIONS
+from fope_export.manifest import OPENVINO
+from fope_export.quantizations import INT4, INT8, QUANTIZATIONS
 
 EAGER, COMPILED, TWIN = "torch", "torch.compile", "torch, RoPE twin"
 GRAPH = ", CUDA graph"
@@ -165,6 +166,32 @@ def _optimum(job: Job) -> Loaded:
     return Loaded(Optimum(job.product, job.threads), _of_product(job))
 
 
+def _openvino_genai(folder: Path, settings: dict[str, str], size: int, job: Job) -> Loaded:
+    from fope_export.benchmark.peers import OpenVinoGenAI
+
+    return Loaded(OpenVinoGenAI(folder, job.threads, settings), size)
+
+
+def _openvino_genai_ours(job: Job) -> Loaded:
+    from fope_export.backends.openvino import hints
+
+    bundle = Bundle.open(job.bundle, verify=False)
+    if OPENVINO not in bundle.manifest.files:
+        raise BackendError(f"{bundle.path} has no {OPENVINO}", hint="fope-export optimize --for openvino.")
+    return _openvino_genai(bundle.path / "openvino", hints(bundle), _of_bundle(bundle), job)
+
+
+def _openvino_genai_twin(settings: dict[str, str], job: Job) -> Loaded:
+    return _openvino_genai(job.product / "openvino", settings, _of_bundle(Bundle.open(job.product, verify=False)), job)
+
+
+def _llama(job: Job) -> Loaded:
+    from fope_export.benchmark.peers import LlamaCpp
+
+    config = Bundle.open(job.bundle, verify=False).manifest.decoder()
+    return Loaded(LlamaCpp(job.product, job.threads), _read_by_a_token(config, _bytes([job.product]), 4))
+
+
 def _of_product(job: Job) -> int:
     config = Bundle.open(job.bundle, verify=False).manifest.decoder()
     return _read_by_a_token(config, _bytes(job.product.glob("*.onnx*")), 4)
@@ -179,12 +206,22 @@ def _read_by_a_token(config: ModelConfig, weights: int, width: int) -> int:
     return weights if config.tie_embeddings else weights - config.vocab_size * config.hidden_size * width
 
 
-def _export_ours(job: Job) -> None:
+def _export_ours(target: str, job: Job) -> None:
+    like = Bundle.open(job.bundle, verify=False).manifest.export
+    _export_twin(target, ExportConfig(dtype=like.dtype, quantize=like.quantize, block=like.block), job)
+
+
+def _export_twin(target: str, config: ExportConfig, job: Job) -> None:
     from fope_export.graph.export import export
     from fope_export.graph.optimize import optimize
 
-    like = Bundle.open(job.bundle, verify=False).manifest.export
-    optimize(export(job.twin, job.product, ExportConfig(dtype=like.dtype, quantize=like.quantize)))
+    optimize(export(job.twin, job.product, config), target)
+
+
+def _write_gguf(kind: str, job: Job) -> None:
+    from fope_export.benchmark.gguf_twin import write_gguf
+
+    write_gguf(job.twin, kind, job.product)
 
 
 def _build_genai(precision: str, job: Job) -> None:
@@ -199,8 +236,8 @@ def _export_optimum(job: Job) -> None:
     export_optimum(job.twin, job.product)
 
 
-def _without(package: str) -> Callable[[Machine], str]:
-    reason = f"{package} is not installed: pip install 'fope-export[peers]'"
+def _without(package: str, hint: str = "pip install 'fope-export[peers]'") -> Callable[[Machine], str]:
+    reason = f"{package} is not installed: {hint}"
     return lambda machine: "" if package in machine.packages else reason
 
 
@@ -245,6 +282,10 @@ OURS = [name for name, row in OF_BACKENDS.items() if row.backend == USUAL][-1]
 """What runs a bundle unless another is asked for, as fast as it can."""
 
 
+IN_OPENVINO = next(name for name, row in OF_BACKENDS.items() if row.backend == "openvino")
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+"""OpenVINO's settings for float32."""
+
 CONTENDERS: dict[str, Row] = {
     EAGER: Row("the checkpoint in PyTorch, eager; logits of the last position", _eager),
     COMPILED: Row(
@@ -255,7 +296,11 @@ CONTENDERS: dict[str, Row] = {
     TWIN: Row("a RoPE twin in PyTorch, eager", _eager, peer="any", twin=True, rounds=FP32.name),
     f"{OURS}, RoPE twin": replace(
         OF_BACKENDS[OURS], what="the twin, exported and optimized as the bundle was", peer="any", twin=True,
-        prepare=_export_ours,
+        prepare=partial(_export_ours, USUAL),
+    ),
+    f"{IN_OPENVINO}, RoPE twin": replace(
+        OF_BACKENDS[IN_OPENVINO], what="the same for OpenVINO", peer="openvino", twin=True,
+        prepare=partial(_export_ours, "openvino"),
     ),
     "genai": Row("the bundle in ONNX Runtime GenAI", _genai_ours, _without("onnxruntime-genai"), "genai"),
     f"genai {FP32.name}": Row(
@@ -270,6 +315,27 @@ CONTENDERS: dict[str, Row] = {
         "the twin in Optimum's ORTModelForCausalLM, by its exporter", _optimum, _without("optimum-onnx"), "optimum",
         True, _export_optimum, FP32.name,
     ),
+    "openvino genai": Row(
+        "the bundle in OpenVINO GenAI", _openvino_genai_ours, _without("openvino-genai"), "openvino"
+    ),
+    **{
+        f"openvino genai {name}": Row(
+            f"the twin, exported as bundles are, in OpenVINO GenAI, {what}", partial(_openvino_genai_twin, settings),
+            _without("openvino-genai"), "openvino", True, partial(_export_twin, "openvino", config), rounds,
+        )
+        for name, what, settings, config, rounds in (
+            (FP32.name, "all in float32", EXACT, ExportConfig(), FP32.name),
+            ("default", "in its own choice of precision", {}, ExportConfig(), BF16.name),
+            (INT4.name, f"the same with {INT4.name} weights", {}, ExportConfig(quantize=INT4.name), INT4.name),
+        )
+    },
+    **{
+        f"llama.cpp {kind}": Row(
+            f"the twin in llama.cpp, {what}", _llama, _without("llama-cpp-python", "pip install llama-cpp-python gguf"),
+            "llamacpp", True, partial(_write_gguf, kind), kind,
+        )
+        for kind, what in ((FP32.name, "all in float32"), (INT8.name, "Q8_0"), (INT4.name, "Q4_0"))
+    },
 }  # fmt: skip
 """In the order in which they are shown; eager PyTorch, which the others are compared with, comes first."""
 PEERS = tuple(dict.fromkeys(row.peer for row in CONTENDERS.values() if row.peer not in ("", "any")))

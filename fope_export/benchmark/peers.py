@@ -3,12 +3,14 @@
 import json
 import runpy
 import sys
+from itertools import count
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from fope_export.backends.base import Ids, Logits
+from fope_export.backends.base import Ids, Logits, feeds_for
 from fope_export.benchmark.greedy import Greedy
 from fope_export.errors import BackendError, require
 
@@ -108,3 +110,94 @@ class Optimum(Greedy):
         self._past = out.past_key_values
         logits: Logits = out.logits[:, -1].numpy()
         return logits
+
+
+class OpenVinoGenAI:
+    """OpenVINO GenAI: its continuous batching, its pages, its choice of the next token. Logits, which it does not give,
+    are those of the same folder as OpenVINO itself runs it.
+    """
+
+    def __init__(self, folder: Path, threads: int, settings: dict[str, str]) -> None:
+        self._openvino, self._genai = require("openvino", "openvino"), require("openvino_genai", "peers")
+        settings = settings | {"INFERENCE_NUM_THREADS": str(threads)}
+        self._folder, self._settings = folder, settings
+        self._request: Any = None
+        scheduler = self._genai.SchedulerConfig()
+        scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = 1 << 30, False  # a prompt at once
+        self._pipeline = self._genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", settings)
+        self._asked = count()
+
+    def begin(self, prompts: Ids, new: int) -> Logits:  # noqa: ARG002 (its state grows)
+        if self._request is None:
+            model = self._openvino.Core().compile_model(self._folder / "openvino_model.xml", "CPU", self._settings)
+            self._request = model.create_infer_request()
+        self._request.reset_state()
+        self._past = 0
+        return self.feed(prompts)
+
+    def feed(self, tokens: Ids) -> Logits:
+        assert self._request
+        ids = tokens.reshape(len(tokens), -1)
+        self._past += ids.shape[1]
+        mask = np.ones((len(ids), self._past), np.int64)
+        inputs = feeds_for(ids, mask)._asdict() | {"beam_idx": np.arange(len(ids), dtype=np.int32)}
+        logits: Logits = self._request.infer(inputs)["logits"][:, -1]
+        return logits.astype(np.float32)
+
+    def first(self, prompts: Ids, new: int) -> Ids:
+        self._request = None
+        config = self._genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
+        given = [self._openvino.Tensor(prompt[None]) for prompt in prompts]
+        self._handles = [self._pipeline.add_request(next(self._asked), ids, config) for ids in given]
+        return self.next()
+
+    def next(self) -> Ids:
+        while not all(handle.can_read() for handle in self._handles):
+            self._pipeline.step()
+        outputs = (next(iter(handle.read().values())) for handle in self._handles)
+        return np.array([output.generated_ids[-1] for output in outputs], np.int64)
+
+
+class LlamaCpp(Greedy):
+    """llama.cpp in this process, by its C interface: a cache in float32, rows as its sequences."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        self._lib, self._threads, self._room = require("llama_cpp", "peers"), threads, (0, 0)
+        self._lib.llama_backend_init()
+        self._model = self._lib.llama_model_load_from_file(str(file).encode(), self._lib.llama_model_default_params())
+        self._size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
+
+    def begin(self, prompts: Ids, new: int) -> Logits:
+        rows, self._past = prompts.shape
+        if self._room != (rows, self._past + new):
+            self._seat(rows, self._past + new)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return np.concatenate([self._decode(prompts[row : row + 1], row, 0) for row in range(rows)])
+
+    def feed(self, tokens: Ids) -> Logits:
+        self._past += 1
+        return self._decode(tokens[:, None], 0, self._past - 1)
+
+    def _seat(self, rows: int, length: int) -> None:
+        params = self._lib.llama_context_default_params()
+        room = -(-length // 256) * 256
+        params.n_seq_max, params.n_ctx, params.n_batch = rows, rows * room, room
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = self._lib.GGML_TYPE_F32
+        self._context, self._room = self._lib.llama_init_from_model(self._model, params), (rows, length)
+
+    def _decode(self, ids: Ids, first: int, past: int) -> Logits:
+        """Tokens [N, S] of the rows from `first` on, after `past` others; logits [N, V] of the last."""
+        rows, new = ids.shape
+        batch = self._lib.llama_batch_init(ids.size, 0, 1)
+        batch.n_tokens = ids.size
+        for i, (row, place) in enumerate(np.ndindex(rows, new)):
+            batch.token[i], batch.pos[i] = int(ids[row, place]), past + place
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, first + row
+            batch.logits[i] = place == new - 1
+        failed = self._lib.llama_decode(self._context, batch)
+        self._lib.llama_batch_free(batch)
+        if failed:
+            raise BackendError(f"llama_decode says {failed}", hint="Is there memory for its cache?")
+        found = [self._lib.llama_get_logits_ith(self._context, (row + 1) * new - 1) for row in range(rows)]
+        return np.stack([np.ctypeslib.as_array(each, (self._size,)).copy() for each in found])

@@ -1,5 +1,6 @@
 """Rounds: everybody in turn within each, each begun by another; and what is read off them. Standard library only."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,23 @@ def medians(times: Mapping[K, Sequence[float]], digits: int, *, unit: float = 1.
     return {name: round(unit * statistics.median(each), digits) for name, each in times.items()}
 
 
+def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """a over b within each round."""
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """a over b within a round, the median over the rounds."""
-    return float(statistics.median(x / y for x, y in zip(a, b, strict=True)))
+    return float(statistics.median(ratios(a, b)))
+
+
+def interval(found: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the ends of where it lies at 95 % confidence: two of the numbers, as many from either end as
+    chance allows, whatever their distribution. Of fewer than six, the least and the largest.
+    """
+    ordered, count = sorted(found), len(found)
+    tail, rank = 0.5**count, 0
+    while tail + math.comb(count, rank + 1) * 0.5**count <= 0.025:
+        rank += 1
+        tail += math.comb(count, rank) * 0.5**count
+    return float(statistics.median(ordered)), ordered[rank], ordered[-1 - rank]

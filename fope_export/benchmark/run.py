@@ -43,7 +43,8 @@ class BenchConfig(Checked, frozen=True, kw_only=True):
     tokens are generated. Everybody is timed once in each of `rounds`; and all that again in each of `sittings`, which
     begin with new processes, because a process keeps the memory that it was given, and its luck with it. A contender
     has `threads` threads (None: one for each core). PyTorch runs on `device`. `backends` names those to be timed (none:
-    all that this machine can run), `peers` other libraries beside them: "genai", "optimum".
+    all that this machine can run), `peers` other libraries beside them: "genai", "optimum", "openvino",
+    "llamacpp". With `only`, of all these those contenders alone are timed, and eager PyTorch, which judges them.
 
     Raises ConfigError for names that there are not, and where `lengths` or `batch` is empty.
 
@@ -65,10 +66,13 @@ class BenchConfig(Checked, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"] = "cpu"
     backends: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"backends": [name for name in BACKENDS if name != EAGER], "peers": PEERS}
+        known = {
+            "backends": [name for name in BACKENDS if name != EAGER], "peers": PEERS, "only": tuple(CONTENDERS)
+        }  # fmt: skip
         for field, names in known.items():
             if strange := set(getattr(self, field)) - set(names):
                 raise ConfigError(f"{field}: there is no {min(strange)!r}", hint=f"Of these: {', '.join(names)}.")
@@ -223,6 +227,7 @@ def _chosen(config: BenchConfig) -> Iterator[str]:
             wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
         else:
             wanted = not (row.backend and config.backends) or row.backend in config.backends
+        wanted = wanted and (not config.only or name in (EAGER, TWIN, *config.only))
         if wanted and row.device in ("", config.device):
             yield name
 
@@ -291,6 +296,9 @@ def _measure(
 ) -> Iterator[Cell]:
     """One size: everybody once without counting, then in turn within each round, each round begun by another."""
     request = {"prompts": prompt(batch, length, vocabulary), "new": config.decoded + 1}
+    workers = {
+        name: worker for name, worker in workers.items() if name != TWIN or not config.only or name in config.only
+    }
     refused, warm = {}, {}
     for name, worker in workers.items():
         stage(f"{batch} x {length}: warming up {name}")

@@ -22,8 +22,10 @@ SMALLEST = 16
 """Inputs that share a scale, at least: QMoE has no smaller blocks."""
 NUMBERS, ZEROS = ((2, 3), (5, 6)), (11, 12)
 """Ports of QMoE: integers and scales of both weights, and their zero points."""
-Rounding = Callable[[str, NDArray[np.floating]], tuple[NDArray[np.generic], ...]]
-"""A weight's name, and it as [inputs, rows] -> packed [rows, blocks, bytes], scales and zero points by row."""
+Rounding = Callable[[str, NDArray[np.floating], int], tuple[NDArray[np.generic], ...]]
+"""A weight's name, it as [inputs, rows], and inputs of a block -> packed [rows, blocks, bytes], scales and zero points
+by row.
+"""
 
 
 class QuantizeExperts(Pass):
@@ -31,10 +33,8 @@ class QuantizeExperts(Pass):
     expert rounded as a linear layer is. Those whose widths no block divides stay as they are.
     """
 
-    def __init__(self, kind: str, block: int, rounding: Callable[[str, int], Rounding]) -> None:
-        """Of a row, in blocks of `block` inputs, or of a half of it, or of a half of that; `rounding` makes what rounds
-        in blocks of a size.
-        """
+    def __init__(self, kind: str, block: int, rounding: Rounding) -> None:
+        """Of a row, in blocks of `block` inputs, or of a half of it, or of a half of that."""
         super().__init__()
         self._kind, self._dtype = kind, ir.DataType[f"U{QUANTIZATIONS[kind].element}"]
         self._block, self._rounding = block, rounding
@@ -67,15 +67,9 @@ class QuantizeExperts(Pass):
 
     def _rounded(self, builder: GraphBuilder, weight: ir.Value, block: int) -> ir.Value:
         assert weight.name and weight.const_value is not None
-        rounding, numbers, name, shape = (
-            self._rounding(self._kind, block),
-            array_of(weight),
-            weight.name,
-            _shape(weight),
-        )
-        packed, scales, zeros = map(
-            np.stack, zip(*(rounding(name, np.ascontiguousarray(each.T)) for each in numbers), strict=True)
-        )
+        name, shape = weight.name, _shape(weight)
+        parts = (self._rounding(name, np.ascontiguousarray(each.T), block) for each in array_of(weight))
+        packed, scales, zeros = map(np.stack, zip(*parts, strict=True))
         blocks = (*shape[:2], shape[2] // block)
         inputs = (
             _integers(packed, self._dtype, shape, f"{name}.{self._kind}"),

@@ -21,22 +21,21 @@ from torch.export import Dim, ExportedProgram
 
 from fope_export.bundle import Bundle, check_target, creating, finish_manifest
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.dtypes import FP16, either
-from fope_export.errors import ConfigError, ExportError
+from fope_export.dtypes import FP16
+from fope_export.errors import ExportError
 from fope_export.graph import passes
-from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
+from fope_export.graph.measuring import measured_on, sampled
 from fope_export.graph.repetition import first_layers, repeat, repeats
 from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
-from fope_export.graph.ways import way_of
+from fope_export.graph.ways import Measured, way_of
 from fope_export.hashing import HashedFile, Hashing
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file
 from fope_export.model.checkpoint import Checkpoint, open_checkpoint
 from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
-from fope_export.quantizations import calibrated
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in model.onnx; the others go to model.onnx.data."""
@@ -60,10 +59,11 @@ def export(
 
     A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `adapter` is a folder
     with a LoRA adapter that PEFT saved, which is merged into the checkpoint first. `calibration` is a
-    file of text or token ids, on which ranges are measured where `config` rounds inputs of linear layers; without it,
-    the source of Python's standard library is. Another writer of `out` is waited for, for `lock_timeout` seconds.
-    `report` is told each stage as it begins, and `progress` how many bytes of weights are written, and how many there
-    are.
+    file of text or token ids, on which is measured what `config` needs to round linear layers; without it, the source
+    of Python's standard library is. Where `config` does not say how weights in blocks are rounded, they are compensated
+    if a file is given, or if that is usual and the checkpoint has a tokenizer. Another writer of `out` is waited for,
+    for `lock_timeout` seconds. `report` is told each stage as it begins, and `progress` how many bytes of weights are
+    written, and how many there are.
 
     Raises CheckpointError where the checkpoint cannot be read, ConfigError where it and `config` do not go together,
     BundleError where `out` holds something else, ExportError where the model cannot be written, and BackendError where
@@ -77,13 +77,13 @@ def export(
     check_target(out)
     report("reading the checkpoint")
     source = open_checkpoint(checkpoint, adapter=adapter)
-    config = (config or ExportConfig()).resolved(source.config.training_length)
+    config, windows = sampled(source, (config or ExportConfig()).resolved(source.config.training_length), calibration)
     outline, weights = source.outline.converted(config), ConvertedWeights(source, config)
     require_space(out, sum(parameter.nbytes for parameter in outline.parameters()))
     with creating(out, lock_timeout=lock_timeout) as folder, Hashing(source.files) as hashes:
-        ranges = _ranges(source, config, calibration, report)
+        measured = measured_on(windows, weights, outline, report)
         report("tracing and translating")
-        model = to_onnx(outline, config, ranges, weights.pieces)
+        model = to_onnx(outline, config, measured, weights.pieces)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
 
         def written(done: int, total: int) -> None:
@@ -100,23 +100,6 @@ def export(
         add_plain_file(folder / MODEL, config)
         manifest = finish_manifest(folder, _manifest(source, config, model, outline, hashes()), digests)
     return Bundle(out, manifest)
-
-
-def _ranges(
-    source: Checkpoint, config: ExportConfig, file: Path | None, report: Callable[[str], None]
-) -> dict[str, Ranges]:
-    """What calibration finds, where the config asks for it."""
-    if not (config.quantize and config.calibrated):
-        if file:
-            raise ConfigError(
-                f"{file} calibrates nothing", hint=f"Choose quantize {either(calibrated())}, or leave it out."
-            )
-        return {}
-    report("calibrating")
-    windows = calibration_windows(
-        source.tokenizer_folder, file, source.config.vocab_size, source.config.training_length
-    )
-    return calibrate(source.model.converted(config), config.quantize, windows)
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -228,11 +211,11 @@ def _port(value: ir.Value) -> Port:
 def to_onnx(
     model: Decoder,
     config: ExportConfig,
-    ranges: Mapping[str, Ranges] | None = None,
+    measured: Measured = None,
     numbers: Numbers | None = None,
 ) -> ir.Model:
     """The decoder as an ONNX graph with the contract's names for inputs and outputs; batch, new tokens and past may be
-    of any size. `ranges` are those of `calibrate`, where `config` rounds inputs; `numbers` gives those of weights that
+    of any size. What was `measured` goes into the rounding of linear layers; `numbers` gives those of weights that
     `model` has on the device "meta".
 
     Weights are not copied: they are read when the result is saved, or here where they are quantized.
@@ -246,8 +229,8 @@ def to_onnx(
         complete = partial(repeat, model=whole) if traced is not whole else None
         finished = lower(program, config, inputs, outputs, _dimensions, numbers, complete)
     if row := config.quantization:
-        for rounding in way_of(row).write(row.name, ranges or {}):
-            rounding(finished)
+        for edit in way_of(row).write(config, measured):
+            edit(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(

@@ -1,8 +1,11 @@
-"""A second file of the model for ONNX Runtime alone: the same weights, in the operators that it runs fastest.
-
-Each of FUSIONS changes one thing, and no number; names of inputs and outputs stay.
+"""What a bundle gets for one runtime alone. For ONNX Runtime that is a second file on the same weights, in the
+operators that it runs fastest: each of FUSIONS changes one thing, and no number; names of inputs and outputs stay. For
+OpenVINO it is a folder of its own (`graph.openvino`).
 """
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,7 +25,9 @@ from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, OPTIMIZED, OPTIMIZED_BEFORE
 from fope_export.place import OURS
+from fope_export.scratch import scratch
 
+ONNXRUNTIME, OPENVINO = TARGETS = ("onnxruntime", "openvino")
 FUSIONS: tuple[InPlacePass, ...] = (
     ShareSeries(), FuseAttention(), KeepLastLogits(), FuseExperts(), FuseSkipNorm()
 )  # fmt: skip
@@ -37,24 +42,39 @@ def _save(model: ir.Model, path: Path) -> None:
         ) from cause
 
 
-def optimize(bundle: str | Path | Bundle, *, int8_activations: bool = True, lock_timeout: float = TIMEOUT) -> Bundle:
-    """Add a second file on the same weights to a decoder's bundle, in the operators that ONNX Runtime runs fastest, and
-    have ONNX Runtime GenAI load it; the bundle that has it. It computes what the portable file computes, except where
-    weights are quantized: then `int8_activations` rounds activations to 8 bits too, which is faster. Another writer of
-    the bundle is waited for, for `lock_timeout` seconds.
+def optimize(
+    bundle: str | Path | Bundle,
+    target: str = ONNXRUNTIME,
+    *,
+    int8_activations: bool = True,
+    lock_timeout: float = TIMEOUT,
+) -> Bundle:
+    """Add to a decoder's bundle what one of TARGETS runs fastest; the bundle that has it. It computes what the portable
+    file computes. For "onnxruntime" it is a second file on the same weights, which ONNX Runtime GenAI loads too; where
+    weights are quantized, `int8_activations` rounds activations to 8 bits, which is faster. For "openvino" it is the
+    folder openvino/, which OpenVINO GenAI and optimum-intel open as well. Another writer of the bundle is waited for,
+    for `lock_timeout` seconds.
 
-    Raises ConfigError for a static cache, BundleError for the bundle of a module, and ExportError where the portable
-    file is not as this package writes it; then the bundle is as it was.
+    Raises ConfigError for another target, and where the bundle has what the target does not take, as a static cache;
+    BundleError for the bundle of a module, BackendError where a package is not installed, and ExportError where the
+    portable file is not as this package writes it; then the bundle is as it was.
 
     >>> import fope_export as fx
     >>> fx.optimize("out").manifest.optimized
     'model.ort.onnx'
     """
+    if target not in TARGETS:
+        raise ConfigError(f"nothing is optimized for {cut(target)}", hint=f"One of: {', '.join(TARGETS)}.")
+    if target == OPENVINO and not int8_activations:
+        raise ConfigError(
+            "whether OpenVINO rounds activations is chosen when it loads the file, and not in it",
+            hint="Leave --no-int8-activations out; from Python, load_backend(bundle, 'openvino', variant='ir').",
+        )
     with Bundle.of(bundle, verify=True).changing(lock_timeout) as now:
-        return _optimized(now, int8_activations)
+        return _for_openvino(now) if target == OPENVINO else _for_onnxruntime(now, int8_activations)
 
 
-def _optimized(bundle: Bundle, int8_activations: bool) -> Bundle:
+def _for_onnxruntime(bundle: Bundle, int8_activations: bool) -> Bundle:
     config, export = bundle.manifest.decoder(), bundle.manifest.export
     if export.cache == "static":
         raise ConfigError(
@@ -65,17 +85,39 @@ def _optimized(bundle: Bundle, int8_activations: bool) -> Bundle:
     if int8_activations and export.quantization:
         passes += way_of(export.quantization).fast()
     passes += widening(export)
-    portable = bundle.model
-    try:
-        model = Sequential(*passes, ShapeInferencePass())(load_onnx(portable)).model
-    except PassError as cause:
-        raise ExportError(f"{bundle.model} cannot be optimized: {cause.__cause__}", hint="Export it again.") from cause
-    model.metadata_props["fope.optimized"] = bundle.manifest.files[MODEL]
-    partial = portable.with_name(f"{OURS}{OPTIMIZED}")  # beside its weights
-    try:
-        _save(model, partial)
+    with _edited(bundle, [*passes, ShapeInferencePass()]) as partial:
         check(partial)
         added: dict[str, bytes | Path] = {OPTIMIZED: partial, **for_genai(config, export, optimized=True)}
         return bundle.put(added, without=(OPTIMIZED_BEFORE,))
+
+
+def _for_openvino(bundle: Bundle) -> Bundle:
+    from fope_export.graph import openvino
+
+    bundle.manifest.decoder()
+    with _edited(bundle, openvino.passes_for(bundle)) as partial, scratch(bundle.path.parent) as folder:
+        openvino.convert(partial, folder)
+        openvino.write_tokenizer(bundle, folder)
+        for name in openvino.files_beside(bundle):
+            shutil.copy(bundle.path / name, folder)
+        added: dict[str, bytes | Path] = {f"{OPENVINO}/{path.name}": path for path in sorted(folder.iterdir())}
+        return bundle.put(added, without=[name for name in bundle.manifest.files if name.startswith(f"{OPENVINO}/")])
+
+
+@contextmanager
+def _edited(bundle: Bundle, passes: Sequence[InPlacePass]) -> Iterator[Path]:
+    """A file of what passes make of the portable one, beside its weights, until the block ends. Raises ExportError
+    where they do not take it.
+    """
+    portable = bundle.model
+    try:
+        model = Sequential(*passes)(load_onnx(portable)).model
+    except PassError as cause:
+        raise ExportError(f"{bundle.model} cannot be optimized: {cause.__cause__}", hint="Export it again.") from cause
+    model.metadata_props["fope.optimized"] = bundle.manifest.files[MODEL]
+    partial = portable.with_name(f"{OURS}{OPTIMIZED}")
+    try:
+        _save(model, partial)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)

@@ -9,9 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from fope_export.config import ExportConfig
 from fope_export.graph.base import Pass
 from fope_export.graph.calibration import Ranges
+from fope_export.graph.compensation import Moments
 from fope_export.quantizations import Quantization
+
+Measured = Mapping[str, Ranges] | Moments | None
+"""On sample text: the ranges of layers by name, where inputs are rounded too; or their inputs' moments."""
 
 
 class Rounding(NamedTuple):
@@ -40,8 +45,10 @@ class Quantized(NamedTuple):
 class Way(Protocol):
     """One way to round linear layers: the functions of the module that a row of `QUANTIZATIONS` names as its `home`."""
 
-    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> list[Pass]:
-        """The passes that round a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by the layer's name, none for weights alone. Raises BackendError where the quantizer is not installed."""
+    def write(self, config: ExportConfig, measured: Measured) -> list[Pass]:
+        """The passes that round a graph's linear layers as a resolved `config` says, with what was measured for it.
+        Raises BackendError where the quantizer is not installed.
+        """
         ...
 
     def read(self, path: Path) -> Iterator[Quantized]:

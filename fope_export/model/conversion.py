@@ -34,6 +34,18 @@ class ConvertedWeights:
                 check_range(name, largest.float(), dtype)
             yield piece.to(dtype)
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """The rows `ids` [...] of the weight `name` [V, C], as [..., C]. Raises as `pieces`."""
+        found, start = (
+            torch.empty(*ids.shape, *self.source.weights.shapes[name][1:], dtype=DTYPES[self.config.dtype]),
+            0,
+        )
+        for piece in self.pieces(name):
+            here = (ids >= start) & (ids < start + len(piece))
+            found[here] = piece[ids[here] - start]
+            start += len(piece)
+        return found
+
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """As they are stored; in float32, folded, where that is asked for."""
         weights = self.source.weights

@@ -19,7 +19,7 @@ from fope_export.graph.ways import Quantized, Rounding, way_of
 from fope_export.model.decoder import Decoder
 from fope_export.model.experts import Experts
 from fope_export.parity.judge import Floats, divergence, log_softmax
-from fope_export.quantizations import QUANTIZATIONS
+from fope_export.quantizations import COMPENSATED, QUANTIZATIONS
 from fope_export.tokens import Tokenizer
 
 SCORED = 1 << 14
@@ -48,7 +48,7 @@ class Cost:
     quantized: float | None
     """The same with the bundle."""
     strays: tuple[str, ...]
-    """Weights further from the checkpoint's than rounding to the nearest step explains."""
+    """Weights further from the checkpoint's than rounding explains: to the nearest step, or up or down to the next."""
 
     @property
     def what(self) -> str:
@@ -147,9 +147,11 @@ def _layers(bundle: Bundle) -> Iterator[Quantized]:
 
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
+    halves = 2 if bundle.manifest.export.rounding == COMPENSATED else 1  # of a step
     for stored in _layers(bundle):
         original = _layer(model, stored.module).get_parameter(stored.leaf).double().numpy()
-        if original.shape != stored.weight.shape or not (np.abs(stored.weight - original) <= stored.allowed).all():
+        allowed = stored.allowed * (halves if stored.leaf == "weight" else 1)  # experts are rounded to the nearest
+        if original.shape != allowed.shape or not (np.abs(stored.weight - original) <= allowed).all():
             yield stored.name
 
 

@@ -68,9 +68,9 @@ def validate(
     how many comparisons are done, and how many there are.
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
-    cannot run here, and ParityError when it is PyTorch itself, when inputs cannot be read, when a length is not
-    positive or has no room, or when the machine has not the memory for the checkpoint in float64: `validate_stages`
-    needs that of a layer.
+    cannot run here, or not this bundle, and ParityError when it is PyTorch itself, when inputs cannot be read, when a
+    length is not positive or has no room, or when the machine has not the memory for the checkpoint in float64:
+    `validate_stages` needs that of a layer.
 
     >>> import fope_export as fx
     >>> result = fx.validate("out", lengths=(7,))
@@ -81,6 +81,8 @@ def validate(
     names = [choose(backend, machine, bundle.manifest.export)] if backend else able(bundle, machine)
     if "torch" in names:
         raise ParityError("PyTorch is the yardstick; it proves nothing about itself", hint="Use --backend onnxruntime.")
+    for name in names:
+        BACKENDS[name].variant(bundle)
     check_graphs(bundle)
     source = source_of(bundle, checkpoint, adapter)
     _check_memory(bundle, source)
@@ -195,7 +197,7 @@ def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[st
     """The backends that every case is run in, by what each adds to the case's name: nothing for the first variant,
     loaded as it is; its own name for another, of which a copy is loaded that does not round activations.
     """
-    first, *others = BACKENDS[chosen].variants_of(bundle)
+    first, *others = (each for each in BACKENDS[chosen].variants_of(bundle) if not each.rounds)
     backends = {"": first.load(bundle, settings)}
     for each in others:
         with exact(bundle, each.files(bundle)[0]) as copied:

@@ -20,13 +20,15 @@ from fope_export.graph.optimize import optimize
 from fope_export.model.decoder import Decoder
 from tests.support import same_function, truth_of
 
-KINDS = ["portable", "optimized", "static", "torch"]
+KINDS = ["portable", "optimized", "static", "openvino", "torch"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def backend(request: pytest.FixtureRequest, bundle: Bundle, static_bundle: Bundle, optimized: Bundle) -> Backend:
     if request.param == "torch":
         return load_backend(bundle, "torch")
+    if request.param == "openvino":
+        return load_backend(optimize(optimized, "openvino"), "openvino")
     made = {"portable": bundle, "static": static_bundle, "optimized": optimized}[request.param]
     return load_backend(made, settings=Settings(optimized=request.param == "optimized"))
 

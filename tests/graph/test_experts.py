@@ -31,7 +31,7 @@ WAYS = [(None, "fp16", 64), (None, "bf16", 64), ("int4", "fp32", 64), ("int4", "
 
 
 def made(folder: Path, model: Decoder, quantize: str | None = None, dtype: str = "fp32") -> Bundle:
-    config = ExportConfig(quantize=quantize, dtype=dtype)
+    config = ExportConfig(quantize=quantize, dtype=dtype, block=32 if quantize else None)
     return optimize(export(write_native(model, folder / "in"), folder / "out", config))
 
 
@@ -80,7 +80,8 @@ def test_activations_stay_as_they_are_where_that_is_asked(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("width", "block"), [(64, 32), (96, 16), (24, 0)])
 def test_the_largest_block_that_divides_is_taken(width: int, block: int) -> None:
     """Experts of which none does stay as they are."""
-    graph = to_onnx(small_decoder(experts=mixture(intermediate_size=width)), ExportConfig(quantize="int4")).graph
+    config = ExportConfig(quantize="int4", rounding="nearest").resolved(64)
+    graph = to_onnx(small_decoder(experts=mixture(intermediate_size=width)), config).graph
     blocks = [node.attributes["block_size"].value for node in graph if node.op_type == "DequantizeLinear"]
     assert blocks == [block] * 2 if block else not blocks
 

@@ -1,7 +1,7 @@
 """Each pass alone: it keeps the model's numbers, needs what it says, and is caught where it does not do its work."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from fope_export.graph.passes import (
     rewritten,
 )
 from fope_export.graph.qdq import ExactInputs, InsertQdq
-from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel, rounding
+from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel, nearest
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
 from tests.conftest import mixture, small_decoder
@@ -44,7 +44,7 @@ from tests.support import same_function, truth_of
 
 WIDEN = CastBFloat16ToFloat32(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
-ROUND, QMOE = QuantizeExperts("int4", 32, rounding), RoundExpertInputs(INT8)
+ROUND, QMOE = QuantizeExperts("int4", 32, partial(nearest, 4)), RoundExpertInputs(INT8)
 RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
 
@@ -107,8 +107,11 @@ def without_function() -> ir.Model:
     return model
 
 
+BLOCKS = ExportConfig(quantize="int4", block=32)
+
+
 def product(model: ir.Model) -> ir.Model:
-    QuantizeWeights("int4")(model)
+    QuantizeWeights(BLOCKS)(model)
     return model
 
 
@@ -206,7 +209,7 @@ ROWS = [
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
-    Row(QuantizeWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(QuantizeWeights(BLOCKS), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
     Row(SetAccuracyLevel(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),

@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[dict[str, Any], ExportConfig]] = {
     ),
     "tied, static cache": ({"tie_embeddings": True}, ExportConfig(cache="static", capacity=96)),
     "rope, folded away": ({"kind": "rope"}, ExportConfig(dtype="bf16")),
-    "experts of integers": ({"experts": ALL}, ExportConfig(quantize="int4")),
+    "experts of integers": ({"experts": ALL}, ExportConfig(quantize="int4", rounding="nearest")),
 }  # fmt: skip
 
 
