@@ -155,7 +155,7 @@ def _compared(
             rounded, judging = _round(yardstick, bundle, chosen, reference)
         for which, load in files.items():
             got[which] = []
-            got[which].extend(_given(load, cases, lambda case, which=which: tell(case.name + which)))
+            got[which].extend(_given(load, cases, which, tell))
         itself = _itself(bundle, chosen, reference)
     except BackendError as error:
         broken = str(error)
@@ -186,11 +186,13 @@ def _counted(report: Callable[[str, int, int], None], total: int) -> Callable[[s
     return lambda what: report(what, next(done), total)
 
 
-def _given(load: Loading, cases: Sequence[Case], tell: Callable[[Case], None] = lambda case: None) -> Iterator[Floats]:
-    """What a backend gives in each case, on the disk; it is closed after the last."""
+def _given(
+    load: Loading, cases: Sequence[Case], which: str = "", tell: Callable[[str], None] = lambda what: None
+) -> Iterator[Floats]:
+    """What a file gives in each case, on the disk; its backend is closed after the last."""
     with closing(load()) as tested:
         for case in cases:
-            tell(case)
+            tell(case.name + which)
             yield kept(case.run(tested))
 
 
@@ -250,7 +252,9 @@ def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[st
             return variant.load(copied, settings)
 
     copied = exported.calibrated and first.exact
-    loading = {"": partial(load, first, plain_file(exported)) if copied else partial(first.load, bundle, settings)}
+    loading: dict[str, Loading] = {
+        "": partial(load, first, plain_file(exported)) if copied else partial(first.load, bundle, settings)
+    }
     return loading | {f", {each.name}": partial(load, each, each.files(bundle)[0]) for each in others}
 
 
@@ -274,7 +278,9 @@ def _judge(case: Case, look: Look, got: Floats, name: str) -> CaseResult:
 
 def _judged(which: str, cases: Sequence[Case], looks: Sequence[Look], got: Sequence[Floats]) -> list[CaseResult]:
     """The same of all cases that one file ran, whose names end with `which`."""
-    return [_judge(case, *each, case.name + which) for case, *each in zip(cases, looks, got, strict=False)]
+    return [
+        _judge(case, look, logits, case.name + which) for case, look, logits in zip(cases, looks, got, strict=False)
+    ]
 
 
 def _columns(which: str, judged: Sequence[CaseResult], looks: Sequence[Look]) -> ColumnResult:
