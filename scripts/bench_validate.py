@@ -5,7 +5,7 @@
     scripts/bench_validate.py --size 6GB --dtype bf16 --lengths 1,64,512 --folder DISK
     scripts/bench_validate.py --size 180M --lengths 1,64 --folder /tmp --before CHECKOUT
 
-The second is of 3 billion parameters, drawn in bfloat16 and in a shard for each layer, as `bench_stream.py` has it. With
+The second is of 3 billion parameters, drawn in bfloat16, a shard for each layer, as `bench_stream.py` has it. With
 `--before` the code of another checkout of this repository validates the same bundle first. Memory and threads are as
 `bench_stream.py` says; what lies on the disk meanwhile is in the folder too, and gone at the end.
 """
