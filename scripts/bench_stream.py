@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results" / "bench_stream.jsonl"
 SIZES: dict[str, dict[str, int]] = {
     "200MB": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8192},
     "2GB": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "vocab_size": 32768},
+    "6GB": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 32768},
     "24GB": {"hidden_size": 5120, "intermediate_size": 14336, "num_hidden_layers": 38, "vocab_size": 131072},
 }
 HEAD_DIM, SHARED = 128, 4
@@ -165,20 +166,23 @@ class Memory(Thread):
         self.join()
 
 
-def measured(*arguments: str) -> dict[str, Any]:
-    """Run a command of fope-export, and say how long it took and what it held."""
+def measured(*arguments: str, code: Path | None = None) -> dict[str, Any]:
+    """Run a command of fope-export, of another checkout's `code` if that is named, and say how long it took and what it
+    held.
+    """
     started = time.perf_counter()
     command, alone = [sys.executable, "-m", "fope_export", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    alone |= {"PYTHONPATH": str(code)} if code else {}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
     memory = Memory(process.pid)
     memory.start()
     try:
-        code = process.wait()
+        status = process.wait()
     finally:
         process.kill()
         memory.end()
-    if code:
-        raise SystemExit(f"fope-export {' '.join(arguments)}: exit {code}")
+    if status:
+        raise SystemExit(f"fope-export {' '.join(arguments)}: exit {status}")
     seconds = time.perf_counter() - started
     found = {"seconds": round(seconds, 1), "peak_MiB": memory.peak >> 20, "mapped_MiB": memory.mapped >> 20}
     print(arguments[0], found, file=sys.stderr, flush=True)

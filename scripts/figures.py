@@ -36,7 +36,7 @@ RESULT = ROOT / "scripts/results/bench_peers.json"
 BACKENDS = ("torch", "onnxruntime")
 SHOWN = ("torch", "torch.compile", "onnxruntime", OURS, "genai", "genai fp32", "optimum fp32")
 TABLE = {
-    "none": {
+    "fp32": {
         "torch.compile": "torch.compile",
         "portable file": "onnxruntime",
         "**optimized file**": OURS,
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def speed() -> None:
-    cells = json.loads(RESULT.read_text())["60M, none"]["cells"]
+    cells = json.loads(RESULT.read_text())["60M, fp32"]["cells"]
     prefill, decode = (
         {name: {c["length"]: c[speed] for c in cells if c["contender"] == name} for name in SHOWN}
         for speed in ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -80,7 +80,7 @@ def speed() -> None:
 def print_table(record: dict[str, Any]) -> None:
     """In Markdown."""
     cells = {
-        (part["shape"], part["quantize"], cell["contender"], cell["length"]): cell
+        (part["shape"], part["kind"], cell["contender"], cell["length"]): cell
         for part in record.values()
         for cell in part["cells"]
     }

@@ -1,6 +1,5 @@
 """PyTorch, eager: what everything else is compared with."""
 
-import copy
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,8 +29,8 @@ class EagerBackend:
 
     @classmethod
     def in_float64(cls, model: Decoder) -> Self:
-        """The truth: a copy of `model` that computes everything but the angles in float64."""
-        return cls(copy.deepcopy(model).double(), name="torch float64")
+        """The truth: a decoder on the weights of `model` that computes everything but the angles in float64."""
+        return cls(model.computing(torch.float64), name="torch float64")
 
     def empty_cache(self, batch: int) -> Cache:
         return self.model.empty_cache(batch)
@@ -49,7 +48,7 @@ class EagerBackend:
     def step(self, feeds: Feeds, cache: Cache, *, last: bool = False) -> tuple[Logits, Cache]:
         arrays = for_decoder(feeds, self.model.config.spectrum.axes)
         inputs = (torch.from_numpy(array).to(self.model.embed.weight.device) for array in arrays)
-        with attention_for(self.model.embed.weight):
+        with attention_for(cache[0][0]):
             logits, present = self.model(*inputs, cache, logits_to_keep=int(last))
         return in_numpy(logits), present
 

@@ -128,6 +128,15 @@ class Weights:
         else:
             yield self.whole(name)
 
+    def as_stored(self, name: str) -> Tensor | None:
+        """The stored tensor that the decoder's tensor `name` is number for number, if there is one; not checked."""
+        sources = self.weight_map.sources.get(name, ())
+        if len(sources) != 1 or self.weight_map.pieces(name) is not Pieces.ROWS:
+            return None
+        stored = self.stored[sources[0]]
+        made = self.weight_map.made(name, [stored])
+        return made if made is stored and stored.is_contiguous() else None
+
     def check(self) -> None:
         """Make every tensor, a piece at a time. Raises CheckpointError naming the first that is not finite."""
         for name in self.names:

@@ -19,6 +19,7 @@ from fope_export.errors import ConfigError, ExportError
 from fope_export.fope import frequencies
 from fope_export.fope.folding import folding_of
 from fope_export.fope.rotary import FopeRotary
+from fope_export.model.casting import cast_when_used
 from fope_export.model.experts import Experts
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -151,6 +152,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.capacity = config, 0
+        self._computed: torch.dtype | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -191,8 +193,23 @@ class Decoder(nn.Module):
     def empty_cache(self, batch: int) -> Cache:
         """A cache with no past, of the model's dtype and on its device."""
         config = self.config
-        empty = self.embed.weight.new_zeros(batch, config.num_kv_heads, self.capacity, config.spectrum.head_dim)
+        shape = batch, config.num_kv_heads, self.capacity, config.spectrum.head_dim
+        empty = self.embed.weight.new_zeros(shape, dtype=self.dtype)
         return [(empty, empty)] * config.num_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes: activations, cache and logits."""
+        return self._computed or self.embed.weight.dtype
+
+    def computing(self, dtype: torch.dtype) -> Self:
+        """A copy on the same weights that computes everything but the angles in `dtype`: while a module runs, its
+        weights are cast to that.
+        """
+        made = self.sharing()
+        made._computed = dtype
+        cast_when_used(made, dtype)
+        return made
 
     def sharing(self) -> Self:
         """A copy of everything but the weights, which are the same memory; those that it is given are its own."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ def divergence_of(
     """The same for any module, its members, and a way to run each on what the graph is given as `inputs`."""
     ending = _modules_that_end_themselves(double[0])
     values = {name: outputs for name, outputs in module_outputs(bundle.model).items() if name in ending}
-    truth, *noisy = (_eager_outputs(*running, values) for running in (double, *members))
+    outputs = starmap(partial(_eager_outputs, values), chain([double], members))  # none outlives its turn
+    truth, *noisy = outputs
     got = _bundle_outputs(bundle, list(truth), inputs) if truth else {}
     for module, names in values.items():
         for name in names:
@@ -171,7 +174,7 @@ def _modules_that_end_themselves(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Block) or not any(module.children())}
 
 
-def _eager_outputs(model: nn.Module, run: Callable[[], object], values: dict[str, list[str]]) -> Outputs:
+def _eager_outputs(values: dict[str, list[str]], model: nn.Module, run: Callable[[], object]) -> Outputs:
     """What the modules inside a PyTorch model put out when it runs, under the graph's names."""
     caught: Outputs = {}
     handles = []

@@ -1,7 +1,7 @@
 """What quantization costs, beside the checkpoint; and the checkpoint with the weights and rounding of the file."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,9 +110,11 @@ def allowance_of(bundle: Bundle, model: nn.Module) -> float:
     return max(1.0, math.sqrt(longest / BLOCKED))
 
 
-def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
+def place_weights(
+    bundle: Bundle, model: Decoder, arithmetic: str = "", kept: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> None:
     """Give the linear layers and experts of `model` the weights that the bundle's small numbers stand for, in the
-    `arithmetic` that a backend computes it in (else its own dtype).
+    `arithmetic` that a backend computes it in (else its own dtype), where `kept` puts them.
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
@@ -121,9 +123,8 @@ def place_weights(bundle: Bundle, model: Decoder, arithmetic: str = "") -> None:
         layer, weight = _layer(model, stored.module), torch.from_numpy(stored.weight)
         if stored.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
-        dtype = layer.get_parameter(stored.leaf).dtype
         # A new parameter, because an embedding may share the old one.
-        setattr(layer, stored.leaf, nn.Parameter(weight.to(dtype), requires_grad=False))
+        setattr(layer, stored.leaf, nn.Parameter(kept(weight.to(model.dtype)), requires_grad=False))
 
 
 def round_inputs(bundle: Bundle, model: Decoder) -> None:

@@ -1,8 +1,11 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds, axes_of
-from fope_export.backends.choose import BACKENDS, USUALLY, Settings, able, choose, load_backend
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, Variant, able, choose, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
@@ -19,17 +22,20 @@ from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, ParityError
 from fope_export.manifest import MANIFEST, MODEL, plain_file
 from fope_export.model.checkpoint import Checkpoint, source_of
+from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
 from fope_export.onnx_files import check_graphs
 from fope_export.parity.axes import with_image, with_images
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import AXES, CONTROLS, FOLDED, PHASES, Control
 from fope_export.parity.copies import exact, portable
-from fope_export.parity.extended import reach_of
-from fope_export.parity.judge import Noise, judge_columns
+from fope_export.parity.disk import kept, moved_to_disk, on_disk
+from fope_export.parity.extended import Reach, reach_of
+from fope_export.parity.judge import MEMBERS, Floats, Noise, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
 from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, joined
+from fope_export.parity.sparing import SparingYardstick
 from fope_export.parity.yardstick import Look, Yardstick
 from fope_export.validated import Tested
 
@@ -43,6 +49,8 @@ by half of one eps at its end alone, and several times on its way.
 """
 SHORTEST_CONTROL = 32
 """Tokens on which every deliberate mistake shows, however short the training length."""
+
+Loading = Callable[[], Backend]
 
 
 def validate(
@@ -69,8 +77,8 @@ def validate(
 
     Raises BundleError when the checkpoint is gone or is not the one that was exported, BackendError when the backend
     cannot run here, or not this bundle, and ParityError when it is PyTorch itself, when inputs cannot be read, when a
-    length is not positive or has no room, or when the machine has not the memory for the checkpoint in float64:
-    `validate_stages` needs that of a layer.
+    length is not positive or has no room, or when the machine has not the memory for the checkpoint in float32:
+    `validate_stages` needs that of a layer. OSError where the disk is full.
 
     >>> import fope_export as fx
     >>> result = fx.validate("out", lengths=(7,))
@@ -106,10 +114,10 @@ def memory() -> int:
 
 
 def _check_memory(bundle: Bundle, source: Checkpoint) -> None:
-    needed = sum(parameter.numel() for parameter in source.outline.parameters()) * torch.float64.itemsize
+    needed = sum(parameter.numel() for parameter in source.outline.parameters()) * torch.float32.itemsize
     if needed > (there := memory()):
         raise ParityError(
-            f"{bundle.path} needs {needed / 1e9:,.0f} GB to be compared in float64, and this machine has "
+            f"{bundle.path} needs {needed / 1e9:,.0f} GB to be compared in float32, and this machine has "
             f"{there / 1e9:,.0f} GB",
             hint="`fope-export validate --stages` goes through it layer by layer.",
         )
@@ -123,42 +131,80 @@ def _compared(
     seed: int,
     report: Callable[[str, int, int], None],
 ) -> ParityResult:
-    """Run the cases in the backend `chosen`, and deliberate mistakes in one drawn by `seed`; judge both."""
-    exported = bundle.manifest.export
-    model = source.model.converted(exported)
-    yardstick = yardstick_of(bundle, model, chosen)
+    """Run the cases in the backend `chosen`, and deliberate mistakes in one drawn by `seed`; judge both.
+
+    One model is in memory at a time: each file of the bundle, then the truth, then its members; what they give lies on
+    the disk meanwhile, and so do weights that the checkpoint does not have as they are compared.
+    """
+    exported, row = bundle.manifest.export, BACKENDS[chosen]
+    model = ConvertedWeights(source, exported).decoder(on_disk, getattr(torch, row.arithmetic(bundle)))
+    yardstick = judging = yardstick_of(bundle, model, chosen)
     axes, mistakes = axes_of(bundle.manifest), _mistakes(exported, model)
     reference = prefill(source.config, max(source.config.training_length, SHORTEST_CONTROL), seed)
     reference = with_image(reference, axes) if axes else reference
-    rounded, columns, by_file = list[CaseResult](), list[ColumnResult](), dict[str, list[tuple[Case, CaseResult]]]()
+    files = _files(bundle, chosen)
+    tell = _counted(report, len(files) * len(cases) + (1 + MEMBERS) * (len(cases) + 1) + len(mistakes))
+    rounded, itself, got = list[CaseResult](), list[Floats](), dict[str, list[Floats]]()
     cost, reach, broken = None, None, ""
     try:
-        used = load_backend(bundle, chosen)
-        cost = _quantize(yardstick, bundle, used) if exported.quantize else None
-        reach = reach_of(bundle, source.model, used) if exported.extend else None
-        files, judging = _files(bundle, chosen), yardstick
+        if exported.quantize or exported.extend:
+            cost, reach = _effects(bundle, source, chosen, yardstick)
+        if cost:
+            _quantize(yardstick, bundle)
         if exported.calibrated:
-            rounded, judging, files[""] = _round(yardstick, bundle, chosen, files[""], reference)
-        for done, case in enumerate(cases):
-            report(case.name, done, len(cases) + len(mistakes))
-            look = judging.look(case)
-            for which, tested in files.items():
-                by_file.setdefault(which, []).append((case, _compare(case, look, tested, case.name + which)))
-        columns = [_columns(which, judged, judging) for which, judged in by_file.items()]
-        rounded += _itself(bundle, chosen, judging, reference)
+            rounded, judging = _round(yardstick, bundle, chosen, reference)
+        for which, load in files.items():
+            got[which] = []
+            got[which].extend(_given(load, cases, which, tell))
+        itself = _itself(bundle, chosen, reference)
     except BackendError as error:
         broken = str(error)
-    judged = [each for of_file in zip(*by_file.values(), strict=False) for each in of_file]
-    folding = [_folding(source.model, exported, seed)] if exported.fold_padding else []
-    total = len(cases) + len(mistakes)
-    controls = _refusals(mistakes, reference, yardstick, lambda name, done: report(name, len(cases) + done, total))
+    compared = cases[: min(map(len, got.values()), default=0)]
+    *looks, own = judging.looks([*compared, reference], tell)
+    by_file = {which: _judged(which, compared, looks, logits) for which, logits in got.items()}
+    columns = [] if broken else [_columns(which, judged, looks) for which, judged in by_file.items()]
+    rounded += [_judge(reference, own, logits, f"{reference.name}, {MODEL} itself") for logits in itself]
+    judged = [each for of_case in zip(*by_file.values(), strict=True) for each in of_case]
+    folding = [_folding(source, exported, seed)] if exported.fold_padding else []
+    controls = _refusals(
+        mistakes, reference, yardstick, own if judging is yardstick else yardstick.looks([reference])[0], tell
+    )
     damaged = bundle.damaged() | contradictions(bundle, model)
     result = ParityResult(
-        chosen, (*folding, *rounded, *(each for _, each in judged)), controls, damaged, broken, None, cost, reach,
-        BACKENDS[chosen].arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
+        chosen, (*folding, *rounded, *judged), controls, damaged, broken, None, cost, reach,
+        row.arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
     )  # fmt: skip
-    searched = [] if broken else _failing(judged) or [reference]
-    return result if result.passed else replace(result, place=_place(bundle, model, yardstick, searched, cost))
+    if result.passed:
+        return result
+    searched = [] if broken else _failing(cases, by_file) or [reference]
+    return replace(result, place=_place(bundle, model, yardstick, searched, cost))
+
+
+def _counted(report: Callable[[str, int, int], None], total: int) -> Callable[[str], None]:
+    """`report`, for `total` comparisons that are told one after the other."""
+    done = count()
+    return lambda what: report(what, next(done), total)
+
+
+def _given(
+    load: Loading, cases: Sequence[Case], which: str = "", tell: Callable[[str], None] = lambda what: None
+) -> Iterator[Floats]:
+    """What a file gives in each case, on the disk; its backend is closed after the last."""
+    with closing(load()) as tested:
+        for case in cases:
+            tell(case.name + which)
+            yield kept(case.run(tested))
+
+
+def _effects(bundle: Bundle, source: Checkpoint, chosen: str, yardstick: Yardstick) -> tuple[Cost | None, Reach | None]:
+    """What quantization costs, and what extending did: differences between the bundle and the checkpoint."""
+    exported = bundle.manifest.export
+    with closing(load_backend(bundle, chosen)) as used:
+        cost = cost_of(bundle, yardstick.single.model, used) if exported.quantize else None
+        if not exported.extend:
+            return cost, None
+        original = ConvertedWeights(source, ExportConfig(dtype=exported.dtype)).decoder(on_disk)
+        return cost, reach_of(bundle, original, used)
 
 
 def _mistakes(exported: ExportConfig, model: Decoder) -> tuple[Control, ...]:
@@ -177,90 +223,103 @@ def tested_by(backend: str, bundle: Bundle) -> tuple[Tested, ...]:
     )
 
 
-def _failing(judged: Sequence[tuple[Case, CaseResult]]) -> list[Case]:
+def _failing(cases: Sequence[Case], by_file: Mapping[str, Sequence[CaseResult]]) -> list[Case]:
     """The first cases in which any file fails, LOCALIZED_CASES at most."""
-    failing = {case.name: case for case, each in judged if not each.verdict.passed}
-    return [*failing.values()][:LOCALIZED_CASES]
+    pairs = zip(cases, zip(*by_file.values(), strict=True), strict=False)
+    return [case for case, judged in pairs if not all(each.verdict.passed for each in judged)][:LOCALIZED_CASES]
 
 
-def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> Yardstick:
+def yardstick_of(bundle: Bundle, model: Decoder, backend: str) -> SparingYardstick:
     """What `backend` is held against: `model`, which is the checkpoint's decoder converted as it was exported, in the
     arithmetic that the backend computes in and in float64.
 
     For a quantized bundle both have the checkpoint's weights at first; `_quantize` gives them those of the file.
     """
     single = model.sharing().to(getattr(torch, BACKENDS[backend].arithmetic(bundle)))
-    return Yardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
+    return SparingYardstick(EagerBackend(single), EagerBackend.in_float64(model), allowance_of(bundle, model))
 
 
-def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[str, Backend]:
-    """The backends that every case is run in, by what each adds to the case's name: nothing for the first variant,
-    loaded as it is; its own name for another, of which a copy is loaded that does not round activations.
+def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[str, Loading]:
+    """What loads the backends that every case is run in, by what each adds to the case's name: nothing for the first
+    variant, and its own name for another. Where a copy of a file can be made that does not round activations, it is
+    that which is loaded.
     """
     first, *others = (each for each in BACKENDS[chosen].variants_of(bundle) if not each.rounds)
-    backends = {"": first.load(bundle, settings)}
-    for each in others:
-        with exact(bundle, each.files(bundle)[0]) as copied:
-            backends[f", {each.name}"] = each.load(copied, settings)
-    return backends
+    exported = bundle.manifest.export
+
+    def load(variant: Variant, name: str) -> Backend:
+        with exact(bundle, name) as copied:
+            return variant.load(copied, settings)
+
+    copied = exported.calibrated and first.exact
+    loading: dict[str, Loading] = {
+        "": partial(load, first, plain_file(exported)) if copied else partial(first.load, bundle, settings)
+    }
+    return loading | {f", {each.name}": partial(load, each, each.files(bundle)[0]) for each in others}
 
 
-def _itself(bundle: Bundle, chosen: str, yardstick: Yardstick, case: Case) -> list[CaseResult]:
-    """A comparison of the portable file itself, where the other cases run a copy of it in another dtype; else none."""
+def _itself(bundle: Bundle, chosen: str, case: Case) -> list[Floats]:
+    """What the portable file itself gives, where the other cases run a copy of it in another dtype; else nothing."""
     row = BACKENDS[chosen]
     if not row.widens or plain_file(bundle.manifest.export) == MODEL:
         return []
-    with portable(bundle) as copied:
-        tested = row.variants[0].load(copied, USUALLY)
-    return [_compare(case, yardstick.look(case), tested, f"{case.name}, {MODEL} itself")]
+
+    def load() -> Backend:
+        with portable(bundle) as copied:
+            return row.variants[0].load(copied, USUALLY)
+
+    return [*_given(load, [case])]
 
 
-def _compare(case: Case, look: Look, tested: Backend, name: str) -> CaseResult:
-    """Run one case in `tested`, and hold what it gives against the case's `look`."""
-    got = case.run(tested)
+def _judge(case: Case, look: Look, got: Floats, name: str) -> CaseResult:
+    """Hold what a backend gave in one case against the case's `look`."""
     return CaseResult(name, case.length, case.positions, len(case.steps), len(got), look.judge(got), look.own)
 
 
-def _columns(which: str, judged: Sequence[tuple[Case, CaseResult]], yardstick: Yardstick) -> ColumnResult:
+def _judged(which: str, cases: Sequence[Case], looks: Sequence[Look], got: Sequence[Floats]) -> list[CaseResult]:
+    """The same of all cases that one file ran, whose names end with `which`."""
+    return [
+        _judge(case, look, logits, case.name + which) for case, look, logits in zip(cases, looks, got, strict=False)
+    ]
+
+
+def _columns(which: str, judged: Sequence[CaseResult], looks: Sequence[Look]) -> ColumnResult:
     """Judge each logit over all cases of one file, whose names end with `which`."""
 
     def again() -> list[Noise]:
-        return [yardstick.look(case).again() for case, _ in judged]
+        return [look.again() for look in looks]
 
-    return ColumnResult(f"all cases{which}", judge_columns([each.verdict for _, each in judged], again))
+    return ColumnResult(f"all cases{which}", judge_columns([each.verdict for each in judged], again))
 
 
-def _folding(trained: Decoder, exported: ExportConfig, seed: int) -> CaseResult:
+def _folding(source: Checkpoint, exported: ExportConfig, seed: int) -> CaseResult:
     """Hold the decoder with folded padding against the same one without, both in PyTorch in float32."""
     folded, model = (
-        trained.converted(msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=fold))
+        ConvertedWeights(source, msgspec.structs.replace(exported, dtype=FP32.name, fold_padding=fold)).decoder(on_disk)
         for fold in (True, False)
     )
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
-    look = Yardstick(EagerBackend(model), EagerBackend.in_float64(model)).look(case)
-    return _compare(case, look, EagerBackend(folded), "folded against unfolded")
+    (look,) = SparingYardstick(EagerBackend(model), EagerBackend.in_float64(model)).looks([case])
+    return _judge(case, look, case.run(EagerBackend(folded)), "folded against unfolded")
 
 
-def _quantize(yardstick: Yardstick, bundle: Bundle, tested: Backend) -> Cost:
-    """Measure what quantization costs, as the difference between `tested` and the yardstick; then give the yardstick
-    the rounded weights that the file holds.
+def _quantize(yardstick: Yardstick, bundle: Bundle) -> None:
+    """Give the yardstick the rounded weights that the file holds.
 
-    The yardstick gets a model of its own for that: the checkpoint's keeps its weights, because the file's other tensors
-    are compared with them.
+    It gets a model of its own for that: the checkpoint's keeps its weights, because the file's other tensors are
+    compared with them.
     """
-    cost = cost_of(bundle, yardstick.single.model, tested)
     yardstick.single.model = yardstick.single.model.sharing()
-    arithmetic = str(yardstick.single.model.embed.weight.dtype).removeprefix("torch.")
+    arithmetic = str(yardstick.single.model.dtype).removeprefix("torch.")
     for backend in (yardstick.single, yardstick.double):
-        place_weights(bundle, backend.model, arithmetic)
-    return cost
+        place_weights(bundle, backend.model, arithmetic, moved_to_disk)
 
 
 def _round(
-    yardstick: Yardstick, bundle: Bundle, chosen: str, tested: Backend, case: Case
-) -> tuple[list[CaseResult], Yardstick, Backend]:
+    yardstick: SparingYardstick, bundle: Bundle, chosen: str, case: Case
+) -> tuple[list[CaseResult], SparingYardstick]:
     """For a bundle whose linear layers round their inputs: a comparison of it as it is, if a copy without that rounding
-    can be made; then the yardstick and the backend for all other cases.
+    can be made; then the yardstick for all other cases.
 
     Where the last digit decides, it is chance which of two steps an input is rounded to, and one such flip outweighs
     all other errors. So this comparison's float64 truth does not round, and its noise is that of members which do. That
@@ -268,22 +327,24 @@ def _round(
     """
     model = yardstick.single.model.sharing()
     round_inputs(bundle, model)
-    rounding = Yardstick(EagerBackend(model), yardstick.double)
+    rounding = SparingYardstick(EagerBackend(model), yardstick.double)
     first = BACKENDS[chosen].variants_of(bundle)[0]
     if not first.exact:
-        return [], rounding, tested
-    compared = _compare(case, rounding.look(case), tested, f"{case.name}, inputs rounded")
-    with exact(bundle, plain_file(bundle.manifest.export)) as copied:
-        return [replace(compared, rounded=True)], yardstick, first.load(copied, USUALLY)
+        return [], rounding
+    [got], [look] = _given(partial(first.load, bundle, USUALLY), [case]), rounding.looks([case])
+    return [replace(_judge(case, look, got, f"{case.name}, inputs rounded"), rounded=True)], yardstick
 
 
 def _refusals(
-    mistakes: Sequence[Control], case: Case, yardstick: Yardstick, report: Callable[[str, int], None]
-) -> tuple[ControlResult, ...]:
-    """Make each mistake in PyTorch in one case, and let the rule judge it. A mistake that passes is a failure."""
-    look, results = yardstick.look(case), []
-    for done, control in enumerate(mistakes):
-        report(control.name, done)
+    mistakes: Sequence[Control], case: Case, yardstick: Yardstick, look: Look,
+    tell: Callable[[str], None] = lambda what: None,
+) -> tuple[ControlResult, ...]:  # fmt: skip
+    """Make each mistake in PyTorch in one case, and let the rule judge it by its `look`. A mistake that passes is a
+    failure.
+    """
+    results = []
+    for control in mistakes:
+        tell(control.name)
         results.append(_refuse(control, case, yardstick, look))
     return tuple(results)
 

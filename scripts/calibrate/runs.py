@@ -21,10 +21,9 @@ from fope_export.model.decoder import DTYPES
 from fope_export.parity.cases import Case, prefill, standard_cases
 from fope_export.parity.controls import CONTROLS
 from fope_export.parity.judge import ColumnVerdict, Verdict, judge_columns
-from fope_export.parity.quantized import place_weights
 from fope_export.parity.results import CaseResult
-from fope_export.parity.run import SHORTEST_CONTROL, _files, _refusals, _round, yardstick_of
-from fope_export.parity.yardstick import Yardstick
+from fope_export.parity.run import SHORTEST_CONTROL, _files, _quantize, _refusals, _round, yardstick_of
+from fope_export.parity.sparing import SparingYardstick
 
 BACKEND = "onnxruntime"
 FILES = ("portable", "optimized")
@@ -83,8 +82,8 @@ class Bench:
     """A bundle, what it is held against, and how: as `validate` sets it up."""
 
     bundle: Bundle
-    yardstick: Yardstick
-    plain: Yardstick
+    yardstick: SparingYardstick
+    plain: SparingYardstick
     """The same; where inputs of linear layers are rounded, without that."""
     cases: list[Case]
     reference: Case
@@ -99,20 +98,18 @@ class Bench:
         exported, config = bundle.manifest.export, bundle.manifest.decoder()
         plain = yardstick_of(bundle, source_of(bundle).model.converted(exported), BACKEND)
         if exported.quantize:
-            arithmetic = str(plain.single.model.embed.weight.dtype).removeprefix("torch.")
-            for backend in (plain.single, plain.double):
-                place_weights(bundle, backend.model, arithmetic)
+            _quantize(plain, bundle)
         cases = standard_cases(config, seed, lengths, BACKENDS[BACKEND].limits(bundle))
         reference = prefill(config, max(config.training_length, SHORTEST_CONTROL), seed)
-        portable, optimized = _files(bundle, BACKEND, Settings(threads=threads)).values()
+        loading = _files(bundle, BACKEND, Settings(threads=threads)).values()
         rounded: list[CaseResult] = []
         yardstick = plain
         if exported.calibrated:
-            rounded, yardstick, portable = _round(plain, bundle, BACKEND, portable, reference)
+            rounded, yardstick = _round(plain, bundle, BACKEND, reference)
         former = EagerBackend(yardstick.single.model)
         if exported.dtype == "bf16":
-            former = EagerBackend(EagerBackend.in_float64(plain.single.model).model.to(DTYPES["bf16"]))
-        files = dict(zip(FILES, (portable, optimized), strict=True))
+            former = EagerBackend(plain.single.model.sharing().to(DTYPES["bf16"]))
+        files = dict(zip(FILES, (load() for load in loading), strict=True))
         return cls(bundle, yardstick, plain, cases, reference, files, rounded, former)
 
     def columns(self, verdicts: Sequence[Verdict]) -> ColumnVerdict:
@@ -121,7 +118,7 @@ class Bench:
 
     def missed(self) -> list[str]:
         """The deliberate mistakes that are not refused, which fails a validation too."""
-        results = _refusals(CONTROLS, self.reference, self.plain, lambda name, done: None)
+        results = _refusals(CONTROLS, self.reference, self.plain, self.plain.look(self.reference))
         return [control.name for control in results if not control.passed]
 
 

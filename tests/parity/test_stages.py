@@ -112,7 +112,7 @@ def test_arguments_that_it_does_not_have_are_refused(bundle: Bundle, capsys: pyt
 
 def test_a_model_that_has_no_room_in_float64_is_sent_there(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fope_export.parity.run.memory", lambda: 100_000)
-    with pytest.raises(ParityError, match=r"needs 0 GB to be compared in float64, and this machine has 0 GB") as caught:
+    with pytest.raises(ParityError, match=r"needs 0 GB to be compared in float32, and this machine has 0 GB") as caught:
         validate(bundle)
     assert "--stages" in caught.value.hint
     assert validate_stages(bundle).passed
