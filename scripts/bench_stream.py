@@ -167,7 +167,7 @@ class Memory(Thread):
 
 
 def measured(*arguments: str, checkout: Path | None = None) -> dict[str, Any]:
-    """Run a command of fope-export, of another `checkout` if that is named, and say how long it took and what it held."""
+    """Run a command of fope-export, or of the one in another `checkout`: how long it took, and what it held."""
     started = time.perf_counter()
     command, alone = [sys.executable, "-m", "fope_export", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
     alone |= {"PYTHONPATH": str(checkout)} if checkout else {}
