@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fope_export.serving.engine import Engine as Engine
     from fope_export.serving.requests import Request as Request
     from fope_export.serving.sampling import SamplingParams as SamplingParams
+    from fope_export.serving.speculation import Speculation as Speculation
     from fope_export.tensorrt.build import build as build
     from fope_export.tokens import Tokenizer as Tokenizer
 
@@ -78,6 +79,7 @@ _HOMES = {
     "SamplingParams": "serving.sampling",
     "Settings": "backends.choose",
     "Spectrum": "fope.spectrum",
+    "Speculation": "serving.speculation",
     "Tokenizer": "tokens",
     "bench": "benchmark.run",
     "build": "tensorrt.build",

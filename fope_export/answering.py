@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from fope_export.bundle import Bundle
     from fope_export.serving.host import Host
-    from fope_export.serving.requests import Grammar
+    from fope_export.serving.requests import Grammar, Handle
+    from fope_export.serving.speculation import Speculation
     from fope_export.tokens import Tokenizer
 
 LONGEST = 8192
@@ -49,16 +50,22 @@ def run(args: argparse.Namespace) -> int:
         check_graphs(bundle)
         settings = Settings(optimized=args.optimized, threads=args.threads, cuda_graph=args.cuda_graph)
         backend = load_backend(bundle, _backend(args, bundle), settings)
+        speculation = _speculation(args, bundle, "auto")()
     ends = bundle.manifest.decoder().ends
     if args.prompt_ids:
-        steps = generate(backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk)
+        steps = generate(
+            backend, [_known(args.prompt_ids, bundle)], sampling, eos=ends, chunk=args.chunk,
+            speculation=speculation,
+        )  # fmt: skip
         _print_ids((token for _, token in steps), as_json=args.json)
         return PASSED
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts) if args.prompts else [""]
     asked, text = _asked(args, bundle, prompts), Tokenizer(bundle.path)
+    handles: dict[int, Handle] = {}
     pieces = generate_text(
         backend, text, asked or prompts, sampling, stop=args.stop, eos=ends, chunk=args.chunk,
         max_batch=args.max_batch, special=not asked, grammar=_grammar(args, text, bundle),
+        speculation=speculation, ended=handles.__setitem__,
     )  # fmt: skip
     texts = [""] * len(prompts)
     with report_speed() as count:
@@ -68,7 +75,12 @@ def run(args: argparse.Namespace) -> int:
             if len(prompts) == 1 and not args.json:
                 print(piece, end="", flush=True)
     if args.json:
-        print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)])
+        print_json(
+            [
+                {"prompt": prompt, "text": texts[row], "tokens_per_step": round(handles[row].tokens_per_step, 2)}
+                for row, prompt in enumerate(prompts)
+            ]
+        )
     elif len(prompts) == 1:
         print()
     else:
@@ -176,7 +188,43 @@ def host_of(name: str, path: Path, args: argparse.Namespace) -> "Host":
         spare_bytes=args.prefix_cache, queue=args.max_queued, queued_tokens=args.max_queued_tokens, chunk=args.chunk,
         batch_invariant=args.batch_invariant,
     )  # fmt: skip
-    return Host(name, bundle, partial(load_backend, bundle, backend, settings, variant=variant.name), sizes)
+    load = partial(load_backend, bundle, backend, settings, variant=variant.name)
+    return Host(name, bundle, load, sizes, _speculation(args, bundle, "off"))
+
+
+def _speculation(args: argparse.Namespace, bundle: "Bundle", usual: str) -> "Callable[[], Speculation | None]":
+    """What says how to guess ahead, and loads the draft model, which fits the bundle. Raises ConfigError for what
+    excludes itself and a draft of other tokens, and to serve a draft BundleError as for a bundle.
+    """
+    from fope_export.backends.choose import BACKENDS, Settings, load_backend
+    from fope_export.bundle import Bundle
+    from fope_export.onnx_files import check_graphs
+    from fope_export.serving.drafting import require_alike
+    from fope_export.serving.speculation import Speculation
+    from fope_export.validated import require_tested
+
+    chosen = args.speculate or ("auto" if args.draft else usual)
+    if chosen == "off":
+        if args.draft:
+            raise ConfigError("--draft guesses, and --speculate off does not", hint="Leave one of them out.")
+        return lambda: None
+    if getattr(args, "batch_invariant", False):
+        raise ConfigError(
+            "--batch-invariant takes no guesses: steps of several tokens are rounded otherwise than those of one",
+            hint="Leave --speculate and --draft out, or --batch-invariant.",
+        )
+    most = None if chosen == "auto" else int(chosen)
+    if not args.draft:
+        return lambda: Speculation(most)
+    draft = Bundle.open(args.draft)
+    check_graphs(draft)
+    require_alike(bundle, draft)
+    name = _backend(args, draft)
+    variant = BACKENDS[name].variant(draft, optimized=getattr(args, "optimized", True))
+    if not getattr(args, "unvalidated", True):
+        require_tested(draft, None, name, variant.name, otherwise="serve it --unvalidated")
+    settings = Settings(threads=args.threads)
+    return lambda: Speculation(most, load_backend(draft, name, settings, variant=variant.name))
 
 
 def _backend(args: argparse.Namespace, bundle: "Bundle") -> str:

@@ -11,7 +11,7 @@ import msgspec
 
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import ConfigError, cut
-from fope_export.quantizations import QUANTIZATIONS, Quantization
+from fope_export.quantizations import QUANTIZATIONS, BlockSize, Quantization, RoundingName, in_blocks
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -194,13 +194,16 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
 
     `cache` is "dynamic", which grows with every step, or "static", which has room for `capacity` tokens, is written in
     place, and needs opset 24. Weights, activations and cache are of `dtype`; angles, series and statistics are float32
-    in any case. `quantize` names how linear layers are rounded: their weights, or weights and calibrated inputs.
+    in any case. `quantize` names how linear layers are rounded: their weights, or weights and calibrated inputs. Of
+    weights alone, a `block` of inputs shares a step, or fewer, as a layer has them; `rounding` is "nearest", or
+    "compensated": up or down, so that outputs on sample text change little.
     `extend` changes the frequencies for contexts of `extend_to` tokens, longer than in training. `fold_padding` leaves
     padded channel pairs unrotated, with their constant factor in the q and k projections. `position_axes` has the graph
     take a token's positions on all axes that the model has, as images need it; text alone needs one.
 
-    An `opset`, `capacity` or `extend_to` of None is chosen by `resolved`, which `export` calls: the lowest opset, and
-    room for 16 times the training length or 8192 tokens, whichever is less, but never less than the training length.
+    An `opset`, `capacity`, `extend_to` or `block` of None is chosen by `resolved`, which `export` calls: the lowest
+    opset, the row's block, and room for 16 times the training length or 8192 tokens, whichever is less, but never less
+    than the training length. A `rounding` of None is chosen by `export`.
 
     Raises ConfigError for a value that is not allowed, and for values that exclude each other.
 
@@ -219,16 +222,24 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     quantize: QuantizationName | None = None
     fold_padding: bool = False
     position_axes: bool = False
+    block: BlockSize | None = None
+    rounding: RoundingName | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        static = self.cache == "static"
-        if (row := self.quantization) and row.dtypes and not row.takes(self.dtype):
+        static, row = self.cache == "static", self.quantization
+        if row and row.dtypes and not row.takes(self.dtype):
             others = either(other for other in QUANTIZATIONS.values() if other.takes(self.dtype))
             raise ConfigError(
                 f"quantize is {row.name} and dtype is {self.dtype}, "
                 f"but ONNX Runtime has no such product in {self.dtype}",
                 hint=f"Choose dtype {either(row.dtypes)}, or quantize {others}.",
+            )
+        if (self.block or self.rounding) and not (row and row.block):
+            name, value = ("block", self.block) if self.block else ("rounding", self.rounding)
+            raise ConfigError(
+                f"{name} is {value}, and quantize {self.quantize} rounds no weights in blocks",
+                hint=f"Choose quantize {either(in_blocks())}, or leave it out.",
             )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
@@ -258,20 +269,22 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         room = f" of {self.capacity} tokens" if self.capacity else ""
         rounded = "layers" if self.calibrated else "weights"
         weights = f", {self.quantize} {rounded}" if self.quantize else ""
+        weights += f" in blocks of {self.block}, {self.rounding}" if self.block else ""
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
         folded = ", padding folded" if self.fold_padding else ""
         axes = ", positions on all axes" if self.position_axes else ""
         return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}"
 
     def resolved(self, training_length: int) -> "ExportConfig":
-        """The same with an opset, and a capacity or `extend_to` where they apply, in the place of None; for a model
-        that was trained on `training_length` tokens.
+        """The same with an opset, and a capacity, `extend_to` or block where they apply, in the place of None; for a
+        model that was trained on `training_length` tokens.
         """
         static = self.cache == "static"
         room = usual_length(training_length) if static else None
         opset = self.opset or (24 if static else 23)
         extend_to = (self.extend_to or usual_length(training_length)) if self.extend else None
-        return msgspec.structs.replace(self, opset=opset, capacity=self.capacity or room, extend_to=extend_to)
+        room, block = self.capacity or room, self.block or (self.quantization and self.quantization.block) or None
+        return msgspec.structs.replace(self, opset=opset, capacity=room, extend_to=extend_to, block=block)
 
 
 class BuildConfig(Checked, frozen=True, kw_only=True):

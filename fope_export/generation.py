@@ -13,6 +13,7 @@ from fope_export.errors import ConfigError
 from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Failed, Grammar, Handle, Request, Token
 from fope_export.serving.sampling import SamplingParams
+from fope_export.serving.speculation import Speculation
 from fope_export.tokens import Tokenizer
 
 AHEAD = 1024
@@ -28,13 +29,15 @@ def generate(
     chunk: int | None = None,
     max_batch: int = 0,
     grammar: Callable[[], Grammar | None] = lambda: None,
+    speculation: Speculation | None = None,
 ) -> Generator[tuple[int, int]]:
     """Answer `prompts` of token ids: yield (number of a prompt, its next token) for each token of each answer.
 
     An answer ends with one of the tokens `eos`, which is yielded too, or after `sampling.max_new_tokens`. `max_batch`
     prompts are at work at once (0: all), and when one ends another takes its place. A prompt is fed `chunk` tokens at a
     time (None: as the backend is fastest; 0: all at once). What a prompt draws does not depend on the prompts beside
-    it. `grammar` makes what each answer has to follow.
+    it. `grammar` makes what each answer has to follow, and `speculation` is how tokens are guessed ahead, which changes
+    none.
 
     Raises ConfigError for no prompt, an empty one, or a token outside the vocabulary, and what a backend raises.
 
@@ -44,7 +47,7 @@ def generate(
     >>> sorted(number for number, token in answers)
     [0, 0, 1, 1]
     """
-    for number, _, token in _answers(backend, prompts, sampling, eos, chunk, max_batch, grammar):
+    for number, _, token in _answers(backend, prompts, sampling, eos, chunk, max_batch, grammar, speculation):
         if token is not None:
             yield number, token
 
@@ -57,13 +60,14 @@ def _answers(
     chunk: int | None,
     max_batch: int,
     grammar: Callable[[], Grammar | None],
+    speculation: Speculation | None,
 ) -> Generator[tuple[int, Handle, int | None]]:
     """Tokens as they come, and None when a prompt's are over."""
     if not prompts:
         raise ConfigError("there is no prompt", hint="Give at least one.")
     room = max(map(len, prompts)) + min(sampling.max_new_tokens, AHEAD)
     slots = min(max_batch or len(prompts), len(prompts))
-    with closing(Engine(backend, slots, room=room, chunk=chunk, budget=0)) as engine:
+    with closing(Engine(backend, slots, room=room, chunk=chunk, budget=0, speculation=speculation)) as engine:
         ends = tokens_of(eos)
         left = {
             number: engine.submit(Request(prompt=prompt, sampling=sampling, ends=ends, grammar=grammar()))
@@ -134,13 +138,16 @@ def generate_text(
     max_batch: int = 0,
     special: bool = True,
     grammar: Callable[[], Grammar | None] = lambda: None,
+    speculation: Speculation | None = None,
+    ended: Callable[[int, Handle], None] = lambda number, handle: None,
 ) -> Iterator[tuple[int, str]]:
     """Answer `prompts` of text: yield (number of a prompt, text that became certain, perhaps none) for every token.
 
     `text` is the tokenizer of the bundle that `backend` runs. An answer ends before one of the strings `stop`, with one
     of the tokens `eos` (None: those that the bundle names), which is not shown, or after `sampling.max_new_tokens`.
-    With `special`, prompts get the tokens that the tokenizer puts around every text. `chunk`, `max_batch` and `grammar`
-    are as for `generate`, and so is what is raised; ConfigError also for an empty `stop`, and a prompt that is no text.
+    With `special`, prompts get the tokens that the tokenizer puts around every text. `chunk`, `max_batch`, `grammar`
+    and `speculation` are as for `generate`, and so is what is raised; ConfigError also for an empty `stop`, and a
+    prompt that is no text. `ended` is told when an answer is over.
 
     >>> import fope_export as fx
     >>> text, backend = fx.Tokenizer("out"), fx.load_backend("out")
@@ -151,9 +158,10 @@ def generate_text(
     ends = text.ends if eos is None else tokens_of(eos)
     streams = [text.stream(stop) for _ in prompts]
     encoded = [text.encode(prompt, special=special) for prompt in prompts]
-    for number, handle, token in _answers(backend, encoded, sampling, ends, chunk, max_batch, grammar):
+    for number, handle, token in _answers(backend, encoded, sampling, ends, chunk, max_batch, grammar, speculation):
         stream = streams[number]
         if token is None:
+            ended(number, handle)
             if piece := stream.flush():
                 yield number, piece
         elif token not in ends:

@@ -3,13 +3,14 @@
 import argparse
 import re
 from pathlib import Path
+from typing import get_args
 
 from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import cut
 from fope_export.lock import TIMEOUT
 from fope_export.model.layouts import LAYOUTS
-from fope_export.quantizations import QUANTIZATIONS, Quantization, calibrated
+from fope_export.quantizations import QUANTIZATIONS, BlockSize, Quantization, RoundingName, calibrated, in_blocks
 
 DIGITS = re.compile(r"[0-9]{1,18}")
 
@@ -45,10 +46,22 @@ def export(sub: argparse.ArgumentParser) -> None:
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
     )  # fmt: skip
     sub.add_argument(
+        "--block", type=_natural, choices=get_args(BlockSize), help=f"inputs that share a step ({_usual()})"
+    )
+    sub.add_argument(
+        "--rounding", choices=get_args(RoundingName),
+        help="of weights in blocks: to the nearest, or with the layers' inputs on sample text in mind "
+        f"(default: compensated for {either(row for row in in_blocks() if row.compensates)} if there is a tokenizer)",
+    )  # fmt: skip
+    sub.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help=f"text, or ids as .npy or .json, for {either(calibrated())} (default: Python's own)",
+        help=f"text, or ids as .npy or .json, for {either([*calibrated(), *in_blocks()])} (default: Python's own)",
     )  # fmt: skip
     _lock(sub)
+
+
+def _usual() -> str:
+    return "default: " + ", ".join(f"{row.block} for {row.name}" for row in in_blocks())
 
 
 def _quantization(row: Quantization) -> str:
@@ -156,6 +169,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
     sub.add_argument("--cuda-graph", action="store_true", help="on a GPU: repeat decoding from a CUDA graph")
+    _speculation(sub, "auto")
     _backend(sub)
 
 
@@ -198,6 +212,7 @@ def serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--batch-invariant", action="store_true", help="alike to the last bit in any company; each step runs all slots"
     )
+    _speculation(sub, "off")
     sub.add_argument("--unvalidated", action="store_true", help="serve what no report says is right")
     sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")
     sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
@@ -251,6 +266,23 @@ def _lock(sub: argparse.ArgumentParser) -> None:
         "--lock-timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS",
         help=f"how long to wait for another command that writes this bundle (default: {TIMEOUT:.0f})",
     )  # fmt: skip
+
+
+def _speculation(sub: argparse.ArgumentParser, usual: str) -> None:
+    sub.add_argument(
+        "--speculate", type=_guesses, metavar="auto|off|N",
+        help=f"guess tokens and look at them together: as many as pay, none, at most N a step (default: {usual})",
+    )  # fmt: skip
+    sub.add_argument("--draft", type=Path, metavar="BUNDLE", help="a smaller model on the same tokens, which guesses")
+
+
+def _guesses(text: str) -> str | int:
+    if text in ("auto", "off"):
+        return text
+    try:
+        return _positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{cut(text)!r} is neither auto nor off nor a number from 1 on") from None
 
 
 def _seconds(text: str) -> float:

@@ -5,9 +5,14 @@ The command line reads these rows, so they name the module that does the work in
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from fope_export.dtypes import FP16, FP32, Dtype
+
+BlockSize: TypeAlias = Literal[32, 64, 128, 256]
+"""Inputs of a layer that may share a step."""
+RoundingName: TypeAlias = Literal["nearest", "compensated"]
+NEAREST, COMPENSATED = "nearest", "compensated"
 
 
 class Since(NamedTuple):
@@ -40,6 +45,10 @@ class Quantization:
     """The oldest GPU that TensorRT multiplies it on: 89 is sm89."""
     product: str = ""
     """What older ones lack, in words."""
+    block: int = 0
+    """Inputs of a layer that share a step, unless somebody says how many; 0 where all of them do."""
+    compensates: bool = False
+    """Whether weights in blocks are rounded with the layers' inputs in mind, unless somebody says how."""
     growth: float
     """How much of itself a text's perplexity may grow by."""
     blocked: bool = True
@@ -71,14 +80,19 @@ _blocks = partial(Quantization, home="fope_export.graph.quantize", dtypes=(FP32,
 _qdq = partial(
     Quantization, home="fope_export.graph.qdq", since=(Since((1, 32), FP16), Since((1, 24), None)), engines=True
 )
-INT4 = _blocks(name="int4", element="INT4", growth=0.03)
-INT8 = _blocks(name="int8", element="INT8", growth=0.005)
+INT4 = _blocks(name="int4", element="INT4", block=128, compensates=True, growth=0.03)
+INT8 = _blocks(name="int8", element="INT8", block=128, growth=0.005)
 INT8_QDQ = _qdq(name="int8-qdq", element="INT8", recipe="INT8_DEFAULT_CFG", growth=0.02)
 FP8_QDQ = _qdq(
     name="fp8-qdq", element="FLOAT8E4M3FN", recipe="FP8_DEFAULT_CFG", growth=0.01, architecture=89, product="float8"
 )
 QUANTIZATIONS = {row.name: row for row in (INT4, INT8, INT8_QDQ, FP8_QDQ)}
 """By name."""
+
+
+def in_blocks() -> list[Quantization]:
+    """The rows that round weights in blocks."""
+    return [row for row in QUANTIZATIONS.values() if row.block]
 
 
 def calibrated() -> list[Quantization]:

@@ -20,6 +20,7 @@ from fope_export.bench_report import bench_record, print_bench
 from fope_export.benchmark.contenders import PEERS
 from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.benchmark.shapes import SHAPES, write_checkpoint
+from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
 from fope_export.graph.optimize import TARGETS, optimize
@@ -34,15 +35,21 @@ KINDS = {
 }  # fmt: skip
 
 
-def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
-    """One bundle: exported, validated, timed."""
+def made(checkpoint: Path, kind: str, stage: Stages) -> Bundle:
+    """The bundle, which `--keep` may have left."""
+    if (folder := checkpoint.with_name(f"{checkpoint.name}-{kind}")).exists():
+        return Bundle.open(folder)
     stage("exporting")
-    bundle = export(checkpoint, checkpoint.with_name(f"bundle-{kind}"), KINDS[kind])
+    bundle = export(checkpoint, folder, KINDS[kind])
     for target in TARGETS:
         bundle = optimize(bundle, target)
     stage("validating")
-    parity = validate(bundle, lengths=(1, 64))
-    bundle = write_parity(bundle, parity)
+    return write_parity(bundle, validate(bundle, lengths=(1, 64)))
+
+
+def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
+    """One bundle: exported, validated, timed."""
+    bundle = made(checkpoint, kind, stage)
     result = bench(bundle, config, stage=stage)
     stage.finish()
     print_bench(bundle, result, RESULTS)
@@ -59,6 +66,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--sittings", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--keep", type=Path, help="folder in which checkpoints and validated bundles stay for later runs"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     config = BenchConfig(
@@ -69,12 +79,13 @@ def main() -> None:
     records: dict[str, dict[str, Any]] = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
-            checkpoint = Path(name) / "checkpoint"
-            parameters = write_checkpoint(shape, "fope", checkpoint) // 4
+            checkpoint = (args.keep or Path(name)) / shape
+            if not checkpoint.exists():
+                write_checkpoint(shape, "fope", checkpoint)
             for kind in args.kinds:
                 with stages(f"{shape}, {kind}") as stage:
                     record = measure(checkpoint, kind, config, stage)
-                records[f"{shape}, {kind}"] = {"shape": shape, "kind": kind, "parameters": parameters} | record
+                records[f"{shape}, {kind}"] = {"shape": shape, "kind": kind} | record
                 args.out.parent.mkdir(exist_ok=True)
                 args.out.write_text(json.dumps(records, indent=2) + "\n")
     print(args.out)

@@ -37,7 +37,7 @@ from fope_export.corpus import as_tokens, python_source
 from fope_export.demo import shipped
 from fope_export.evaluation import loss_by_length
 from fope_export.graph.export import export
-from fope_export.graph.quantize import BLOCK, OPERATOR
+from fope_export.graph.quantize import OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.quantized import cost_of
 
@@ -64,7 +64,8 @@ def size(bundle: Bundle) -> float:
 
 def quality(folder: Path) -> dict[str, Any]:
     """Perplexity, its growth over fp32's, divergence and size of the shipped model, by kind."""
-    text, kinds, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], {}, 0.0
+    text, plain = as_tokens(python_source(held_out=True))[: SCORED + 1], 0.0
+    kinds: dict[str, dict[str, Any]] = {}
     for kind, config in KINDS.items():
         bundle = export(shipped("fope"), folder / f"shipped {kind}", config)
         trained, backend = source_of(bundle).config.training_length, load_backend(bundle)
@@ -72,6 +73,7 @@ def quality(folder: Path) -> dict[str, Any]:
         plain = plain or perplexity
         growth = round(100 * (perplexity / plain - 1), 3)
         kinds[kind] = {"perplexity": round(perplexity, 5), "growth_percent": growth, "model_MB": size(bundle)}
+        kinds[kind]["written"] = bundle.manifest.export.described
         if config.quantize:
             model = source_of(bundle).model.converted(config)
             kinds[kind]["mean_kl_nats"] = float(f"{cost_of(bundle, model, backend).kl:.3g}")
@@ -123,7 +125,7 @@ def main() -> None:
         timed = speed(Path(name), args.shape, args.rounds)
     machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
     machine["load"] = [round(load, 1) for load in os.getloadavg()]  # of 1, 5 and 15 minutes
-    record = {"machine": machine, "block_size": BLOCK, "shipped": measured, "speed": timed}
+    record = {"machine": machine, "shipped": measured, "speed": timed}
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(record, indent=2) + "\n")
     quality_table = Table("shipped model", "perplexity", "growth, %", "mean KL", "MB", box=None)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from fope_export.bundle import Bundle
-from fope_export.config import ExportConfig, ModelConfig
+from fope_export.config import ExpertsConfig, ExportConfig, ModelConfig
 from fope_export.errors import BackendError
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
@@ -57,6 +57,14 @@ def spectra(kind: str, layers: int, heads: int, head_dim: int, length: int) -> l
     return [rotary.spectrum for rotary in made]
 
 
+def mixture(**fields: Any) -> ExpertsConfig:
+    """Of 8 experts, of which a token has 4, in the second layer of two."""
+    usual: dict[str, Any] = {
+        "count": 8, "per_token": 4, "intermediate_size": 64, "groups": 1, "normalize": True, "layers": (1,)
+    }  # fmt: skip
+    return ExpertsConfig(**usual | fields)
+
+
 def small_decoder(kind: str = "fope", *, heads: int = 4, kv_heads: int = 4, length: int = 64, **fields: Any) -> Decoder:
     """Two layers unless told otherwise, head_dim 16, 256 bytes of vocabulary, random weights."""
     made = spectra(kind, fields.get("num_layers", 2), kv_heads, 16, length)
@@ -70,6 +78,8 @@ def small_decoder(kind: str = "fope", *, heads: int = 4, kv_heads: int = 4, leng
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.add_(0.1 * torch.randn(parameter.shape))
+        if parameter.dim() == 3 and "feed_forward" in name:
+            parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
     for attention, spectrum in zip(model.attentions(), made, strict=True):
         attention.rotary = FopeRotary.from_spectrum(spectrum)
     return model

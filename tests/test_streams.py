@@ -93,7 +93,7 @@ def test_a_character_that_the_terminal_lacks_has_a_stand_in(encoding: str, print
     done = run(arrow, **narrow)
     assert (done.returncode, done.stdout.strip()) == (0, printed), done.stderr
     done = run(arrow, "--json", **narrow)
-    assert json.loads(done.stdout) == [{"prompt": "A", "text": "\u2192B"}]
+    assert json.loads(done.stdout) == [{"prompt": "A", "text": "\u2192B", "tokens_per_step": 1.0}]
 
 
 def test_a_closed_output_is_no_mistake(arrow: Bundle) -> None:

@@ -73,7 +73,7 @@ class Slots(Protocol):
         ...
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Have the row `target` be the first `tokens` of another, `source`, which has as many."""
+        """Have the row `target` be the first `tokens` of `source`, another or the same, which has as many."""
         ...
 
     def free(self, slot: int) -> None:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from fope_export.backends.base import Feeds, Ids, Logits, counts_of
 from fope_export.bundle import Bundle
-from fope_export.dtypes import DTYPES
+from fope_export.dtypes import BF16, DTYPES, FP32
 from fope_export.errors import BackendError, cut, require
 from fope_export.manifest import OPENVINO
 
-CACHES = {"float32": np.float32, "bfloat16": np.uint16}
+CACHES = {FP32.precision: np.float32, BF16.precision: np.uint16}
 """NumPy's numbers with as many bits as a cache's."""
-SHORT = {"float32": "f32", "bfloat16": "bf16"}
+SHORT = {FP32.precision: "f32", BF16.precision: BF16.name}
 """OpenVINO's names of what it computes in."""
 ROUNDED_TOGETHER = 32
 """Inputs of a linear layer that share a scale where they are rounded."""
@@ -86,7 +86,7 @@ class PagedSlots:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         used = -(-tokens // self._backend.page)
-        for tensor in self.tensors:
+        for tensor in self.tensors if source != target else ():
             tensor[target * self._pages :][:used] = tensor[source * self._pages :][:used]
         self.lengths[target] = tokens
 
@@ -240,7 +240,7 @@ def arithmetic(bundle: Bundle) -> str:
     multiplies in it, else float32. Raises BackendError without OpenVINO.
     """
     dtype = DTYPES[bundle.manifest.export.dtype]
-    return dtype.precision if dtype.precision in CACHES and (dtype.widened is None or _halves()) else "float32"
+    return dtype.precision if dtype.precision in CACHES and (dtype.widened is None or _halves()) else FP32.precision
 
 
 def hints(bundle: Bundle) -> dict[str, str]:

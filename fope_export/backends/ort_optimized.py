@@ -170,7 +170,7 @@ class OrtSlots:
         self._decoding = None
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        for tensor in self.tensors:
+        for tensor in self.tensors if source != target else ():
             tensor[target, :, :tokens] = tensor[source, :, :tokens]
         self.lengths[target] = tokens
 

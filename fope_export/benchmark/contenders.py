@@ -208,7 +208,7 @@ def _read_by_a_token(config: ModelConfig, weights: int, width: int) -> int:
 
 def _export_ours(target: str, job: Job) -> None:
     like = Bundle.open(job.bundle, verify=False).manifest.export
-    _export_twin(target, ExportConfig(dtype=like.dtype, quantize=like.quantize), job)
+    _export_twin(target, ExportConfig(dtype=like.dtype, quantize=like.quantize, block=like.block), job)
 
 
 def _export_twin(target: str, config: ExportConfig, job: Job) -> None:

@@ -1,10 +1,12 @@
 """Checkpoint to bundle: torch.export, torch.onnx, passes, checker, manifest."""
 
+import gc
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,21 @@ from torch.export import Dim, ExportedProgram
 
 from fope_export.bundle import Bundle, check_target, creating, finish_manifest
 from fope_export.config import ExportConfig, ModelConfig
-from fope_export.dtypes import FP16, either
-from fope_export.errors import ConfigError, ExportError
+from fope_export.dtypes import FP16
+from fope_export.errors import ExportError
 from fope_export.graph import passes
-from fope_export.graph.calibration import Ranges, calibrate, calibration_windows
 from fope_export.graph.companions import companions
+from fope_export.graph.measuring import measured_on, sampled
+from fope_export.graph.repetition import first_layers, repeat, repeats
 from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
 from fope_export.graph.translation import TRANSLATIONS
-from fope_export.graph.ways import way_of
+from fope_export.graph.ways import Measured, way_of
 from fope_export.hashing import HashedFile, Hashing
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file
 from fope_export.model.checkpoint import Checkpoint, open_checkpoint
 from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
-from fope_export.quantizations import calibrated
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in model.onnx; the others go to model.onnx.data."""
@@ -57,10 +59,11 @@ def export(
 
     A bundle that stands there is replaced; the same checkpoint and `config` give the same bytes. `adapter` is a folder
     with a LoRA adapter that PEFT saved, which is merged into the checkpoint first. `calibration` is a
-    file of text or token ids, on which ranges are measured where `config` rounds inputs of linear layers; without it,
-    the source of Python's standard library is. Another writer of `out` is waited for, for `lock_timeout` seconds.
-    `report` is told each stage as it begins, and `progress` how many bytes of weights are written, and how many there
-    are.
+    file of text or token ids, on which is measured what `config` needs to round linear layers; without it, the source
+    of Python's standard library is. Where `config` does not say how weights in blocks are rounded, they are compensated
+    if a file is given, or if that is usual and the checkpoint has a tokenizer. Another writer of `out` is waited for,
+    for `lock_timeout` seconds. `report` is told each stage as it begins, and `progress` how many bytes of weights are
+    written, and how many there are.
 
     Raises CheckpointError where the checkpoint cannot be read, ConfigError where it and `config` do not go together,
     BundleError where `out` holds something else, ExportError where the model cannot be written, and BackendError where
@@ -74,13 +77,13 @@ def export(
     check_target(out)
     report("reading the checkpoint")
     source = open_checkpoint(checkpoint, adapter=adapter)
-    config = (config or ExportConfig()).resolved(source.config.training_length)
+    config, windows = sampled(source, (config or ExportConfig()).resolved(source.config.training_length), calibration)
     outline, weights = source.outline.converted(config), ConvertedWeights(source, config)
     require_space(out, sum(parameter.nbytes for parameter in outline.parameters()))
     with creating(out, lock_timeout=lock_timeout) as folder, Hashing(source.files) as hashes:
-        ranges = _ranges(source, config, calibration, report)
+        measured = measured_on(windows, weights, outline, report)
         report("tracing and translating")
-        model = to_onnx(outline, config, ranges, weights.pieces)
+        model = to_onnx(outline, config, measured, weights.pieces)
         report(f"writing {weight_bytes(model) / 1e6:,.0f} MB")
 
         def written(done: int, total: int) -> None:
@@ -97,23 +100,6 @@ def export(
         add_plain_file(folder / MODEL, config)
         manifest = finish_manifest(folder, _manifest(source, config, model, outline, hashes()), digests)
     return Bundle(out, manifest)
-
-
-def _ranges(
-    source: Checkpoint, config: ExportConfig, file: Path | None, report: Callable[[str], None]
-) -> dict[str, Ranges]:
-    """What calibration finds, where the config asks for it."""
-    if not (config.quantize and config.calibrated):
-        if file:
-            raise ConfigError(
-                f"{file} calibrates nothing", hint=f"Choose quantize {either(calibrated())}, or leave it out."
-            )
-        return {}
-    report("calibrating")
-    windows = calibration_windows(
-        source.tokenizer_folder, file, source.config.vocab_size, source.config.training_length
-    )
-    return calibrate(source.model.converted(config), config.quantize, windows)
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -161,7 +147,7 @@ def _written(tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: Hashed
     """Where in `file`, whose path is `data`, a tensor's numbers now are; itself where it is small."""
     if tensor.nbytes <= INLINE_BYTES:
         return tensor
-    assert isinstance(numbers, ir.Tensor | ir.LazyTensor)
+    assert isinstance(numbers, ir.Tensor | ir.PackedTensor | ir.LazyTensor)
     start = file.size
     numbers.tofile(file)
     return ir.ExternalTensor(
@@ -225,24 +211,26 @@ def _port(value: ir.Value) -> Port:
 def to_onnx(
     model: Decoder,
     config: ExportConfig,
-    ranges: Mapping[str, Ranges] | None = None,
+    measured: Measured = None,
     numbers: Numbers | None = None,
 ) -> ir.Model:
     """The decoder as an ONNX graph with the contract's names for inputs and outputs; batch, new tokens and past may be
-    of any size. `ranges` are those of `calibrate`, where `config` rounds inputs; `numbers` gives those of weights that
+    of any size. What was `measured` goes into the rounding of linear layers; `numbers` gives those of weights that
     `model` has on the device "meta".
 
     Weights are not copied: they are read when the result is saved, or here where they are quantized.
     """
-    inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", model.config)]
-    outputs = ["logits", *cache_names("present", model.config)]
+    whole = without_numbers(model) if numbers else model
+    traced = first_layers(whole) if repeats(whole) else whole
+    inputs = ["input_ids", "attention_mask", "position_ids", *cache_names("past_key_values", traced.config)]
+    outputs = ["logits", *cache_names("present", traced.config)]
     with quiet():
-        program = trace(
-            without_numbers(model) if numbers else model, config.capacity or 0, position_axes=config.position_axes
-        )
-        finished = lower(program, config, inputs, outputs, _dimensions, numbers)
+        program = trace(traced, config.capacity or 0, position_axes=config.position_axes)
+        complete = partial(repeat, model=whole) if traced is not whole else None
+        finished = lower(program, config, inputs, outputs, _dimensions, numbers, complete)
     if row := config.quantization:
-        way_of(row).write(row.name, ranges or {})(finished)
+        for edit in way_of(row).write(config, measured):
+            edit(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(
@@ -258,11 +246,12 @@ def lower(
     outputs: Sequence[str],
     dimensions: Callable[[ir.Model], Mapping[str, str]],
     numbers: Numbers | None = None,
+    complete: Callable[[ir.Graph], None] | None = None,
 ) -> ir.Model:
     """What torch traced, as an ONNX model: translated, optimized, and with every rotation a call of one function.
 
     Inputs and outputs get these names, in order. `dimensions` is given the translated model and says which of torch's
-    symbols gets which name as a size. `numbers` are as for `to_onnx`.
+    symbols gets which name as a size. `numbers` are as for `to_onnx`; `complete` is given the translated graph first.
 
     Raises ExportError where the model writes to a buffer of its own.
     """
@@ -282,6 +271,8 @@ def lower(
             f"the model writes to its buffer {next(iter(written.values()))}",
             hint="A graph has no memory: make it an input and an output.",
         )
+    if complete:
+        complete(onnx_program.model.graph)
     if numbers:
         give_numbers(onnx_program.model.graph, numbers)
     passes.TransposeWeights()(onnx_program.model)
@@ -352,13 +343,18 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal,
+    and the collector from going through what tracing makes again and again, of which almost nothing is garbage.
+    """
+    logger, collecting = logging.getLogger("torch.onnx._internal.exporter._registration"), gc.isenabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg|torch")
             yield
     finally:
         logger.setLevel(level)
+        if collecting:
+            gc.enable()

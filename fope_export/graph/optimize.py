@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, Top
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError, ExportError, cut
 from fope_export.graph.companions import for_genai
+from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import check
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
 from fope_export.graph.passes import widening
@@ -27,7 +28,9 @@ from fope_export.place import OURS
 from fope_export.scratch import scratch
 
 ONNXRUNTIME, OPENVINO = TARGETS = ("onnxruntime", "openvino")
-FUSIONS: tuple[InPlacePass, ...] = (ShareSeries(), FuseAttention(), KeepLastLogits(), FuseSkipNorm())
+FUSIONS: tuple[InPlacePass, ...] = (
+    ShareSeries(), FuseAttention(), KeepLastLogits(), FuseExperts(), FuseSkipNorm()
+)  # fmt: skip
 
 
 def _save(model: ir.Model, path: Path) -> None:

@@ -14,13 +14,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from fope_export.config import ExportConfig
 from fope_export.errors import require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantized, Rounding, array_of, linear_weight
+from fope_export.graph.ways import Measured, Quantized, Rounding, array_of, linear_weight
 from fope_export.quantizations import QUANTIZATIONS
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -163,9 +164,10 @@ class ExactInputs(Pass):
             raise PostconditionError(f"{left[0]} rounds its inputs")
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> InsertQdq:
-    """The pass that rounds weights, and inputs within their `ranges` by layer, as the row `kind` says."""
-    return InsertQdq(kind, ranges)
+def write(config: ExportConfig, measured: Measured) -> list[Pass]:
+    """The pass that rounds weights, and inputs within the ranges that were `measured`, as the config's row says."""
+    assert config.quantize and isinstance(measured, Mapping)
+    return [InsertQdq(config.quantize, measured)]
 
 
 def exact() -> list[Pass]:

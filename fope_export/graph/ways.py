@@ -9,9 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from fope_export.config import ExportConfig
 from fope_export.graph.base import Pass
 from fope_export.graph.calibration import Ranges
+from fope_export.graph.compensation import Moments
 from fope_export.quantizations import Quantization
+
+Measured = Mapping[str, Ranges] | Moments | None
+"""On sample text: the ranges of layers by name, where inputs are rounded too; or their inputs' moments."""
 
 
 class Rounding(NamedTuple):
@@ -24,25 +29,30 @@ class Rounding(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """A linear layer as a file holds it."""
+    """A weight of a linear layer, or of all of a mixture's experts, as a file holds it."""
 
     module: str
-    weight: NDArray[np.float64]  # [outputs, inputs]
-    allowed: NDArray[np.float64]  # [outputs, inputs], how far from it the original may have been
+    weight: NDArray[np.float64]  # [outputs, inputs], or [experts, outputs, inputs]
+    allowed: NDArray[np.float64]  # the same, how far from it the original may have been
     rounding: Rounding | None = None  # of its inputs
+    leaf: str = "weight"
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.leaf}"
 
 
 class Way(Protocol):
     """One way to round linear layers: the functions of the module that a row of `QUANTIZATIONS` names as its `home`."""
 
-    def write(self, kind: str, ranges: Mapping[str, Ranges]) -> Pass:
-        """The pass that rounds a graph's linear layers as the row `kind` says; `ranges` are what `calibrate` found by
-        the layer's name, none for weights alone. Raises BackendError where the quantizer is not installed.
+    def write(self, config: ExportConfig, measured: Measured) -> list[Pass]:
+        """The passes that round a graph's linear layers as a resolved `config` says, with what was measured for it.
+        Raises BackendError where the quantizer is not installed.
         """
         ...
 
     def read(self, path: Path) -> Iterator[Quantized]:
-        """Every linear layer that the pass has rounded in the ONNX file at `path`, one at a time."""
+        """Every weight that the pass has rounded in the ONNX file at `path`, one at a time."""
         ...
 
     def exact(self) -> list[Pass]:

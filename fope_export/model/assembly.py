@@ -12,6 +12,7 @@ from fope_export.errors import CheckpointError
 from fope_export.model.decoder import Decoder
 from fope_export.model.fp8 import SCALE
 from fope_export.model.layouts.base import Layout, Pieces, WeightMap
+from fope_export.model.tensors import release
 
 PIECE = 1 << 22
 """Numbers of a large tensor that are made at once, where it can be made in pieces."""
@@ -117,10 +118,13 @@ class Weights:
             for i in range(0, len(sources), each):
                 parts = [_numbers(self.weight_map, self.stored, source, self.path) for source in sources[i : i + each]]
                 yield self._finite(name, self.weight_map.made(name, parts))
+                for part in parts:
+                    release(part)
         elif kind is Pieces.ROWS and sources:
             for source in sources:
                 for part in _rows(self.weight_map, self.stored, source, self.path):
                     yield self._finite(name, self.weight_map.made(name, [part]))
+                    release(part)
         else:
             yield self.whole(name)
 

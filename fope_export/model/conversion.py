@@ -64,6 +64,18 @@ class ConvertedWeights:
     def _folds(self, name: str) -> bool:
         return self.config.fold_padding and ATTENTION in name and ROTARY not in name
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """The rows `ids` [...] of the weight `name` [V, C], as [..., C]. Raises as `pieces`."""
+        found, start = (
+            torch.empty(*ids.shape, *self.source.weights.shapes[name][1:], dtype=DTYPES[self.config.dtype]),
+            0,
+        )
+        for piece in self.pieces(name):
+            here = (ids >= start) & (ids < start + len(piece))
+            found[here] = piece[ids[here] - start]
+            start += len(piece)
+        return found
+
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """As they are stored; in float32, folded, where that is asked for."""
         weights = self.source.weights

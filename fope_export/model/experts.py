@@ -23,16 +23,18 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         self.router = nn.Linear(hidden_size, config.count, bias=False)
-        self.proj = nn.Parameter(torch.empty(config.count, hidden_size, 2 * config.intermediate_size))
-        self.out = nn.Parameter(torch.empty(config.count, config.intermediate_size, hidden_size))
+        self.proj = nn.Parameter(torch.empty(config.count, 2 * config.intermediate_size, hidden_size))
+        """Rows of gate and up in turn, which is how ONNX Runtime's operator reads them too."""
+        self.out = nn.Parameter(torch.empty(config.count, hidden_size, config.intermediate_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, hidden] -> [B, S, hidden]."""
         tokens = x.flatten(0, 1)
         weights = self.route(tokens).to(x.dtype)
-        up, gate = (tokens @ self.proj).chunk(2, dim=-1)  # [N, T, I] each
-        inner = nn.functional.silu(gate) * up * weights.T[..., None]
-        out: Tensor = (inner @ self.out).sum(0).view_as(x)
+        projected = self.proj @ tokens.T
+        gate, up = projected[:, ::2], projected[:, 1::2]  # [N, I, T] each
+        inner = nn.functional.silu(gate) * up * weights.T[:, None]
+        out: Tensor = (self.out @ inner).sum(0).T.reshape(x.shape)
         return out
 
     def route(self, tokens: Tensor) -> Tensor:
@@ -44,3 +46,8 @@ class Experts(nn.Module):
         best, where = grouped.topk(c.per_token // c.groups, dim=-1)
         chosen = torch.zeros_like(grouped).scatter(-1, where, best).flatten(1)
         return chosen / (chosen.sum(-1, keepdim=True) + TINY) if c.normalize else chosen
+
+
+def interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """[N, I, hidden] each -> rows in turn [N, 2 I, hidden], as `Experts.proj` has them."""
+    return torch.stack((gate, up), dim=2).flatten(1, 2)

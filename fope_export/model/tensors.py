@@ -3,7 +3,9 @@
 Nothing in a file is executed, and what comes out is dense and strided with numbers behind every element.
 """
 
+import ctypes
 import math
+import mmap
 import pickle
 import warnings
 import zipfile
@@ -24,6 +26,8 @@ AGAIN = "The file looks truncated or damaged: copy it again."
 DENSE = "Save dense tensors from the CPU; quantized (but for blockwise FP8) and sparse checkpoints are not read."
 NAME = 1000
 """Characters of a tensor's name at most."""
+PAGE_OUT = 21
+"""Linux's MADV_PAGEOUT, since 5.4."""
 PAGE = 1 << 16
 """Bytes that a file of tensors may hold less than they take together: alignment, and a storage that ends early."""
 
@@ -115,6 +119,16 @@ def _check_promises(tensors: Any, size: int, path: Path) -> None:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     if (promised := sum(storages.values())) > size + PAGE:
         raise CheckpointError(f"{path}: its tensors claim {promised:,} bytes, the file has {size:,}", hint=AGAIN)
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a mapped file's pages that hold `tensor`, which it may have; they are read again when
+    they are needed, and memory that is no file's keeps its numbers.
+    """
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:  # an older Linux refuses, and then they stay
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGE_OUT)
 
 
 def read_array(path: Path, *, hint: str) -> NDArray[Any]:

@@ -45,7 +45,7 @@ class Rounded:
         taken = {}
         while (layer := self._next) is not None and layer.module.startswith(prefix):
             weight = torch.from_numpy(layer.weight)
-            taken[f"{layer.module}.weight"] = weight.to(precision).double() if layer.rounding else weight
+            taken[layer.name] = weight.to(precision).double() if layer.rounding else weight
             self._next = next(self._layers, None)
         return taken
 
@@ -88,12 +88,7 @@ class Layerwise:
         return {kind: self._layer(number, rounded, kind, x) for kind, x in given.items()}
 
     def _embedded(self, given: Mapping[Kind, Tensor]) -> dict[Kind, Tensor]:
-        ids, embed = given[DOUBLE], self.outline.embed.weight
-        rows, start = torch.empty(*ids.shape, embed.shape[1], dtype=embed.dtype), 0
-        for piece in self.weights.pieces("embed.weight"):
-            here = (ids >= start) & (ids < start + len(piece))
-            rows[here] = piece[ids[here] - start]
-            start += len(piece)
+        rows = self.weights.rows("embed.weight", given[DOUBLE])
         return {kind: self._placed([rows], rows.shape, kind, 0) for kind in given}
 
     def _layer(self, number: int, rounded: Mapping[str, Tensor], kind: Kind, x: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from fope_export.dtypes import FP32
 from fope_export.errors import BackendError, BundleError
 from fope_export.graph.ways import Quantized, Rounding, way_of
 from fope_export.model.decoder import Decoder
+from fope_export.model.experts import Experts
 from fope_export.parity.judge import Floats, divergence, log_softmax
-from fope_export.quantizations import QUANTIZATIONS
+from fope_export.quantizations import COMPENSATED, QUANTIZATIONS
 from fope_export.tokens import Tokenizer
 
 SCORED = 1 << 14
@@ -47,7 +48,7 @@ class Cost:
     quantized: float | None
     """The same with the bundle."""
     strays: tuple[str, ...]
-    """Weights further from the checkpoint's than rounding to the nearest step explains."""
+    """Weights further from the checkpoint's than rounding explains: to the nearest step, or up or down to the next."""
 
     @property
     def what(self) -> str:
@@ -112,8 +113,8 @@ def allowance_of(bundle: Bundle, model: nn.Module) -> float:
 def place_weights(
     bundle: Bundle, model: Decoder, arithmetic: str = "", kept: Callable[[Tensor], Tensor] = lambda weight: weight
 ) -> None:
-    """Give the linear layers of `model` the weights that the bundle's small numbers stand for, in the `arithmetic` that
-    a backend computes it in (else its own dtype), where `kept` puts them.
+    """Give the linear layers and experts of `model` the weights that the bundle's small numbers stand for, in the
+    `arithmetic` that a backend computes it in (else its own dtype), where `kept` puts them.
 
     Raises BackendError when the bundle names a layer that `model` lacks.
     """
@@ -123,7 +124,7 @@ def place_weights(
         if stored.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
             weight = weight.to(precision)
         # A new parameter, because an embedding may share the old one.
-        layer.weight = nn.Parameter(kept(weight.to(model.dtype)), requires_grad=False)
+        setattr(layer, stored.leaf, nn.Parameter(kept(weight.to(model.dtype)), requires_grad=False))
 
 
 def round_inputs(bundle: Bundle, model: Decoder) -> None:
@@ -147,15 +148,17 @@ def _layers(bundle: Bundle) -> Iterator[Quantized]:
 
 
 def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
+    halves = 2 if bundle.manifest.export.rounding == COMPENSATED else 1  # of a step
     for stored in _layers(bundle):
-        original = _layer(model, stored.module).weight.double().numpy()
-        if original.shape != stored.weight.shape or not (np.abs(stored.weight - original) <= stored.allowed).all():
-            yield f"{stored.module}.weight"
+        original = _layer(model, stored.module).get_parameter(stored.leaf).double().numpy()
+        allowed = stored.allowed * (halves if stored.leaf == "weight" else 1)  # experts are rounded to the nearest
+        if original.shape != allowed.shape or not (np.abs(stored.weight - original) <= allowed).all():
+            yield stored.name
 
 
-def _layer(model: Decoder, name: str) -> nn.Linear:
+def _layer(model: Decoder, name: str) -> nn.Linear | Experts:
     layer = dict(model.named_modules()).get(name)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear | Experts):
         raise BackendError(f"the graph quantizes {name}, which is no linear layer", hint="Export the checkpoint again.")
     return layer
 

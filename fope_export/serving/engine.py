@@ -2,59 +2,24 @@
 
 import math
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import count
 from threading import Lock
-from time import monotonic
-from typing import Any
+from time import monotonic, perf_counter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fope_export.backends.base import Backend, no_room
 from fope_export.errors import BackendError, BusyError, ConfigError
 from fope_export.serving.requests import Event, Failed, Finished, Handle, Request, Token, logprobs
-from fope_export.serving.sampling import Draw, sample
+from fope_export.serving.sampling import sample
+from fope_export.serving.speculation import Ahead, Speculation
+from fope_export.serving.work import Work
 
 SHARED = 16
 """Tokens that a prompt must begin as a slot does for these to be taken from there."""
-
-
-@dataclass
-class _Work:
-    """A request in a slot."""
-
-    handle: Handle
-    slot: int
-    fed: int = 0
-    """Tokens of its prompt that are in the slot."""
-    logits: NDArray[Any] | None = None
-    """[V], after the last token that was fed, once the prompt is."""
-    made: Counter[int] = field(default_factory=Counter)
-    """How often each token is in the answer."""
-    count: int = 0
-    """Tokens of the answer."""
-    last: int = 0
-    """The answer's newest token, which was not fed yet."""
-
-    @cached_property
-    def seen(self) -> NDArray[np.int64]:
-        """The prompt's tokens, each once."""
-        return np.unique(self.handle.request.prompt)
-
-    def draw(self, size: int) -> Draw:
-        """What its next token, of a vocabulary of `size`, depends on."""
-        request = self.handle.request
-        allowed = request.grammar.allowed() if request.grammar else None
-        if self.count < request.sampling.min_new_tokens and request.ends:
-            allowed = np.ones(size, np.bool_) if allowed is None else allowed
-            if (longer := allowed & ~np.isin(np.arange(size), list(request.ends))).any():
-                allowed = longer
-        place = len(request.prompt) + self.count
-        return Draw(request.sampling, place, request.choice, self.seen, self.made, allowed)
 
 
 @dataclass
@@ -66,6 +31,11 @@ class Counts:
     cached_tokens: int = 0
     """Those that were taken from a slot."""
     new_tokens: int = 0
+    looks: int = 0
+    """Steps of one answer that looked at guesses."""
+    guesses: int = 0
+    right_guesses: int = 0
+    """Those that were drawn."""
     failures: int = 0
     """Calls of the backend that failed."""
 
@@ -90,25 +60,34 @@ class Engine:
     def __init__(
         self, backend: Backend, slots: int = 8, *, room: int = 1024, chunk: int | None = None,
         budget: int | None = None, spare: int = 0, queue: int | None = None, queued_tokens: int | None = None,
-        invariant: bool = False,
+        invariant: bool = False, speculation: Speculation | None = None,
     ) -> None:  # fmt: skip
         """`slots` requests are answered at once, and as many more rows as `spare` says keep what ended ones held.
         `room` is as for `Backend.slots`. `chunk` tokens of a prompt are fed at a time: 0 is all, None what suits the
         backend. A step feeds no more than `budget` tokens of prompts, or one chunk: None is a chunk's, 0 no bound.
         `queue` requests may wait, with `queued_tokens` in their prompts together; None is no bound. With `invariant` a
         request is answered bit for bit alike whatever runs beside it and was asked before: every step runs all rows,
-        and of a prompt that was there only whole chunks are taken.
+        and of a prompt that was there only whole chunks are taken. `speculation` is how it guesses ahead, None not at
+        all.
+
+        Raises ConfigError for guesses with `invariant`: several tokens of a row are rounded otherwise than one.
         """
+        if invariant and speculation:
+            raise ConfigError(
+                "guesses are looked at in steps of several tokens, which are rounded otherwise than those of one",
+                hint="Leave --speculate and --draft out, or --batch-invariant.",
+            )
         self.counts = Counts()
         self._backend, self._limit, self._queue = backend, slots, (queue, queued_tokens)
         slots += spare
         self._slots, self._invariant = backend.slots(slots, room, whole=invariant), invariant
+        self._ahead = Ahead(speculation, backend, self._slots, room) if speculation else None
         size = backend.chunk if chunk is None else chunk
         self._chunk, self._budget = size or sys.maxsize, (size if budget is None else budget) or math.inf
         self._lock, self._closed = Lock(), False
         """Of `_waiting`, which other threads add to, and of `_closed`."""
         self._waiting: deque[Handle] = deque()
-        self._working: list[_Work] = []
+        self._working: list[Work] = []
         self._held: list[list[int]] = [[] for _ in range(slots)]
         """The tokens in each slot."""
         self._fed = [0] * slots
@@ -199,6 +178,8 @@ class Engine:
             self._tell(handle, Failed(cause) if cause else Finished("cancelled"))
         self._notify()
         self._slots.close()
+        if self._ahead:
+            self._ahead.close()
 
     def _dismiss(self) -> None:
         """Tell those that were cancelled, or whose deadline came."""
@@ -211,7 +192,7 @@ class Engine:
         for handle in leaving:
             self._tell(handle, Finished("cancelled" if handle.cancelled else "deadline"))
 
-    def _end(self, work: _Work, event: Finished | Failed) -> None:
+    def _end(self, work: Work, event: Finished | Failed) -> None:
         self._working.remove(work)
         self._left[work.slot] = next(self._leaving)
         if isinstance(event, Failed):  # nobody knows what it holds
@@ -227,7 +208,7 @@ class Engine:
                 handle = self._waiting.popleft()
             slot = self._slot_for(handle, free)
             free.remove(slot)
-            self._working.append(_Work(handle, slot))
+            self._working.append(Work(handle, slot))
 
     def _slot_for(self, handle: Handle, free: Set[int]) -> int:
         """One whose tokens are all the prompt's, else an empty one, else the one that was left first."""
@@ -247,31 +228,71 @@ class Engine:
             same = min(same, self._fed[slot]) // self._chunk * self._chunk
         return same if same >= SHARED else 0
 
-    def _decode(self) -> list[_Work]:
-        """Feed every answer its newest token; whose logits are new."""
+    def _decode(self) -> list[Work]:
+        """Feed every answer its newest token, alone or with guesses of what follows; whose logits are to be drawn."""
         ready = []
         for work in [work for work in self._working if work.logits is not None]:
             if (held := len(self._held[work.slot])) == self._slots.capacity:
                 self._end(work, Failed(no_room("tokens", held + 1, held)))
             else:
                 ready.append(work)
-        if not ready:
+        guesses = self._ahead.guess(ready, self._held) if self._ahead else [[] for _ in ready]
+        stepped = self._step([work for work, guess in zip(ready, guesses, strict=True) if not guess])
+        for work, guess in zip(ready, guesses, strict=True):
+            if guess:
+                self._look(work, guess)
+        return stepped
+
+    def _step(self, works: list[Work]) -> list[Work]:
+        """Feed these their newest tokens together; none where that fails."""
+        if not works:
             return []
+        started = perf_counter()
         try:
-            logits = self._slots.decode([work.slot for work in ready], [work.last for work in ready])
+            logits = self._slots.decode([work.slot for work in works], [work.last for work in works])
         except Exception as cause:
             self.counts.failures += 1
-            for work in ready:
+            for work in works:
                 self._end(work, Failed(cause))
             return []
-        for work, row in zip(ready, logits, strict=True):
+        if self._ahead:
+            self._ahead.stepped(len(works), perf_counter() - started)
+        for work, row in zip(works, logits, strict=True):
             work.logits = row
+            work.handle.steps += 1
             self._held[work.slot].append(work.last)
-        return ready
+        return works
 
-    def _feed(self) -> list[_Work]:
+    def _look(self, work: Work, guess: Sequence[int]) -> None:
+        """Feed one its newest token and guesses, and draw after each as long as the next is what was drawn."""
+        assert self._ahead
+        held, started = self._held[work.slot], perf_counter()
+        try:
+            fed = np.array([work.last, *guess], np.int64)
+            logits = self._slots.prefill(work.slot, fed, len(held), last=False)
+        except Exception as cause:
+            self.counts.failures += 1
+            self._end(work, Failed(cause))
+            return
+        seconds, before = perf_counter() - started, len(held)
+        work.handle.steps += 1
+        for row, token in zip(logits, fed, strict=True):
+            if work not in self._working or work.last != token:
+                break
+            held.append(work.last)
+            work.logits = row
+            self._draw([work])
+        right, started = len(held) - before - 1, perf_counter()
+        if right < len(guess) and work in self._working:
+            self._slots.copy(work.slot, work.slot, len(held))
+        self.counts.looks, self.counts.guesses = self.counts.looks + 1, self.counts.guesses + len(guess)
+        self.counts.right_guesses += right
+        work.handle.right_guesses += right
+        self._ahead.looked(work, len(guess), right, seconds + perf_counter() - started)
+
+    def _feed(self) -> list[Work]:
         """Feed prompts, first come first served; those that are whole now."""
-        fed, whole = 0, list[_Work]()
+        fed, whole = 0, list[Work]()
         for work in [work for work in self._working if work.logits is None]:
             try:
                 while work.logits is None:
@@ -290,14 +311,14 @@ class Engine:
                     self._end(work, Finished("length"))
         return whole
 
-    def _next_chunk(self, work: _Work) -> Sequence[int]:
+    def _next_chunk(self, work: Work) -> Sequence[int]:
         if not work.fed and work.handle.request.prompt_logprobs is None:
             work.fed = work.handle.cached = self._reuse(work)
             self.counts.cached_tokens += work.fed
             self.counts.prompt_tokens += work.fed
         return work.handle.request.prompt[work.fed : work.fed + self._chunk]
 
-    def _prefill(self, work: _Work, chunk: Sequence[int]) -> None:
+    def _prefill(self, work: Work, chunk: Sequence[int]) -> None:
         request, ids = work.handle.request, np.array(chunk, np.int64)
         if not work.fed:
             self._held[work.slot], self._fed[work.slot] = [], 0
@@ -316,7 +337,7 @@ class Engine:
         if work.fed == len(request.prompt):
             work.logits = logits[-1]
 
-    def _reuse(self, work: _Work) -> int:
+    def _reuse(self, work: Work) -> int:
         """Have the slot hold what it, or another, has of the prompt: how many tokens."""
         alike = [self._alike(work.handle, slot) for slot in range(self._slots.count)]
         source, slot = alike.index(max(alike)), work.slot
@@ -325,7 +346,7 @@ class Engine:
         self._held[slot], self._fed[slot] = self._held[source][: alike[source]], min(self._fed[source], alike[source])
         return alike[source]
 
-    def _draw(self, ready: Sequence[_Work]) -> None:
+    def _draw(self, ready: Sequence[Work]) -> None:
         """The next token of all whose logits are new; if that fails, of each by itself."""
         if not ready:
             return
@@ -342,7 +363,7 @@ class Engine:
         for work, token in zip(ready, tokens, strict=True):
             self._add(work, token)
 
-    def _add(self, work: _Work, token: int) -> None:
+    def _add(self, work: Work, token: int) -> None:
         request = work.handle.request
         assert work.logits is not None
         told = None if request.logprobs is None else logprobs(work.logits, token, request.logprobs)

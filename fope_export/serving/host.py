@@ -18,6 +18,7 @@ from fope_export.manifest import MANIFEST
 from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Failed, Handle, Request
 from fope_export.serving.sampling import SamplingParams
+from fope_export.serving.speculation import Speculation
 from fope_export.serving.structured import Following, Form, Forms
 from fope_export.tokens import GENERATION, Tokenizer, read_object
 
@@ -48,13 +49,18 @@ class Sizes:
 
 
 class Host:
-    """Answers requests about one bundle; any thread may call it. `load` makes its backend, in the engine's own thread.
+    """Answers requests about one bundle; any thread may call it. `load` makes its backend, in the engine's own thread,
+    and `speculation` how it guesses ahead.
 
     Raises BundleError where the bundle has no tokenizer.
     """
 
-    def __init__(self, name: str, bundle: Bundle, load: Callable[[], Backend], sizes: Sizes) -> None:
+    def __init__(
+        self, name: str, bundle: Bundle, load: Callable[[], Backend], sizes: Sizes,
+        speculation: Callable[[], Speculation | None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.name, self.bundle, self._load, self.sizes = name, bundle, load, sizes
+        self._speculate = speculation
         self.model = bundle.manifest.decoder()
         self.text = Tokenizer(bundle.path)
         self.chat = _chat(bundle.path)
@@ -121,13 +127,13 @@ class Host:
 
     def _run(self) -> None:
         try:
-            backend = self._load()
+            backend, speculation = self._load(), self._speculate()
         except Exception as cause:
             self.failure = cause
             return
         while not self._closing:
             try:
-                self._serve(backend)
+                self._serve(backend, speculation)
             except Exception as cause:
                 log.exception("the engine of %s failed", self.name)
                 self.failure = cause
@@ -135,8 +141,10 @@ class Host:
                 if self.engine is None:  # it never worked, or does not any more
                     break
         backend.close()
+        if speculation and speculation.draft:
+            speculation.draft.close()
 
-    def _serve(self, backend: Backend) -> None:
+    def _serve(self, backend: Backend, speculation: Speculation | None) -> None:
         """Until it is closed, or the engine fails; `engine` is None until a token was made."""
         self.engine = None
         sizes, token = self.sizes, bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
@@ -145,6 +153,7 @@ class Host:
         engine = Engine(
             backend, sizes.slots, room=room, chunk=sizes.chunk, spare=spare, queue=sizes.queue,
             queued_tokens=sizes.queued_tokens, invariant=sizes.batch_invariant,
+            speculation=speculation,
         )  # fmt: skip
         try:
             _probe(engine)

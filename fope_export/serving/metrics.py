@@ -22,6 +22,9 @@ SO_FAR: tuple[tuple[str, str, Callable[[Counts], int]], ...] = (
     ("generation_tokens", "Tokens of answers.", lambda counts: counts.new_tokens),
     ("prefix_cache_queries", "Tokens of prompts that were looked for.", lambda counts: counts.prompt_tokens),
     ("prefix_cache_hits", "Tokens of prompts that were there.", lambda counts: counts.cached_tokens),
+    ("spec_decode_num_drafts", "Steps that looked at guessed tokens.", lambda counts: counts.looks),
+    ("spec_decode_num_draft_tokens", "Tokens that were guessed.", lambda counts: counts.guesses),
+    ("spec_decode_num_accepted_tokens", "Of these, those that were drawn.", lambda counts: counts.right_guesses),
 )
 
 

@@ -92,6 +92,8 @@ class Handle:
         """Tokens, then Finished or Failed."""
         self.first = 0.0
         """When its first token came, by time.monotonic()."""
+        self.steps, self.right_guesses = 0, 0
+        """Steps of the model after the prompt's, and tokens that one of them gave beside its own."""
         self.cached = 0
         """Tokens of the prompt that were there already; known when the first event is."""
         self.prompt_logprobs: list[Logprobs] = []
@@ -105,6 +107,11 @@ class Handle:
     def late(self) -> bool:
         """Whether its deadline has come."""
         return self.request.deadline is not None and monotonic() >= self.request.deadline
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 where nothing was guessed, or nothing right."""
+        return 1 + self.right_guesses / max(self.steps, 1)
 
     def take(self) -> list[Event]:
         """What happened since the last call; it does not wait."""

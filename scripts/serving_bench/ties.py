@@ -1,5 +1,6 @@
 """Where an answer in company is another than alone: near-ties, by the measure of the rule of `validate`."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def differences(alone: Sequence[list[int]], beside: Sequence[list[int]]) -> list
     """The first of each pair of answers that has one."""
     found = []
     for number, (one, other) in enumerate(zip(alone, beside, strict=True)):
-        place = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+        place = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
         if place is not None:
             found.append(Difference(number, place, one[place], other[place]))
     return found
@@ -98,10 +99,22 @@ class Judge:
         request = asked[found.request]
         ids = np.array([[*request.prompt, *alone[found.request][: found.place]]], np.int64)
         truth = _logits(self._exact, ids)
-        noise = Noise.of(truth, [_logits(each, ids) for each in self._members], float(np.finfo(np.float32).eps))
-        allowed = float(noise.tied()[-1])
-        draw = Draw(request.sampling, ids.shape[1], request.choice)
+        allowed = self.allowed(truth, ids)
+        draw = _draw(request, alone[found.request][: found.place], truth.shape[1])
         return all(can_be(token, truth[-1], allowed, draw) for token in (found.alone, found.beside))
+
+    def allowed(self, truth: Floats, ids: Ids) -> float:
+        """How far the last logit of some tokens [1, S] may be from the truth [S, V]."""
+        noise = Noise.of(truth, [_logits(each, ids) for each in self._members], float(np.finfo(np.float32).eps))
+        return float(noise.tied()[-1])
+
+
+def _draw(request: Request, made: Sequence[int], size: int) -> Draw:
+    """What the token after those that were `made` depends on."""
+    early = len(made) < request.sampling.min_new_tokens and request.ends
+    allowed = ~np.isin(np.arange(size), list(request.ends)) if early else None
+    place = len(request.prompt) + len(made)
+    return Draw(request.sampling, place, request.choice, request.prompt, Counter(made), allowed)
 
 
 def _logits(backend: EagerBackend, ids: Ids) -> Floats:

@@ -25,7 +25,7 @@ def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
 
 
 FULL = machine("torch", "onnx", "onnxscript", "matplotlib", "polygraphy", "onnxruntime")
-EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", gpus=("NVIDIA H100",))
+EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", gpus=("NVIDIA H100",))
 BARE = machine("torch", "onnx", "onnxscript")
 
 
@@ -83,7 +83,7 @@ def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
         choose("torch", machine("onnxruntime"))
     with pytest.raises(BackendError, match="no backend 'tensorflow'") as caught:
         choose("tensorflow", FULL)
-    assert "onnxruntime, onnxruntime-cuda, tensorrt, torch" in caught.value.hint
+    assert "onnxruntime, openvino, onnxruntime-cuda, tensorrt, torch" in caught.value.hint
 
 
 def test_abilities_name_what_is_missing() -> None:

@@ -26,7 +26,7 @@ from fope_export.model.checkpoint import source_of
 from fope_export.parity.copies import exact
 from fope_export.parity.run import validate
 from fope_export.serving.sampling import SamplingParams
-from tests.conftest import small_decoder, write_native
+from tests.conftest import mixture, small_decoder, write_native
 from tests.support import EPS, answers, same_function, truth_of
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -35,6 +35,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "rope": {"kind": "rope"},
     "tied": {"tie_embeddings": True},
     "one layer": {"num_layers": 1},
+    "experts": {"experts": mixture(layers=(0, 1))},
+    "experts in groups": {"experts": mixture(groups=2, normalize=False)},
 }
 
 

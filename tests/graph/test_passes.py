@@ -1,7 +1,7 @@
 """Each pass alone: it keeps the model's numbers, needs what it says, and is caught where it does not do its work."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.calibration import Ranges
+from fope_export.graph.expert_weights import ExactExperts, QuantizeExperts, RoundExpertInputs
+from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
 from fope_export.graph.optimize import FUSIONS
@@ -34,14 +36,15 @@ from fope_export.graph.passes import (
     rewritten,
 )
 from fope_export.graph.qdq import ExactInputs, InsertQdq
-from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel
+from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel, nearest
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
-from tests.conftest import small_decoder
+from tests.conftest import mixture, small_decoder
 from tests.support import same_function, truth_of
 
 WIDEN = CastBFloat16ToFloat32(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
+ROUND, QMOE = QuantizeExperts("int4", 32, partial(nearest, 4)), RoundExpertInputs(INT8)
 RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
 
@@ -104,8 +107,11 @@ def without_function() -> ir.Model:
     return model
 
 
+BLOCKS = ExportConfig(quantize="int4", block=32)
+
+
 def product(model: ir.Model) -> ir.Model:
-    QuantizeWeights("int4")(model)
+    QuantizeWeights(BLOCKS)(model)
     return model
 
 
@@ -113,6 +119,33 @@ def rounded() -> ir.Model:
     model = decoder()
     InsertQdq("int8-qdq", RANGES)(model)
     return model
+
+
+@cache
+def mixed() -> ir.Model:
+    return to_onnx(small_decoder(experts=mixture()), ExportConfig().resolved(64))
+
+
+def experts(*edits: Pass) -> Callable[[], ir.Model]:
+    """A decoder with a mixture, after some passes."""
+    return lambda: Sequential(*edits)(mixed().clone()).model if edits else mixed().clone()
+
+
+def every_row(model: ir.Model) -> None:
+    """Gate and up are no rows in turn."""
+    for node in model.graph:
+        if node.op_type == "Slice":
+            node.replace_input_with(4, numbers_at(node, 3))
+
+
+def two_blocks(model: ir.Model) -> None:
+    next(node for node in model.graph if node.op_type == "DequantizeLinear").attributes["block_size"] = ir.AttrInt64(
+        "block_size", 16
+    )
+
+
+def no_integers(model: ir.Model) -> None:
+    next(node for node in model.graph if node.op_type == "QMoE").replace_input_with(11, None)
 
 
 def no_numbers(model: ir.Model) -> None:
@@ -176,7 +209,7 @@ ROWS = [
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
-    Row(QuantizeWeights("int4"), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(QuantizeWeights(BLOCKS), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
     Row(SetAccuracyLevel(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),
@@ -190,6 +223,11 @@ ROWS = [
     Row(FuseAttention(), lambda: before(FuseAttention), FuseAttention(), "the model has no attention", "is left"),
     Row(KeepLastLogits(), decoder, KeepLastLogits(), "the input logits_to_keep already", "the last norm sees all"),
     Row(KeepLastLogits(), decoder, no_kind("MatMul"), "logits is not made by MatMul", "the last norm sees all"),
+    Row(FuseExperts(), experts(), every_row, "no rows of gate and up in turn", "all experts of layers.1.feed_forward"),
+    Row(FuseExperts(), experts(), no_kind("ScatterElements"), "experts that nothing chose", "compute every token"),
+    Row(ROUND, experts(), every_row, "no rows of gate and up in turn", "layers.1.feed_forward are not quantized"),
+    Row(QMOE, experts(ROUND, FuseExperts()), two_blocks, "in two sizes of blocks", "reads its inputs as they are"),
+    Row(ExactExperts(), experts(ROUND, FuseExperts(), QMOE), no_integers, "that are no numbers", "rounds its inputs"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
 ]
 EACH = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{type(row.edit).__name__}: {row.needs}")

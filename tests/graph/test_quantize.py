@@ -1,5 +1,6 @@
 """Quantized weights: which they are, what their integers stand for, and the same bytes every time."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,17 @@ from onnx_ir.passes import PreconditionError
 
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.config import ExpertsConfig, ExportConfig
+from fope_export.config import ExportConfig, convert
 from fope_export.errors import ConfigError
 from fope_export.fope import contract
 from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export, to_onnx
-from fope_export.graph.quantize import OPERATOR, QuantizeWeights, read
+from fope_export.graph.optimize import optimize
+from fope_export.graph.quantize import OPERATOR, QuantizeWeights, block_of, read
+from fope_export.manifest import MANIFEST
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.run import validate
-from tests.conftest import small_decoder, write_native
+from tests.conftest import mixture, small_decoder, write_native
 from tests.spoiling import attributes
 
 LINEAR = ["attention.att_proj", "attention.attn_out", "feed_forward.ff_proj", "feed_forward.ff_out"]
@@ -64,7 +67,7 @@ def test_it_validates_and_says_what_it_is(quantized: Bundle, capsys: pytest.Capt
     assert main(["inspect", str(quantized.path)]) == 0
     assert f"{result.cost.kind} weights" in capsys.readouterr().out
     assert main(["inspect", str(quantized.model)]) == 0
-    assert "blocks of 32" in capsys.readouterr().out
+    assert "blocks of 128" in capsys.readouterr().out
     assert main(["run", str(quantized.path), "--prompt-ids", "1,2,3", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -104,7 +107,7 @@ def test_exporting_again_gives_the_same_bytes(quantized: Bundle, native: Path, t
 
 def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:
     checkpoint = write_native(small_decoder(tie_embeddings=True), tmp_path / "checkpoint")
-    made = export(checkpoint, tmp_path / "out", ExportConfig(quantize="int4"))
+    made = export(checkpoint, tmp_path / "out", ExportConfig(quantize="int4", block=32))
     nodes = {node.name: list(node.input) for node in onnx.load(made.model, load_external_data=False).graph.node}
     assert nodes["embed/Gather"][0] == "lm_head.weight" and nodes[f"lm_head/{OPERATOR}"][1] == "lm_head.weight.int4"
     assert validate(made, lengths=(64,)).passed
@@ -114,11 +117,37 @@ def test_a_tied_embedding_is_still_looked_up_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_router_keeps_its_weights() -> None:
-    experts = ExpertsConfig(count=4, per_token=2, intermediate_size=32, groups=1, normalize=True, layers=(1,))
-    model = to_onnx(small_decoder(experts=experts), ExportConfig(quantize="int4").resolved(64))
+    model = to_onnx(small_decoder(experts=mixture()), ExportConfig(quantize="int4").resolved(64))
     read = [value.name or "" for node in model.graph for value in node.inputs if value is not None]
     assert any(name.startswith("layers.1.feed_forward.router.weight") for name in read)
     assert not any("router.weight.int4" in name for name in read) and "lm_head.weight.int4" in read
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wanted", "block"),
+    [(512, 128, 128), (384, 256, 128), (96, 128, 32), (48, 256, 32), (1000, 64, 32), (64, 32, 32), (192, 128, 64)],
+)
+def test_a_block_divides_a_layers_inputs_or_is_the_smallest(inputs: int, wanted: int, block: int) -> None:
+    assert block_of(inputs, wanted) == block
+
+
+def test_blocks_without_small_weights_are_an_error(native: Path, tmp_path: Path) -> None:
+    for config in ({"block": 64}, {"rounding": "nearest"}, {"block": 64, "quantize": "int8-qdq"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(config))} is .* rounds no weights in blocks") as caught:
+            convert(config, ExportConfig, where="export")
+        assert caught.value.hint == "Choose quantize int4 or int8, or leave it out."
+    with pytest.raises(ConfigError, match="block"):
+        convert({"quantize": "int4", "block": 48}, ExportConfig, where="export")
+
+
+def test_a_bundle_of_before_says_nothing_of_blocks(native: Path, tmp_path: Path) -> None:
+    made = export(native, tmp_path / "out", ExportConfig(quantize="int4", block=32, rounding="nearest"))
+    data = json.loads((made.path / MANIFEST).read_text())
+    assert (data["export"].pop("block"), data["export"].pop("rounding")) == (32, "nearest")
+    (made.path / MANIFEST).write_text(json.dumps(data))
+    former = optimize(Bundle.open(made.path))
+    assert former.manifest.export.described == "opset 23, fp32, int4 weights, dynamic cache"
+    assert validate(former, lengths=(7, 64)).passed
 
 
 def test_a_model_without_a_linear_layer_is_an_error() -> None:
@@ -126,7 +155,7 @@ def test_a_model_without_a_linear_layer_is_an_error() -> None:
     for node in model.graph:
         node.domain, node.op_type = contract.DOMAIN, contract.NAME
     with pytest.raises(PreconditionError, match="no linear layer"):
-        QuantizeWeights("int4")(model)
+        QuantizeWeights(ExportConfig(quantize="int4").resolved(64))(model)
 
 
 def test_bfloat16_is_refused_with_the_fields_name(

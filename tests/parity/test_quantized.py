@@ -24,7 +24,7 @@ from fope_export.config import ExportConfig
 from fope_export.demo import shipped
 from fope_export.graph import calibration
 from fope_export.graph.export import export
-from fope_export.graph.quantize import BLOCK, EXACT, OPERATOR
+from fope_export.graph.quantize import EXACT, OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity import quantized
 from fope_export.parity.quantized import SCORED, allowance_of, cost_of
@@ -37,7 +37,7 @@ from tests.spoiling import attributes, weights
 
 @pytest.fixture(scope="module")
 def made(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(native, tmp_path_factory.mktemp("int4") / "out", ExportConfig(quantize="int4"))
+    return export(native, tmp_path_factory.mktemp("int4") / "out", ExportConfig(quantize="int4", rounding="nearest"))
 
 
 @pytest.fixture
@@ -45,17 +45,17 @@ def spoilable(made: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(made.path, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("inputs", [384, 3072])
-def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bundle, inputs: int) -> None:
+@pytest.mark.parametrize(("inputs", "block"), [(384, 32), (384, 128), (3072, 32), (3072, 256)])
+def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bundle, inputs: int, block: int) -> None:
     """Its error is as much larger than PyTorch's as the allowance says: no factor without a reason."""
     model = torch.nn.Sequential(torch.nn.Linear(inputs, 512, bias=False))
     allowed = allowance_of(made, model)
     assert allowed == pytest.approx((inputs / 384) ** 0.5)
-    rng, blocks = np.random.default_rng(0), inputs // BLOCK
+    rng, blocks = np.random.default_rng(0), inputs // block
     x = rng.standard_normal((16, inputs), np.float32)
-    integers = rng.integers(0, 256, (512, blocks, BLOCK // 2), np.uint8)
+    integers = rng.integers(0, 256, (512, blocks, block // 2), np.uint8)
     scales = rng.uniform(0.01, 0.03, (512, blocks)).astype(np.float32)
-    sizes: dict[str, Any] = {"K": inputs, "N": 512, "bits": 4, "block_size": BLOCK, "accuracy_level": EXACT}
+    sizes: dict[str, Any] = {"K": inputs, "N": 512, "bits": 4, "block_size": block, "accuracy_level": EXACT}
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(OPERATOR, ["x", "integers", "scales"], ["y"], domain="com.microsoft", **sizes)],
         "product",
@@ -66,7 +66,7 @@ def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bund
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
     content = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    levels = np.stack([integers & 15, integers >> 4], axis=-1).reshape(512, blocks, BLOCK).astype(np.float64)
+    levels = np.stack([integers & 15, integers >> 4], axis=-1).reshape(512, blocks, block).astype(np.float64)
     weight = ((levels - 8) * scales[..., None]).reshape(512, inputs)
     truth = x.astype(np.float64) @ weight.T
     products = session.run(None, {"x": x})[0], (torch.from_numpy(x) @ torch.from_numpy(weight).float().T).numpy()
@@ -79,8 +79,9 @@ def test_more_error_is_allowed_where_the_operator_adds_without_blocks(made: Bund
 def test_no_more_error_is_allowed_elsewhere(made: Bundle) -> None:
     wide, narrow = (torch.nn.Sequential(torch.nn.Linear(inputs, 8)) for inputs in (4096, 64))
     assert allowance_of(made, narrow) == 1 < allowance_of(made, wide)
+    plain = msgspec.structs.replace(made.manifest.export, block=None, rounding=None)
     for change in ({"quantize": None}, {"quantize": "int8-qdq"}, {"dtype": "fp16"}):
-        export = msgspec.structs.replace(made.manifest.export, **change)
+        export = msgspec.structs.replace(plain, **change)
         exported: Any = SimpleNamespace(manifest=SimpleNamespace(export=export))
         assert allowance_of(exported, wide) == 1
 
@@ -108,6 +109,48 @@ def test_a_spoiled_bundle_fails_and_the_layer_is_named_without_the_hash(name: st
     assert result.place.tensors == ((tensor,) if tensor else ())
     others = all(case.verdict.passed for case in result.cases) and not result.cost.failed
     assert not result.passed and not others and (module or tensor) in place(result)
+
+
+@pytest.fixture(scope="module")
+def compensated(native: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(native, tmp_path_factory.mktemp("compensated") / "out", ExportConfig(quantize="int4"))
+
+
+def two_steps(integers: np.ndarray) -> np.ndarray:
+    """The first one two steps further: one step could be another right rounding."""
+    integers = integers.copy()
+    integers[0, 0, 0] ^= 2
+    return integers
+
+
+COMPENSATED = SPOILED | {
+    "one integer": (weights("layers.0.attention.att_proj.weight.int4", two_steps), "",
+        "layers.0.attention.att_proj.weight"),
+    "zeros": (weights("layers.0.feed_forward.ff_out.weight.zero_points", lambda a: a ^ 2), "",
+        "layers.0.feed_forward.ff_out.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPENSATED)
+def test_a_spoiled_bundle_whose_weights_are_compensated_fails_too(
+    name: str, compensated: Bundle, tmp_path: Path
+) -> None:
+    spoil, module, tensor = COMPENSATED[name]
+    spoil(spoilt := Bundle.open(shutil.copytree(compensated.path, tmp_path / "bundle")))
+    result = validate(spoilt, lengths=(7, 64))
+    assert result.place is not None and (result.place.divergence is not None) == bool(module)
+    assert not result.passed and result.place.tensors == ((tensor,) if tensor else ())
+
+
+def test_compensated_weights_are_no_rounding_to_the_nearest(compensated: Bundle, native: Path) -> None:
+    """A bundle that says it was rounded so is held to it."""
+    export = msgspec.structs.replace(compensated.manifest.export, rounding="nearest")
+    said = replace(compensated, manifest=msgspec.structs.replace(compensated.manifest, export=export))
+    cost = cost_of(said, source_of(compensated).model, load_backend(compensated))
+    assert (
+        "lm_head.weight" in cost.strays
+        and not cost_of(compensated, source_of(compensated).model, load_backend(compensated)).strays
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,17 @@
 """Weights as int8 with a step for each output, in standard operators."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
+from fope_export.config import ExportConfig
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.calibration import Ranges
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Quantized, array_of, linear_weight
+from fope_export.graph.ways import Measured, Quantized, array_of, linear_weight
 from tests.toys import TOY
 
 
@@ -41,9 +41,9 @@ class RoundWeights(Pass):
         builder.graph.initializers.pop(weight.name)
 
 
-def write(kind: str, ranges: Mapping[str, Ranges]) -> RoundWeights:
-    assert kind == TOY.name and not ranges
-    return RoundWeights()
+def write(config: ExportConfig, measured: Measured) -> list[Pass]:
+    assert config.quantize == TOY.name and measured is None
+    return [RoundWeights()]
 
 
 def read(path: Path) -> Iterator[Quantized]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fope_export.config import ExpertsConfig, ModelConfig, SpectrumConfig, as_written, convert, tokens_of
 from fope_export.errors import CheckpointError, ConfigError
+from fope_export.model.experts import interleaved
 from fope_export.model.fp8 import Fp8
 from fope_export.model.layouts import hf_fields, hf_rope, paper
 from fope_export.model.layouts.base import (
@@ -185,7 +186,7 @@ def _layer_experts(count: int, mlp: str, stored: Shapes) -> dict[str, tuple[str,
         return router | {"feed_forward.proj": (fused[0],), "feed_forward.out": (fused[1],)}
     each = [f"{mlp}.experts.{e}" for e in range(count)]
     return router | {
-        "feed_forward.proj": tuple(f"{e}.{x}_proj.weight" for e in each for x in ("up", "gate")),
+        "feed_forward.proj": tuple(f"{e}.{x}_proj.weight" for e in each for x in ("gate", "up")),
         "feed_forward.out": tuple(f"{e}.down_proj.weight" for e in each),
     }
 
@@ -209,8 +210,10 @@ def _adapt(
         return positions.adapt(tensors[0])
     if each := OF_AN_EXPERT.get(name.rpartition("feed_forward.")[2]):
         if tensors[0].ndim == 2:
-            return torch.stack([join(tensors[i : i + each]).T for i in range(0, len(tensors), each)]).contiguous()
-        return _fused(tensors[0] if kind.fused_in_out else tensors[0].transpose(1, 2), name)
+            parts = [torch.stack(tensors[i::each]) for i in range(each)]
+        else:
+            parts = [*(tensors[0].transpose(1, 2) if kind.fused_in_out else tensors[0]).chunk(each, dim=1)]
+        return interleaved(*parts) if each == OF_AN_EXPERT["proj"] else parts[0].contiguous()
     if ".att_proj." in name and config.num_kv_heads != flags.num_key_value_heads:
         q, *others = tensors
         repeats = config.num_kv_heads // flags.num_key_value_heads
@@ -218,14 +221,6 @@ def _adapt(
             [q, *(x.unflatten(0, (-1, flags.channels)).repeat_interleave(repeats, 0).flatten(0, 1) for x in others)]
         )
     return join(tensors)
-
-
-def _fused(experts: Tensor, name: str) -> Tensor:
-    """All experts' weights [E, inputs, outputs] as ours, in which `up` stands before `gate`."""
-    if name.endswith("proj"):
-        gate, up = experts.chunk(2, -1)
-        experts = torch.cat((up, gate), -1)
-    return experts.contiguous()
 
 
 def _read(folder: Path) -> WeightMap:

@@ -5,12 +5,14 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from fope_export.config import CONTRADICTION, ModelConfig, convert
 from fope_export.errors import CheckpointError, ConfigError
 from fope_export.fope import contract, frequencies
 from fope_export.model.decoder import Decoder
-from fope_export.model.layouts.base import CONFIG, Layout, Pieces, WeightMap, model_type, read_json
+from fope_export.model.experts import interleaved
+from fope_export.model.layouts.base import CONFIG, Layout, Pieces, WeightMap, join, model_type, read_json
 
 WEIGHTS = "model.safetensors"
 
@@ -21,7 +23,26 @@ def _read(folder: Path) -> WeightMap:
     _check_training_length(config, path)
     copies = {"lm_head.weight": "embed.weight"} if config.tie_embeddings else {}
     sources = {name: (name,) for name in stored_names(config)}
-    return WeightMap(config, sources, copies=copies, pieces=lambda name: Pieces.ROWS)
+    return WeightMap(config, sources, adapt=_adapt, copies=copies, pieces=lambda name: Pieces.ROWS)
+
+
+PROJ, OUT = "feed_forward.proj", "feed_forward.out"
+"""Experts' weights, which a file has as [N, inputs, outputs], with `up` before `gate`."""
+
+
+def _adapt(name: str, tensors: list[Tensor]) -> Tensor:
+    stored = join(tensors)
+    if name.endswith(PROJ):
+        up, gate = stored.transpose(1, 2).chunk(2, dim=1)
+        return interleaved(gate, up)
+    return stored.transpose(1, 2).contiguous() if name.endswith(OUT) else stored
+
+
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    """What `_adapt` made."""
+    if name.endswith(PROJ):
+        tensor = torch.cat((tensor[:, 1::2], tensor[:, ::2]), dim=1)
+    return tensor.transpose(1, 2) if name.endswith((PROJ, OUT)) else tensor
 
 
 def _check_training_length(config: ModelConfig, path: Path) -> None:
@@ -52,7 +73,7 @@ def save(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32) ->
     Raises ConfigError when a layer's spectrum is not of the kind that the model's configuration states.
     """
     state = model.state_dict()
-    tensors = {name: state[name].to(dtype).contiguous() for name in stored_names(model.config)}
+    tensors = {name: _as_stored(name, state[name]).to(dtype).contiguous() for name in stored_names(model.config)}
     for i, attention in enumerate(model.attentions()):
         spectrum = attention.rotary.spectrum
         if spectrum.config != model.config.spectrum:
