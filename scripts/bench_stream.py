@@ -175,12 +175,12 @@ def measured(*arguments: str, checkout: Path | None = None) -> dict[str, Any]:
     memory = Memory(process.pid)
     memory.start()
     try:
-        code = process.wait()
+        status = process.wait()
     finally:
         process.kill()
         memory.end()
-    if code:
-        raise SystemExit(f"fope-export {' '.join(arguments)}: exit {code}")
+    if status:
+        raise SystemExit(f"fope-export {' '.join(arguments)}: exit {status}")
     seconds = time.perf_counter() - started
     found = {"seconds": round(seconds, 1), "peak_MiB": memory.peak >> 20, "mapped_MiB": memory.mapped >> 20}
     print(arguments[0], found, file=sys.stderr, flush=True)

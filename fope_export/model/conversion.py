@@ -34,6 +34,18 @@ class ConvertedWeights:
                 check_range(name, largest.float(), dtype)
             yield piece.to(dtype)
 
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """The rows `ids` [...] of the weight `name` [V, C], as [..., C]. Raises as `pieces`."""
+        found, start = (
+            torch.empty(*ids.shape, *self.source.weights.shapes[name][1:], dtype=DTYPES[self.config.dtype]),
+            0,
+        )
+        for piece in self.pieces(name):
+            here = (ids >= start) & (ids < start + len(piece))
+            found[here] = piece[ids[here] - start]
+            start += len(piece)
+        return found
+
     def decoder(self, make: Callable[[torch.Size, torch.dtype], Tensor], dtype: torch.dtype | None = None) -> Decoder:
         """The same decoder as `Decoder.converted` makes, its weights then in `dtype` where that is wider. Matrices that
         are so in a file are that file's memory; `make` gives that of the others.
@@ -63,18 +75,6 @@ class ConvertedWeights:
 
     def _folds(self, name: str) -> bool:
         return self.config.fold_padding and ATTENTION in name and ROTARY not in name
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """The rows `ids` [...] of the weight `name` [V, C], as [..., C]. Raises as `pieces`."""
-        found, start = (
-            torch.empty(*ids.shape, *self.source.weights.shapes[name][1:], dtype=DTYPES[self.config.dtype]),
-            0,
-        )
-        for piece in self.pieces(name):
-            here = (ids >= start) & (ids < start + len(piece))
-            found[here] = piece[ids[here] - start]
-            start += len(piece)
-        return found
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """As they are stored; in float32, folded, where that is asked for."""
