@@ -166,13 +166,11 @@ class Memory(Thread):
         self.join()
 
 
-def measured(*arguments: str, code: Path | None = None) -> dict[str, Any]:
-    """Run a command of fope-export, of another checkout's `code` if that is named, and say how long it took and what it
-    held.
-    """
+def measured(*arguments: str, checkout: Path | None = None) -> dict[str, Any]:
+    """Run a command of fope-export, or of the one in another `checkout`: how long it took, and what it held."""
     started = time.perf_counter()
     command, alone = [sys.executable, "-m", "fope_export", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
-    alone |= {"PYTHONPATH": str(code)} if code else {}
+    alone |= {"PYTHONPATH": str(checkout)} if checkout else {}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
     memory = Memory(process.pid)
     memory.start()

@@ -5,9 +5,9 @@
     scripts/bench_validate.py --size 6GB --dtype bf16 --lengths 1,64,512 --folder DISK
     scripts/bench_validate.py --size 180M --lengths 1,64 --folder /tmp --before CHECKOUT
 
-The second is of 3 billion parameters, drawn in bfloat16, a shard for each layer, as `bench_stream.py` has it. With
-`--before` the code of another checkout of this repository validates the same bundle first. Memory and threads are as
-`bench_stream.py` says; what lies on the disk meanwhile is in the folder too, and gone at the end.
+The second is of 3 billion parameters, drawn in bfloat16 and in a shard for each layer, as `bench_stream.py` has them.
+With `--before` the code of another checkout of this repository validates the same bundle first. Memory and threads are
+as `bench_stream.py` says; what lies on the disk meanwhile is in the folder too, and gone at the end.
 """
 
 import argparse
@@ -44,9 +44,9 @@ def measure(size: str, dtype: str, lengths: str, folder: Path, before: Path | No
     row = DTYPES[dtype]
     weights = parameters * ((row.widened or row).itemsize)
     record: dict[str, Any] = {"size": size, "dtype": dtype, "lengths": lengths, "weights_MiB": weights >> 20}
-    for name, code in {"before": before, "validate": None}.items():
-        if name == "validate" or code:
-            found = measured("validate", out, "--lengths", lengths, code=code)
+    for name, checkout in {"before": before, "validate": None}.items():
+        if name == "validate" or checkout:
+            found = measured("validate", out, "--lengths", lengths, checkout=checkout)
             record[name] = found | {"peak_over_weights": round((found["peak_MiB"] << 20) / weights, 2)}
     if before:
         record["seconds_over_before"] = round(record["validate"]["seconds"] / record["before"]["seconds"], 2)
