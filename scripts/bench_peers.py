@@ -5,7 +5,7 @@
     scripts/bench_peers.py                   all kinds of weights; writes scripts/results/bench_peers.json
     scripts/bench_peers.py --shapes 60M --kinds fp32 --only openvino --only "openvino genai fp32"
 
-Weights are random; a bundle is timed after it was validated. Peers run a RoPE twin, exported by their own exporters.
+Weights are random; a bundle is timed after it was validated on a prompt. Peers run a RoPE twin, exported by their own exporters.
 The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; parts that are not
 measured again stay.
 """
@@ -24,10 +24,13 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.graph.export import export
 from fope_export.graph.optimize import TARGETS, optimize
+from fope_export.parity.cases import prefill, save_inputs
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
 from fope_export.terminal import RESULTS, Stages, stages
 
+VALIDATED = 64
+"""Tokens of that prompt."""
 OUT = Path(__file__).parent / "results" / "bench_peers.json"
 KINDS = {
     "fp32": ExportConfig(), "bf16": ExportConfig(dtype="bf16"), "int8": ExportConfig(quantize="int8"),
@@ -44,7 +47,9 @@ def made(checkpoint: Path, kind: str, stage: Stages) -> Bundle:
     for target in TARGETS:
         bundle = optimize(bundle, target)
     stage("validating")
-    return write_parity(bundle, validate(bundle, lengths=(1, 64)))
+    inputs = checkpoint.with_name("inputs.json")
+    save_inputs(inputs, bundle.manifest, [prefill(bundle.manifest.decoder(), VALIDATED, 0)])
+    return write_parity(bundle, validate(bundle, load=inputs))
 
 
 def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> dict[str, Any]:
