@@ -5,9 +5,9 @@
     scripts/bench_peers.py                   all kinds of weights; writes scripts/results/bench_peers.json
     scripts/bench_peers.py --shapes 60M --kinds fp32 --only openvino --only "openvino genai fp32"
 
-Weights are random; a bundle is timed after it was validated on a prompt. Peers run a RoPE twin, exported by their own exporters.
-The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; parts that are not
-measured again stay.
+Weights are random; a bundle is timed after it was validated on a prompt. Peers run a RoPE twin, exported by their own
+exporters. The record has one part for each shape and kind of weights, as `fope-export bench --json` prints it; parts
+that are not measured again stay.
 """
 
 import argparse
