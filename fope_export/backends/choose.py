@@ -247,10 +247,6 @@ def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
     return "onnxruntime is not installed: pip install 'fope-export[run]'"
 
 
-def _without_openvino(machine: Machine) -> str:
-    return _without(machine, "openvino", "openvino")
-
-
 def _without_ort_cuda(machine: Machine) -> str:
     if "onnxruntime-gpu" not in machine.packages:
         return "onnxruntime-gpu is not installed: pip install 'fope-export[gpu]'"
@@ -276,14 +272,7 @@ BACKENDS: dict[str, Row] = {
         _without_ort,
         (
             Variant("portable", _load_ort, _portable, exact=True),
-            Variant(
-                "optimized",
-                _load_ort_optimized,
-                _optimized,
-                _without_optimized,
-                optimized=True,
-                exact=True,
-            ),
+            Variant("optimized", _load_ort_optimized, _optimized, _without_optimized, optimized=True, exact=True),
         ),
         lambda bundle: _limits(bundle.manifest.export.capacity),
         _without_ort,
@@ -292,7 +281,7 @@ BACKENDS: dict[str, Row] = {
     ),
     "openvino": Row(
         "its IR in OpenVINO on the CPU",
-        _without_openvino,
+        lambda machine: _without(machine, "openvino", "openvino"),
         (
             Variant("ir", _load_openvino, _ir, _without_ir, optimized=True),
             Variant(
