@@ -75,12 +75,9 @@ def run(args: argparse.Namespace) -> int:
             if len(prompts) == 1 and not args.json:
                 print(piece, end="", flush=True)
     if args.json:
-        print_json(
-            [
-                {"prompt": prompt, "text": texts[row], "tokens_per_step": round(handles[row].tokens_per_step, 2)}
-                for row, prompt in enumerate(prompts)
-            ]
-        )
+        steps_of = [round(handles[row].tokens_per_step, 2) for row in range(len(prompts))]
+        answers = zip(prompts, texts, steps_of, strict=True)
+        print_json([dict(zip(("prompt", "text", "tokens_per_step"), each, strict=True)) for each in answers])
     elif len(prompts) == 1:
         print()
     else:

@@ -24,6 +24,7 @@ from fope_export.graph.expert_weights import ExactExperts, QuantizeExperts, Roun
 from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.passes import (
     SCOPES,
@@ -131,6 +132,23 @@ def experts(*edits: Pass) -> Callable[[], ir.Model]:
     return lambda: Sequential(*edits)(mixed().clone()).model if edits else mixed().clone()
 
 
+@cache
+def of_groups() -> ir.Model:
+    return to_onnx(small_decoder(kv_heads=2), ExportConfig().resolved(64))
+
+
+def grouped() -> ir.Model:
+    """Two queries have one head of keys and values."""
+    return of_groups().clone()
+
+
+def no_queries(model: ir.Model) -> None:
+    """Nobody knows their shape."""
+    for node in model.graph:
+        if node.op_type == "Attention":
+            numbers_at(node, 0).shape = None
+
+
 def every_row(model: ir.Model) -> None:
     """Gate and up are no rows in turn."""
     for node in model.graph:
@@ -228,6 +246,8 @@ ROWS = [
     Row(ROUND, experts(), every_row, "no rows of gate and up in turn", "layers.1.feed_forward are not quantized"),
     Row(QMOE, experts(ROUND, FuseExperts()), two_blocks, "in two sizes of blocks", "reads its inputs as they are"),
     Row(ExactExperts(), experts(ROUND, FuseExperts(), QMOE), no_integers, "that are no numbers", "rounds its inputs"),
+    Row(TakeSizesFromTokens(), decoder, no_position_ids, "no input position_ids", "takes a size from the cache"),
+    Row(RepeatHeads(), grouped, no_queries, "reads what has no shape", "fewer heads of keys or values"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
 ]
 EACH = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{type(row.edit).__name__}: {row.needs}")
