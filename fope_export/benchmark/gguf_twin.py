@@ -54,7 +54,8 @@ def _add_tokenizer(writer: Any, checkpoint: Path, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([texts.get(number, f"<unused{number}>") for number in range(size)])
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in learnt["merges"]])
+    merges = learnt["merges"] or [["!", "!"]]  # llama.cpp wants one; it is fed ids
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
