@@ -184,6 +184,7 @@ class LlamaCpp(Greedy):
         params.n_seq_max, params.n_ctx, params.n_batch = rows, rows * room, room
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = self._lib.GGML_TYPE_F32
+        params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it keeps sums in float16
         self._context, self._room = self._lib.llama_init_from_model(self._model, params), (rows, length)
 
     def _decode(self, ids: Ids, first: int, past: int) -> Logits:
