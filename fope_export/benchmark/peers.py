@@ -165,6 +165,8 @@ class LlamaCpp(Greedy):
         self._lib, self._threads, self._room = require("llama_cpp", "peers"), threads, (0, 0)
         self._lib.llama_backend_init()
         self._model = self._lib.llama_model_load_from_file(str(file).encode(), self._lib.llama_model_default_params())
+        if not self._model:
+            raise BackendError(f"llama.cpp does not load {file}", hint="It says why on stderr.")
         self._size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
 
     def begin(self, prompts: Ids, new: int) -> Logits:
