@@ -192,7 +192,7 @@ def equality(bundle: Bundle, count: int, threads: int) -> Iterator[dict[str, Any
             guessed, counts = answers(backend, requests, 4, Speculation(6))
             found = [*parted(requests, plain, guessed, judge)]
             head = {
-                "equality": f"{variant.name} in {name}", "weights": bundle.manifest.export.quantization or "float32",
+                "equality": f"{variant.name} in {name}", "weights": bundle.manifest.export.quantize or "float32",
                 "near-ties by": "what the file rounds of activations" if rounds else "what validate allows",
             }  # fmt: skip
             yield head | {
