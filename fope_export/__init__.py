@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fope_export.errors import ExportError as ExportError
     from fope_export.errors import FopeError as FopeError
     from fope_export.errors import ParityError as ParityError
+    from fope_export.evaluation import EvaluationConfig as EvaluationConfig
+    from fope_export.evaluation import evaluate as evaluate
     from fope_export.fope.replace import replace_rotary as replace_rotary
     from fope_export.fope.rotary import FopeRotary as FopeRotary
     from fope_export.fope.spectrum import Spectrum as Spectrum
@@ -70,6 +72,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DocumentError": "errors",
     "Engine": "serving.engine",
+    "EvaluationConfig": "evaluation",
     "ExportConfig": "config",
     "ExportError": "errors",
     "FopeError": "errors",
@@ -83,6 +86,7 @@ _HOMES = {
     "Tokenizer": "tokens",
     "bench": "benchmark.run",
     "build": "tensorrt.build",
+    "evaluate": "evaluation",
     "export": "graph.export",
     "export_module": "graph.module",
     "generate": "generation",

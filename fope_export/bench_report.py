@@ -130,13 +130,7 @@ def write_bench(bundle: Bundle, result: BenchResult, out: Path | None = None, *,
         JSON: msgspec.json.format(msgspec.json.encode(bench_record(bundle, result)), indent=2) + b"\n",
         PAGE: bench_page(bundle, result).encode(),
     }
-    if out is None:
-        bundle.add({f"reports/{name}": content for name, content in files.items()}, lock_timeout=lock_timeout)
-        return bundle.path / "reports" / PAGE
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (out / name).write_bytes(content)
-    return out / PAGE
+    return report.write(bundle, files, PAGE, out, lock_timeout=lock_timeout)
 
 
 def read_old(path: Path) -> Old:

@@ -20,7 +20,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
 
 MADE = re.compile(
-    r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench|stages)\.(json|html|xml)"
+    r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench|stages|evaluation)\.(json|html|xml)"
     r"|engines/[^/]+\.(plan|json)|openvino/\w+\.(xml|bin|json|jinja)"
 )
 """Files that only this program makes, and that it makes again."""

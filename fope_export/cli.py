@@ -12,7 +12,19 @@ from typing import NoReturn
 
 from fope_export import options
 from fope_export.answering import deploy, run, serve
-from fope_export.commands import PASSED, bench, build, demo, doctor, export, inspect, optimize, perform, validate
+from fope_export.commands import (
+    PASSED,
+    bench,
+    build,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    optimize,
+    perform,
+    validate,
+)
 from fope_export.errors import MESSAGE, FopeError, cut
 from fope_export.processes import clean_path
 from fope_export.scratch import sweep
@@ -29,6 +41,7 @@ examples:
   fope-export serve out/                       answer OpenAI's API at http://127.0.0.1:8000
   fope-export deploy out/ --target triton new/ a folder with which another server answers
   fope-export bench out/                       how fast it is, beside PyTorch
+  fope-export evaluate out/ --against twin/    loss and passkeys by length of context
   fope-export build out/                       TensorRT-RTX engine with the fused rotation, no GPU needed
   fope-export demo                             all of it, on a model that comes along
 
@@ -64,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         (serve, "Answer OpenAI's API with one bundle or several.", options.serve),
         (deploy, "Write a folder with which another server answers with a bundle.", options.deploy),
         (bench, "Time a bundle beside PyTorch, and beside other runtimes, and write a report into it.", options.bench),
+        (evaluate, "Measure loss and passkeys by length of context, beside a twin.", options.evaluate),
         (inspect, "Describe a checkpoint, a bundle or an ONNX file.", options.inspect),
     ):
         sub = subs.add_parser(function.__name__, help=summary, description=summary)

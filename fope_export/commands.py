@@ -22,6 +22,7 @@ EXTRAS = {
     "serve": "serve",
     "deploy": "run",
     "validate": "validate",
+    "evaluate": "validate",
 }
 """What brings the packages that a command needs; `cpu`, which is everything, for the others."""
 
@@ -235,6 +236,41 @@ def bench(args: argparse.Namespace) -> int:
         print_bench(bundle, result, RESULTS, old)
     try:
         page = write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout)
+    except OSError as cause:
+        _unwritten(cause)
+        return PASSED
+    if not args.json:
+        RESULTS.print(f"report: {page}", markup=False)
+    return PASSED
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure loss and passkeys by length of context of the bundle `args.bundle`, beside `args.against` if that names
+    another, as the fields of EvaluationConfig among `args` say; write the report. Raises as `evaluate` does.
+    """
+    import msgspec
+
+    from fope_export.bundle import Bundle
+    from fope_export.config import convert
+    from fope_export.evaluation import EvaluationConfig
+    from fope_export.evaluation import evaluate as evaluate_bundle
+    from fope_export.evaluation_report import evaluation_record, print_evaluation, write_evaluation
+    from fope_export.terminal import RESULTS, progress
+
+    options = {name: getattr(args, name) for name in EvaluationConfig.__struct_fields__}
+    config = convert(options, EvaluationConfig, where="evaluate", hint="See fope-export evaluate --help.")
+    bundle, *twin = [Bundle.open(path) for path in (args.bundle, args.against) if path]
+    results = []
+    for each in (bundle, *twin):
+        with progress(each.path.name) as report:
+            results.append(evaluate_bundle(each, config, data=args.data, backend=args.backend, report=report))
+        config = msgspec.structs.replace(config, lengths=tuple(results[0].losses))
+    if args.json:
+        print_json(evaluation_record(results))
+    else:
+        print_evaluation(results, RESULTS)
+    try:
+        page = write_evaluation(bundle, results, args.out, lock_timeout=args.lock_timeout)
     except OSError as cause:
         _unwritten(cause)
         return PASSED

@@ -256,6 +256,19 @@ def bench(sub: argparse.ArgumentParser) -> None:
     _lock(sub)
 
 
+def evaluate(sub: argparse.ArgumentParser) -> None:
+    """Of loss and passkeys by length."""
+    sub.add_argument("bundle", type=Path, metavar="OUT")
+    sub.add_argument("--against", type=Path, metavar="TWIN", help="another bundle, measured alike beside it")
+    sub.add_argument("--lengths", type=_numbers, default=(), help="of contexts in tokens (default: 1 to 16 x trained)")
+    sub.add_argument("--data", type=Path, metavar="FILE", help="text in UTF-8 (default: Python's own, held out)")
+    sub.add_argument("--trials", type=_natural, default=10, help="passkeys at each length and depth (default: 10)")
+    sub.add_argument("--seed", type=_natural, default=0, help="of the keys and their places (default: 0)")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
+    _lock(sub)
+    _backend(sub)
+
+
 def _origin(sub: argparse.ArgumentParser) -> None:
     for what in ("checkpoint", "adapter"):
         sub.add_argument(f"--{what}", type=Path, help=f"where the {what} is, if it has moved")

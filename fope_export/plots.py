@@ -1,7 +1,7 @@
 """The figures, for the reports and the README."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from fope_export.benchmark.contenders import CONTENDERS
 from fope_export.benchmark.run import BenchResult, What
+from fope_export.evaluation import Evaluation
 from fope_export.parity.judge import LIMITS
 from fope_export.parity.results import ParityResult
 
@@ -109,21 +111,44 @@ def loss_figure(losses: Losses, training_length: int) -> Figure:
     return figure
 
 
-def draw_loss(axes: Axes, losses: Losses, training_length: int) -> None:
+def draw_loss(axes: Axes, losses: Losses, training_length: int, unit: str = "byte") -> None:
     """`loss_figure` on given axes."""
-    for color, (name, by_length) in zip((BLUE, ORANGE, GREEN, RED), losses.items(), strict=False):
-        lengths, values = list(by_length), list(by_length.values())
-        axes.plot(lengths, values, "o-", color=color, lw=2, ms=5, label=name)
-        axes.annotate(f"{values[-1]:.2f}", (lengths[-1], values[-1]), (6, -3), textcoords="offset points", color=color)
+    _by_length(axes, losses, training_length, f"{unit}s")
+    for line, by_length in zip(axes.get_lines(), losses.values(), strict=False):
+        end, color = list(by_length.items())[-1], line.get_color()
+        axes.annotate(f"{end[1]:.2f}", end, (6, -3), textcoords="offset points", color=color)
+    axes.set_ylabel(f"loss, nats per {unit}")
+
+
+def draw_passkeys(axes: Axes, accuracy: Losses, training_length: int, unit: str = "byte") -> None:
+    """Share of the passkeys that were found by length of context, a line for each model."""
+    _by_length(axes, accuracy, training_length, f"{unit}s")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("passkeys found")
+
+
+def _by_length(axes: Axes, values: Losses, training_length: int, unit: str) -> None:
+    for color, (name, by_length) in zip((BLUE, ORANGE, GREEN, RED), values.items(), strict=False):
+        axes.plot(list(by_length), list(by_length.values()), "o-", color=color, lw=2, ms=5, label=name)
     axes.axvline(training_length, color=GREY, lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
-    ticks = sorted({length for by_length in losses.values() for length in by_length})
+    ticks = sorted({length for by_length in values.values() for length in by_length})
     axes.set_xticks(ticks, [f"{tick:,}\n{tick / training_length:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.08)
-    axes.set_xlabel("context in bytes, and as a multiple of the training length")
-    axes.set_ylabel("loss, nats per byte")
+    axes.set_xlabel(f"context in {unit}, and as a multiple of the training length")
     axes.legend(loc="best")
+
+
+def evaluation_figure(results: Sequence[Evaluation]) -> Figure:
+    """Loss and passkeys by length of context, a line for each model."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_loss(left, {each.name: each.losses for each in results}, results[0].trained, "token")
+        draw_passkeys(right, {each.name: each.accuracy for each in results}, results[0].trained, "token")
+    return figure
 
 
 def speed_figure(result: BenchResult, batch: int) -> Figure:

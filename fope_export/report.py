@@ -64,6 +64,18 @@ def write_reports(
             yield cause
 
 
+def write(bundle: Bundle, files: dict[str, bytes], page: str, out: Path | None, *, lock_timeout: float) -> Path:
+    """Put files into folder `out`, or among the bundle's reports: the path of one of them, `page`. Raises BundleError
+    and OSError as `Bundle.add`.
+    """
+    if out is None:
+        bundle.add({f"{REPORTS}{name}": content for name, content in files.items()}, lock_timeout=lock_timeout)
+        return bundle.path / REPORTS / page
+    for name, content in files.items():
+        _write(out / name, content)
+    return out / page
+
+
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

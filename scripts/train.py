@@ -4,6 +4,7 @@
     scripts/train.py OUT                    both, on the standard library's source
     scripts/train.py OUT --text FILE …      on your own text
     scripts/train.py OUT --spectrum fope    one of them
+    scripts/train.py OUT --task passkey     to find five digits in such text, and say them at its end
 
 Interrupted, the same command goes on where it stopped. OUT/fope and OUT/rope become checkpoints in the native layout,
 each with its model card.
@@ -36,8 +37,13 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts.native import save
 from fope_export.parity.cases import FACTORS
+from fope_export.passkey import DIGITS, passkey
 from fope_export.tokens import byte_tokenizer
 
+TEXT, PASSKEY = TASKS = ("text", "passkey")
+ANSWER = 20.0
+"""What a token of a passkey weighs beside one of the text, or the text would be all that is learnt."""
+SHORTEST = 96
 HEAD_DIM, THETA = 64, 10_000.0
 VOCABULARY, SEPARATOR = 256, 0
 SAVE_EVERY = 100  # steps
@@ -59,6 +65,7 @@ class Run:
     gain: float
     seed: int
     data: str
+    task: str = TEXT
 
     @property
     def tokens(self) -> int:
@@ -95,9 +102,34 @@ def _rotary(run: Run, generator: torch.Generator) -> FopeRotary:
 
 
 def batch_of(tokens: Ids, run: Run, step: int) -> Tensor:
-    """Windows [B, L + 1] at places that only the seed and the step decide, so that a resumed run sees the same data."""
-    starts = np.random.default_rng((run.seed, step)).integers(0, len(tokens) - run.length, run.batch)
+    """Windows [B, S + 1] at places that only the seed and the step decide, so that a resumed run sees the same data."""
+    generator = np.random.default_rng((run.seed, step))
+    if run.task == PASSKEY:
+        length = length_of(run, step) + 1
+        tasks = [passkey(as_bytes, tokens, length, generator.random(), generator) for _ in range(run.batch)]
+        return torch.from_numpy(np.stack([np.concatenate(task) for task in tasks]))
+    starts = generator.integers(0, len(tokens) - run.length, run.batch)
     return torch.from_numpy(np.stack([tokens[i : i + run.length + 1] for i in starts]))
+
+
+def length_of(run: Run, step: int) -> int:
+    """Tokens S of a window. Passkeys begin with what they need and a few more, or finding them is not learnt."""
+    shortest = min(SHORTEST, run.length) if run.task == PASSKEY else run.length
+    return round(shortest + (run.length - shortest) * min(2 * step / run.steps, 1))
+
+
+def as_bytes(text: str) -> list[int]:
+    """Token ids."""
+    return list(text.encode())
+
+
+def weights_of(run: Run) -> Tensor | None:
+    """Of the losses of the last L targets; None is all alike."""
+    if run.task == TEXT:
+        return None
+    weights = torch.ones(run.length)
+    weights[-1 - DIGITS :] = ANSWER  # a blank stands before the digits
+    return weights
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -120,14 +152,16 @@ def train(run: Run, tokens: Ids, folder: Path, device: str, console: Console) ->
     mask = torch.ones(run.batch, run.length, dtype=torch.int64, device=device)
     positions = torch.arange(run.length, device=device).expand(run.batch, -1)
     columns = (*Progress.get_default_columns()[:3], TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn())
+    weights = None if (each := weights_of(run)) is None else each.to(device)
     started = time.perf_counter()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(run.spectrum, total=run.steps, completed=first, loss=smoothed)
         for step in range(first, run.steps):
             windows = batch_of(tokens, run, step).to(device)
+            new = windows.shape[1] - 1
             with torch.autocast(torch.device(device).type, torch.bfloat16):
-                logits, _ = model(windows[:, :-1], mask, positions, model.empty_cache(run.batch))
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+                logits, _ = model(windows[:, :-1], mask[:, :new], positions[:, :new], model.empty_cache(run.batch))
+            loss = _loss(logits.float(), windows[:, 1:], weights)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run, step)
             optimizer.zero_grad()
@@ -140,6 +174,14 @@ def train(run: Run, tokens: Ids, folder: Path, device: str, console: Console) ->
                 spent = seconds + time.perf_counter() - started
                 _keep(run, folder, model, optimizer, step + 1, smoothed, spent)
     return model, smoothed, seconds + time.perf_counter() - started
+
+
+def _loss(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Of logits [B, S, V] on targets [B, S], of which the last have the last of `weights`."""
+    if weights is None:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    each = nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    return (each * (weights := weights[-each.shape[1] :])).mean() / weights.mean()
 
 
 def _keep(
@@ -234,6 +276,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--spectrum", choices=("fope", "rope", "both"), default="both")
+    parser.add_argument("--task", choices=TASKS, default=TEXT, help="what the windows are (default: text)")
     parser.add_argument("--text", type=Path, nargs="+", help="files to train on; their last twentieth is held out")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
@@ -271,7 +314,7 @@ def main() -> None:
     for spectrum in ("fope", "rope") if args.spectrum == "both" else (args.spectrum,):
         run = Run(
             spectrum, args.steps, args.batch, args.length, args.layers, args.heads, args.ff, args.learning_rate,
-            args.gain, args.seed, data,
+            args.gain, args.seed, data, args.task,
         )  # fmt: skip
         folder = args.out / spectrum
         folder.mkdir(parents=True, exist_ok=True)

@@ -64,3 +64,22 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     train.train(replace(RUN, steps=1), TOKENS, tmp_path, "cpu", QUIET)
     with pytest.raises(SystemExit, match="other settings"):
         train.train(RUN, TOKENS, tmp_path, "cpu", QUIET)
+
+
+def test_windows_with_passkeys_grow_and_end_with_the_key() -> None:
+    run = replace(RUN, task=train.PASSKEY, length=128, steps=10)
+    assert [train.length_of(run, step) for step in (0, 5, 9)] == [train.SHORTEST, 128, 128]
+    assert train.length_of(RUN, 0) == RUN.length
+    for row in train.batch_of(TOKENS, run, 9).numpy().astype(np.uint8):
+        text = bytes(row)
+        assert len(text) == 129 and text.count(text[-6:]) == 2 and text[-6:].strip().isdigit()
+
+
+def test_only_the_key_weighs_more() -> None:
+    run = replace(RUN, task=train.PASSKEY, length=128)
+    logits, targets = torch.zeros(2, 100, 256), torch.zeros(2, 100, dtype=torch.int64)
+    logits[:, -6:, 0] = 50  # the key is known, and the text is not
+    weights = train.weights_of(run)
+    assert weights is not None and train.weights_of(RUN) is None
+    share = 94 / (94 + 6 * train.ANSWER)
+    assert train._loss(logits, targets, weights).item() == pytest.approx(share * np.log(256), rel=1e-4)
