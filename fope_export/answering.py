@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -67,23 +67,55 @@ def run(args: argparse.Namespace) -> int:
         max_batch=args.max_batch, special=not asked, grammar=_grammar(args, text, bundle),
         speculation=speculation, ended=handles.__setitem__,
     )  # fmt: skip
-    texts = [""] * len(prompts)
+    texts, shown = [""] * len(prompts), InOrder(prompts, handles)
     with report_speed() as count:
         for row, piece in pieces:
             texts[row] += piece
             count(piece)
-            if len(prompts) == 1 and not args.json:
-                print(piece, end="", flush=True)
+            if not args.json:
+                shown.push(row, piece)
     if args.json:
         steps_of = [round(handles[row].tokens_per_step, 2) for row in range(len(prompts))]
         answers = zip(prompts, texts, steps_of, strict=True)
         print_json([dict(zip(("prompt", "text", "tokens_per_step"), each, strict=True)) for each in answers])
-    elif len(prompts) == 1:
-        print()
     else:
-        for prompt, written in zip(prompts, texts, strict=True):
-            print(f"--- {prompt}\n{written}")
+        shown.close()
     return PASSED
+
+
+class InOrder:
+    """Prints answers one after the other, each as it comes once those before it are whole."""
+
+    def __init__(self, prompts: Sequence[str], ended: Container[int]) -> None:
+        """`ended` are the rows whose answers are whole; several `prompts` are printed before their answers."""
+        self._prompts, self._ended, self._waiting = prompts, ended, [""] * len(prompts)
+        self._row, self._begun = 0, False
+
+    def push(self, row: int, piece: str) -> None:
+        """Take more of a row's answer."""
+        self._waiting[row] += piece
+        while self._row < len(self._prompts):
+            self._show()
+            if self._row not in self._ended:
+                return
+            self._next()
+
+    def close(self) -> None:
+        """All rows are whole."""
+        while self._row < len(self._prompts):
+            self._show()
+            self._next()
+
+    def _show(self) -> None:
+        if not self._begun and len(self._prompts) > 1:
+            print(f"--- {self._prompts[self._row]}")
+        self._begun = True
+        print(self._waiting[self._row], end="", flush=True)
+        self._waiting[self._row] = ""
+
+    def _next(self) -> None:
+        print()
+        self._row, self._begun = self._row + 1, False
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -286,15 +318,20 @@ def _grammar(args: argparse.Namespace, text: "Tokenizer", bundle: "Bundle") -> "
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """Lines end with a line feed alone, or with a carriage return before it: other separators belong to a prompt."""
-    from fope_export.documents import read_json_lines, read_text
+    """From a file, or "-", stdin. Lines end with a line feed alone, or with a carriage return before it: other
+    separators belong to a prompt.
+    """
+    from fope_export.documents import decoded, read_json_lines, read_text
 
     hint = "One prompt a line; in a .jsonl file, one JSON string a line; in UTF-8."
     if path.suffix == ".jsonl":
         prompts = read_json_lines(path, raises=ConfigError, hint=hint)
     else:
-        lines = read_text(path, raises=ConfigError, hint=hint).split("\n")
-        prompts = [line for each in lines if (line := each.removesuffix("\r")).strip(" \t")]
+        if path == Path("-"):
+            text = decoded(sys.stdin.buffer.read(), "stdin", raises=ConfigError)
+        else:
+            text = read_text(path, raises=ConfigError, hint=hint)
+        prompts = [line for each in text.split("\n") if (line := each.removesuffix("\r")).strip(" \t")]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"{path}: no prompts", hint=hint)
     return prompts

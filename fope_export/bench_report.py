@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ COLUMNS = (
     "bandwidth",
     "memory",
 )
+SHORT = itemgetter(0, 1, 3, 4, 6, 7, 9)
+"""Those that a terminal has room for."""
 JSON, PAGE = "bench.json", "bench.html"
 
 
@@ -145,21 +148,32 @@ def read_old(path: Path) -> Old:
 
 
 def print_bench(bundle: Bundle, result: BenchResult, console: Console, old: Old | None = None) -> None:
-    """A table, who leads, and who was not timed, with the reason; speed over an older run's where there is one."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in (*COLUMNS, *(("prefill / old", "decode / old") if old else ())):
-        table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
+    """Tables for a terminal of 80 columns, who leads, and who was not timed, with the reason; speed over an older run's
+    where there is one. The page has all COLUMNS.
+    """
+    for batch in result.config.batch:
+        console.print(_short_table(result, batch, old))
     for cell in result.cells:
-        rows = f"{cell.batch} rows, " if len(result.config.batch) > 1 else ""
-        name, *others = _row(result, cell)
-        table.add_row(rows + name, *others, *_over_old(result, cell, old or {}))
-    console.print(table)
+        if cell.refused:
+            console.print(f"not timed: {cell.contender} at {cell.length:,} tokens: {cell.refused}", markup=False)
     console.print("[dim]x eager: speed over eager PyTorch's in the same round, the median; *: on a RoPE twin[/]")
     for lead in leads(result, bundle.manifest.export):
         console.print(str(lead), markup=False)
     for entry in result.entries:
         if entry.refused:
             console.print(f"not timed: {entry.name}: {entry.refused}", markup=False)
+
+
+def _short_table(result: BenchResult, batch: int, old: Old | None) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    rows = f", {batch} rows" if len(result.config.batch) > 1 else ""
+    first, *others = SHORT(COLUMNS)
+    for column in (first + rows, *others, *(("prefill / old", "decode / old") if old else ())):
+        table.add_column(column, justify="right" if table.columns else "left", overflow="fold")
+    for cell in result.cells:
+        if cell.batch == batch and not cell.refused:
+            table.add_row(*SHORT(_row(result, cell)), *_over_old(result, cell, old or {}))
+    return table
 
 
 def _over_old(result: BenchResult, cell: Cell, old: Old) -> list[str]:

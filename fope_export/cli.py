@@ -3,12 +3,16 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from typing import NoReturn
+
+import shtab
 
 from fope_export import options
 from fope_export.answering import deploy, run, serve
@@ -25,12 +29,13 @@ from fope_export.commands import (
     perform,
     validate,
 )
-from fope_export.errors import MESSAGE, FopeError, cut
+from fope_export.errors import ConfigError, FopeError
 from fope_export.processes import clean_path
 from fope_export.scratch import sweep
 from fope_export.tensorrt.compile import cache_folder
 
 MISUSED, BROKEN, INTERRUPTED = 2, 70, 130
+UNKNOWN = re.compile(r"(?<=unrecognized arguments: )[^ ]+|(?<=invalid choice: ')[^']+")
 
 SMALLER = "Ask for less at once: a smaller batch, shorter lengths."
 EPILOG = """\
@@ -45,15 +50,30 @@ examples:
   fope-export build out/                       TensorRT-RTX engine with the fused rotation, no GPU needed
   fope-export demo                             all of it, on a model that comes along
 
-exit codes: 0 good, 1 a check failed, 2 bad input or misuse
+exit codes: 0 good, 1 a check failed, 2 bad input or misuse, 70 a mistake of the program, 130 interrupted
+environment: FOPE_EXPORT_CACHE, the folder for compiled plugins (default: ~/.cache/fope-export); NO_COLOR
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose messages are as short as all others."""
+    """Whose errors are told as all others."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(cut(message, MESSAGE))
+        """Raises ConfigError, whose hint names what is like a word that nobody knows."""
+        wrong = UNKNOWN.search(message)
+        near = get_close_matches(wrong[0].partition("=")[0], _names(self), 1) if wrong else []
+        meant = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(message, hint=f"{meant}`{self.prog} --help` says what there is.")
+
+
+def _names(parser: argparse.ArgumentParser) -> set[str]:
+    """Its options, what they and its commands may be, and what those of its commands are."""
+    names = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names |= {name for sub in action.choices.values() for name in _names(sub)}
+        names |= set(map(str, action.choices or ()))
+    return names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="store_true", help="print the version")
+    shtab.add_argument_to(top, "--print-completion", help="print a script that completes commands in this shell")
     subs = top.add_subparsers(metavar="command", title="commands")
     for function, summary, add in (
         (demo, "Export, validate, run and measure the model that comes along, in a minute or two.", options.demo),
@@ -84,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         add(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--quiet", action="store_true", help="tell nothing but the result and what is wrong")
+        sub.add_argument("--verbose", action="store_true", help="log what is done, on stderr")
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
     return top
 
@@ -126,46 +149,73 @@ def _main(argv: Sequence[str] | None) -> int:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the reader of our output has seen enough, end quietly
     _open_streams()
-    args = parser().parse_args(argv)
-    if args.version:
-        from fope_export import __version__
-
-        print(f"fope-export {__version__}")
-        return PASSED
-    if "function" not in args:
-        parser().print_help()
-        return MISUSED
+    as_json = "--json" in (sys.argv if argv is None else argv)
+    traced = False
     try:
+        args = parser().parse_args(argv)
+        if args.version:
+            from fope_export import __version__
+
+            print(f"fope-export {__version__}")
+            return PASSED
+        if "function" not in args:
+            parser().print_help()
+            return MISUSED
+        traced = args.traceback
         _sweep()
-        with _warnings_shown():
+        with _told(args):
             code = perform(args)
         sys.stdout.flush()
     except (FopeError, OSError) as error:
-        return _refuse(error, traced=args.traceback)
+        return _refuse(error, traced=traced, as_json=as_json)
     except MemoryError:
-        return _refuse(FopeError("there is not enough memory for this", hint=SMALLER), traced=args.traceback)
+        return _refuse(FopeError("there is not enough memory for this", hint=SMALLER), traced=traced, as_json=as_json)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)
-        return BROKEN
+    except Exception as error:
+        return _break(error, as_json=as_json)
     return code
 
 
+def _break(error: Exception, *, as_json: bool) -> int:
+    """Tell of what should not be."""
+    from fope_export.terminal import print_error
+
+    if as_json:
+        lines = "".join(traceback.format_exception(error))
+        print_error(
+            FopeError(f"a mistake of fope-export's: {error!r}", hint=f"Please report it with {lines}"),
+            BROKEN,
+            as_json=True,
+        )
+    else:
+        traceback.print_exc()
+        print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)
+    return BROKEN
+
+
 @contextmanager
-def _warnings_shown() -> Iterator[None]:
-    """What the package warns of, on stderr."""
-    package, shown = logging.getLogger("fope_export"), logging.StreamHandler()
-    shown.setLevel(logging.WARNING)
+def _told(args: argparse.Namespace) -> Iterator[None]:
+    """What the package warns of, on stderr; with --verbose all that it logs. Progress is left out with --quiet, and
+    beside JSON where nobody watches.
+    """
+    from fope_export.terminal import PROGRESS
+
+    package, shown, quiet = logging.getLogger("fope_export"), logging.StreamHandler(), PROGRESS.quiet
+    shown.setLevel(logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING)
+    level = package.level
+    package.setLevel(logging.DEBUG if args.verbose else level)
     package.addHandler(shown)
+    PROGRESS.quiet = quiet or args.quiet or (args.json and not sys.stderr.isatty())
     try:
         yield
     finally:
+        PROGRESS.quiet = quiet
+        package.setLevel(level)
         package.removeHandler(shown)
 
 
-def _refuse(error: FopeError | OSError, *, traced: bool) -> int:
+def _refuse(error: FopeError | OSError, *, traced: bool, as_json: bool) -> int:
     if isinstance(error, OSError):
         _forget_output()
     if traced:
@@ -174,7 +224,8 @@ def _refuse(error: FopeError | OSError, *, traced: bool) -> int:
     from fope_export.terminal import print_error
 
     hint = "Check the path, its permissions, and the space on the disk."
-    print_error(error if isinstance(error, FopeError) else FopeError(str(error), hint=hint))
+    told = error if isinstance(error, FopeError) else FopeError(str(error), hint=hint)
+    print_error(told, MISUSED, as_json=as_json)
     return MISUSED
 
 

@@ -89,10 +89,11 @@ def _kind(mode: int) -> str:
 
 def read_text(path: Path, *, most: int = TEXT, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> str:
     """The text of a UTF-8 file, without its byte order mark. Raises `raises` where it is none, as for `read_bytes`."""
-    return _decoded(read_bytes(path, most=most, raises=raises, hint=hint), str(path), raises=raises)
+    return decoded(read_bytes(path, most=most, raises=raises, hint=hint), str(path), raises=raises)
 
 
-def _decoded(content: bytes, where: str, *, raises: type[FopeError]) -> str:
+def decoded(content: bytes, where: str, *, raises: type[FopeError]) -> str:
+    """Text that came from `where` in UTF-8, without its byte order mark. Raises `raises` where it is none."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
@@ -108,7 +109,7 @@ def read_json(path: Path, *, most: int = TEXT, raises: type[FopeError] = Documen
 
 def parse_json(content: bytes, where: str, *, raises: type[FopeError] = DocumentError, hint: str = COMPLETE) -> Any:
     """The same of bytes that are in memory, of bounded size; messages begin with `where`."""
-    return _parsed(_decoded(content, where, raises=raises), where, raises=raises, hint=hint)
+    return _parsed(decoded(content, where, raises=raises), where, raises=raises, hint=hint)
 
 
 def read_object(

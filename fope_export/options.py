@@ -134,7 +134,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl"
+        "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl; - is stdin"
     )
     source.add_argument("--prompt-ids", type=_numbers, help="token ids to continue, as 12,7,99")
     source.add_argument(

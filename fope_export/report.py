@@ -301,25 +301,34 @@ def _without_place(result: ParityResult) -> str:
 
 
 def parity_table(result: ParityResult) -> Table:
-    """The comparisons for a terminal: errors in units of rounding, then plain."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    """The comparisons for a terminal of 80 columns: errors in units of rounding. The page has the plain ones too."""
     size, labels = "size" if result.ratio_labels is MODULE_RATIOS else "tokens", result.ratio_labels
-    columns = ("case", size, *labels.values(), LABELS["max_abs"], "KL", LABELS["flips"], "")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=column == "case")
+    table = _table("case", size, *labels.values(), "")
     for case in result.cases:
-        table.add_row(case.name, str(case.length), *_numbers(case.verdict), _said(why(case.verdict, labels)))
+        table.add_row(case.name, f"{case.length:,}", *_ratios(case.verdict), _said(why(case.verdict, labels)))
     for each in result.columns:
         ratio, reason = times(each.verdict.ratio), why(each.verdict, labels)
-        table.add_row(each.name, *[""] * len(RATIOS), ratio, *[""] * 3, _said(reason))
+        table.add_row(each.name, *[""] * len(RATIOS), ratio, _said(reason))
+    return table
+
+
+def controls_table(result: ParityResult) -> Table:
+    """Models that are wrong on purpose, and how far from what is allowed."""
+    table = _table("wrong on purpose", "x rounding", "")
     for control in result.controls:
         if control.verdict is None:
-            table.add_row(
-                f"control: {control.name}", *[""] * (len(RATIOS) + 4), f"[dim]not possible: {control.skipped}[/]"
-            )
+            table.add_row(control.name, "", f"[dim]not possible: {control.skipped}[/]")
         else:
             outcome = "[green]refused[/]" if control.passed else "[red]NOT REFUSED: the check is broken[/]"
-            table.add_row(f"control: {control.name}", "", *_numbers(control.verdict), outcome)
+            table.add_row(control.name, times(control.verdict.ratio), outcome)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Of names on the left, numbers, and a verdict that may be long."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number in (0, len(columns) - 1) else "right", no_wrap=number == 0)
     return table
 
 
@@ -327,15 +336,15 @@ def _said(why: str) -> str:
     return f"[red]FAIL[/] {why}" if why else "[green]pass[/]"
 
 
-def _numbers(verdict: Verdict) -> tuple[str, ...]:
-    got = verdict.got
-    ratios = (times(verdict.ratios[name]) if name in verdict.ratios else "" for name in RATIOS)
-    return (*ratios, short(got.max_abs), short(got.kl), str(got.flips))
+def _ratios(verdict: Verdict) -> tuple[str, ...]:
+    return tuple(times(verdict.ratios[name]) if name in verdict.ratios else "" for name in RATIOS)
 
 
 def print_parity(result: ParityResult, console: Console) -> None:
-    """Table, place and verdict."""
+    """Tables, place and verdict."""
     console.print(parity_table(result))
+    if result.controls:
+        console.print(controls_table(result))
     if result.cost:
         failed = "; ".join(result.cost.failed)
         console.print(f"{cost_line(result)}: " + (f"[red]FAIL[/] {failed}" if failed else "[green]pass[/]"))

@@ -1,5 +1,6 @@
 """What a person sees: results on stdout, progress and errors on stderr."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,17 @@ from fope_export.errors import FopeError
 WIDE = 160
 """Columns where nobody watches: a file or a pipe needs no folding."""
 ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+PROGRESS = Console(stderr=True, highlight=False, soft_wrap=True)
+"""What tells how far a command is; `--quiet` leaves it out."""
 RESULTS = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else WIDE)
 
 
-def print_error(error: FopeError) -> None:
-    """One message and its hint."""
+def print_error(error: FopeError, code: int, *, as_json: bool = False) -> None:
+    """One message and its hint, or one JSON object with both."""
+    if as_json:
+        told = {"type": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": code}
+        ERRORS.out(json.dumps({"error": told}))
+        return
     ERRORS.print("[bold red]error:[/] ", end="")
     ERRORS.print(str(error), markup=False)
     ERRORS.print("[bold]hint:[/]  ", end="")
@@ -30,7 +37,7 @@ def print_error(error: FopeError) -> None:
 
 def waiting(text: str) -> Status:
     """A spinner while something loads."""
-    return ERRORS.status(text)
+    return PROGRESS.status(text)
 
 
 class Stages:
@@ -50,13 +57,13 @@ class Stages:
 
     def finish(self) -> None:
         if self._text:
-            ERRORS.print(f"[green]✓[/] {self._text} [dim]{time.perf_counter() - self._started:.1f} s[/]")
+            PROGRESS.print(f"[green]✓[/] {self._text} [dim]{time.perf_counter() - self._started:.1f} s[/]")
 
 
 @contextmanager
 def stages(title: str) -> Iterator[Stages]:
     """The stages of a task, the last of them over when the block ends well."""
-    with ERRORS.status(title) as status:
+    with PROGRESS.status(title) as status:
         running = Stages(title, status)
         yield running
         running.finish()
@@ -84,7 +91,7 @@ def doctor_table(abilities: Mapping[str, str]) -> Table:
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for a known number of steps: call it with what begins, how many are done, and how many there are."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=ERRORS, transient=True) as bar:
+    with Progress(*columns, console=PROGRESS, transient=True) as bar:
         task = bar.add_task(title, total=None)
 
         def report(what: str, done: int, total: int) -> None:
@@ -100,4 +107,4 @@ def report_speed() -> Iterator[Callable[[str], None]]:
     started = time.perf_counter()
     yield tokens.append
     seconds = time.perf_counter() - started
-    ERRORS.print(f"\n[dim]{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.0f} a second[/]")
+    PROGRESS.print(f"\n[dim]{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.0f} a second[/]")

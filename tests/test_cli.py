@@ -1,5 +1,6 @@
 """The command line: results on stdout, errors and progress on stderr, exit codes 0, 1, 2."""
 
+import io
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ import onnx
 import pytest
 
 from fope_export import place
+from fope_export.answering import InOrder
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 
@@ -24,7 +26,7 @@ def test_export_validate_run_inspect(native: Path, tmp_path: Path, capsys: Captu
     assert "next: fope-export validate" in capsys.readouterr().out
     assert main(["validate", out, "--lengths", "1,64"]) == 0
     told = capsys.readouterr()
-    assert "passed" in told.out and "report: " in told.out and "control: positions shifted by one" in told.out
+    assert "passed" in told.out and "report: " in told.out and "positions shifted by one" in told.out
     assert main(["run", out, "--prompt", "def ", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.endswith("\n")
     for path in (str(native), out, f"{out}/model.onnx"):
@@ -126,13 +128,62 @@ def test_misuse_exits_with_2_one_message_and_a_hint(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["export"], ["nothing"], ["run", "x"], ["run", "x", "--prompt-ids", "a,b"], ["validate", "x", "--seed", "-1"]],
+    ("arguments", "hint"),
+    [
+        (["export"], "`fope-export export --help`"),
+        (["vadilate"], "Did you mean validate?"),
+        (["run", "x", "--prompt", "a", "--tempertaure", "1"], "Did you mean --temperature?"),
+        (["export", "x", "y", "--dtype", "fp61"], "Did you mean fp16?"),
+        (["run", "x", "--prompt-ids", "a,b"], "`fope-export run --help`"),
+        (["validate", "x", "--seed", "-1"], "`fope-export validate --help`"),
+    ],
 )
-def test_unknown_commands_and_missing_arguments(arguments: list[str], capsys: Capture) -> None:
+def test_misspelt_commands_and_missing_arguments(arguments: list[str], hint: str, capsys: Capture) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and hint in told.err and not told.out
+    assert main([*arguments, "--json"]) == 2
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error.keys() == {"type", "message", "hint", "exit_code"} and hint in error["hint"]
+
+
+def test_beside_json_an_error_is_all_that_stderr_has(spoilable: Bundle, capsys: Capture) -> None:
+    spoilable.model.write_bytes(b"no graph")
+    assert main(["run", str(spoilable.path), "--prompt", "a", "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["error"]["exit_code"] == 2
+
+
+def test_quiet_tells_the_result_alone(native: Path, tmp_path: Path, capsys: Capture) -> None:
+    for more in ([], ["--quiet"], ["--verbose"]):
+        assert main(["export", str(native), str(tmp_path / "out"), *more]) == 0
+        told = capsys.readouterr()
+        assert "next: " in told.out
+        assert bool(told.err) == (more != ["--quiet"]) and ("TransposeWeights" in told.err) == (more == ["--verbose"])
+
+
+def test_prompts_come_from_a_pipe_too(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def \nclass \n")))
+    assert main(["run", str(bundle.path), "--prompts", "-", "--max-new-tokens", "2"]) == 0
+    assert re.fullmatch(r"--- def \n.*\n--- class \n.*\n", capsys.readouterr().out, re.DOTALL)
+
+
+def test_answers_are_shown_in_order_as_they_come(capsys: Capture) -> None:
+    ended = set[int]()
+    shown = InOrder(["one", "two", "three"], ended)
+    for row, piece, told in ((1, "b", "--- one\n"), (0, "a", "a"), (2, "c", ""), (0, "A", "A")):
+        shown.push(row, piece)
+        assert capsys.readouterr().out == told
+    ended |= {0, 2}
+    shown.push(1, "B")
+    assert capsys.readouterr().out == "\n--- two\nbB"
+    shown.close()
+    assert capsys.readouterr().out == "\n--- three\nc\n"
+
+
+def test_a_shell_completes_commands(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2 and "usage: " in capsys.readouterr().err
+        main(["--print-completion", "bash"])
+    assert caught.value.code == 0 and "evaluate" in capsys.readouterr().out
 
 
 def test_help_teaches(capsys: Capture) -> None:
