@@ -57,6 +57,7 @@ Old = Mapping[tuple[str, int, int], OldCell]
 def bench_record(bundle: Bundle, result: BenchResult) -> dict[str, Any]:
     """Everything, as plain data."""
     return {
+        "date": report.now().isoformat(),
         "model_sha256": bundle.manifest.files[MODEL],
         "export": bundle.manifest.export.described,
         "tool_version": bundle.manifest.tool_version,

@@ -1,6 +1,7 @@
 """The folder that one stage writes and the next reads: a manifest with hashes, written whole or not at all."""
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ from typing import Any, Self
 import msgspec
 
 from fope_export import place
-from fope_export.errors import BundleError
+from fope_export.errors import BundleError, cut
 from fope_export.links import loadable
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
 
+log = logging.getLogger(__name__)
+
+WEIGHTS = re.compile(r"\.(safetensors|pt|bin|index\.json)$")
+"""Files by which a checkpoint is told."""
 MADE = re.compile(
     r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench|stages|evaluation)\.(json|html|xml)"
     r"|engines/[^/]+\.(plan|json)|openvino/\w+\.(xml|bin|json|jinja)"
@@ -212,8 +217,11 @@ def creating(out: Path, *, lock_timeout: float = TIMEOUT) -> Iterator[Path]:
     with place.preparing(out, lock_timeout, _settle) as work:
         check_target(out)
         yield work
-        _check_whole(work, read_manifest(work))
+        _check_whole(work, manifest := read_manifest(work))
+        lost = sorted(_listed(out) - {*manifest.files, MANIFEST})
         place.put(work, out, _settle)
+        if lost:
+            log.warning("%s is replaced, and what was added to it is gone: %s", out, cut(", ".join(lost)))
 
 
 def check_target(out: Path) -> None:
@@ -226,7 +234,9 @@ def check_target(out: Path) -> None:
     if present and MANIFEST not in present:
         raise BundleError(
             f"{out} exists and would be lost; nothing was written: it has no {MANIFEST}",
-            hint="Choose another folder, or remove it.",
+            hint="It looks like a checkpoint, which comes first: export CKPT OUT. Choose a new folder for OUT."
+            if any(WEIGHTS.search(name) for name in present)
+            else "Choose another folder, or remove it.",
         )
     known = _listed(out)
     others = [name for name in present if name not in known | {MANIFEST} and not Path(name).name.startswith(".")]

@@ -26,6 +26,8 @@ from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 
 NAMES = {"fope": "FoPE", "rope": "RoPE"}
+PASSKEY_NAMES = {"fope-passkey": "FoPE", "rope-passkey": "RoPE"}
+"""Of the pair that was trained to find passkeys."""
 SCORED = 1 << 15
 """Bytes of held-out text that the loss is taken on."""
 PROMPT = "def read_config(path):\n"
@@ -57,7 +59,7 @@ class DemoResult:
 
 
 def shipped(name: str) -> Path:
-    """The folder of a shipped checkpoint: "fope" or its twin "rope"."""
+    """The folder of a shipped checkpoint: one of NAMES, or of PASSKEY_NAMES."""
     return Path(str(files("fope_export") / "data" / name))
 
 

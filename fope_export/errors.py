@@ -31,7 +31,7 @@ class FopeError(Exception):
     ...     fx.Bundle.open("nowhere")
     ... except fx.FopeError as error:
     ...     print(f"{error}. {error.hint}")
-    nowhere is not a bundle: it has no fope_export.json. Make one with `fope-export export`.
+    nowhere is not a bundle: it has no fope_export.json. Make one with `fope-export export CKPT OUT`.
     """
 
     def __init__(self, message: str, *, hint: str) -> None:

@@ -20,6 +20,7 @@ JSON, PAGE = "evaluation.json", "evaluation.html"
 def evaluation_record(results: Sequence[Evaluation]) -> dict[str, Any]:
     """Everything, as plain data."""
     return {
+        "date": report.now().isoformat(),
         "machine": msgspec.to_builtins(read_machine()),
         "models": [msgspec.to_builtins(each) | {"passkey_accuracy": each.accuracy} for each in results],
     }

@@ -272,7 +272,9 @@ def read_manifest(folder: Path) -> Manifest:
     """What the manifest in `folder` says. Raises BundleError where there is none, or it says what cannot be."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export`.")
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}", hint="Make one with `fope-export export CKPT OUT`."
+        )
     try:
         data = read_object(path)
         if (version := data.get("format_version")) not in (1, FORMAT_VERSION):

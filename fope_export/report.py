@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as Xml
@@ -138,6 +139,7 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         "damaged_files": result.damaged,
         "broken": encodable(result.broken) or None,
         "place": msgspec.to_builtins(result.place),
+        "date": now().isoformat(),
         "tool_version": manifest.tool_version,
         "machine": msgspec.to_builtins(read_machine()),
     }
@@ -205,7 +207,12 @@ def render(template: str, **context: Any) -> str:
     environment.filters["short"] = short
     environment.filters["times"] = times
     environment.filters["machine"] = machine_line
-    return encodable(environment.get_template(template).render(context))
+    return encodable(environment.get_template(template).render(context, date=f"{now():%d %B %Y, %H:%M} UTC"))
+
+
+def now() -> datetime:
+    """When a report is made."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def encodable(text: str) -> str:
@@ -237,10 +244,11 @@ def writable(text: str) -> str:
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     """JUnit XML: a test case for each comparison, each control, and the files."""
     checks = result.checks
-    counts = {"tests": str(len(checks)), "failures": str(len(result.failures))}
-    suite = Xml.Element("testsuite", {"name": writable(f"parity {bundle.path.name}")} | counts)
-    for name, reason in checks:
-        case = Xml.SubElement(suite, "testcase", classname="fope_export.parity", name=writable(name))
+    name, counts = writable(bundle.path.name), {"tests": str(len(checks)), "failures": str(len(result.failures))}
+    when = {"timestamp": f"{now():%Y-%m-%dT%H:%M:%S}", "time": f"{result.seconds:.1f}"}
+    suite = Xml.Element("testsuite", {"name": f"parity {name}"} | counts | when)
+    for check, reason in checks:
+        case = Xml.SubElement(suite, "testcase", classname=f"fope_export.parity.{name}", name=writable(check))
         if reason:
             Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))
     Xml.indent(suite)

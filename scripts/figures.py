@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Draw the README's pictures.
 
-scripts/figures.py loss     measures the shipped models: loss by length of context, in PyTorch and from the ONNX, and
-                            parity; writes scripts/results/loss_by_length.json and docs/loss_and_parity.png
+scripts/figures.py loss     measures the shipped models: loss by length of context, in PyTorch and from the ONNX,
+                            passkeys found, and parity; writes scripts/results/loss_by_length.json and
+                            docs/loss_and_parity.png
 scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png and prints the README's table
 """
 
@@ -23,9 +24,10 @@ from fope_export.backends.choose import load_backend
 from fope_export.backends.machine import read_machine
 from fope_export.benchmark.contenders import OURS
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import NAMES, shipped
-from fope_export.evaluation import loss_by_length
+from fope_export.demo import NAMES, PASSKEY_NAMES, shipped
+from fope_export.evaluation import evaluate, loss_by_length
 from fope_export.graph.export import export
+from fope_export.graph.optimize import optimize
 from fope_export.parity.cases import FACTORS
 from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
@@ -105,28 +107,45 @@ def loss() -> None:
             losses[label] = {b: loss_by_length(load_backend(bundle, b), text, lengths) for b in BACKENDS}
             parity = parity or validate(bundle)
     assert parity is not None
+    console.print("passkeys")
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            label: evaluate(optimize(export(shipped(name), Path(folder) / name)))
+            for name, label in PASSKEY_NAMES.items()
+        }
+    accuracy = {label: each.accuracy for label, each in found.items()}
     record = {
         "machine": msgspec.to_builtins(read_machine()),
         "text": f"{SCORED} bytes of the held-out standard library",
         "training_length": trained,
         "nats_per_byte": losses,
-        "training": {n: json.loads((files("fope_export") / "data" / n / "training.json").read_text()) for n in NAMES},
+        "passkeys": {label: msgspec.to_builtins(each.found) for label, each in found.items()},
+        "passkey_accuracy": accuracy,
+        "training": {
+            n: json.loads((files("fope_export") / "data" / n / "training.json").read_text())
+            for n in (*NAMES, *PASSKEY_NAMES)
+        },
     }
     (ROOT / "scripts/results").mkdir(exist_ok=True)
     (ROOT / "scripts/results/loss_by_length.json").write_text(json.dumps(record, indent=2) + "\n")
     (ROOT / "docs").mkdir(exist_ok=True)
-    plots.save(picture(losses, parity, trained), ROOT / "docs/loss_and_parity.png")
+    plots.save(picture(losses, accuracy, parity, trained), ROOT / "docs/loss_and_parity.png")
 
 
-def picture(losses: dict[str, dict[str, dict[int, float]]], parity: ParityResult, trained: int) -> Figure:
-    """Loss on the left, parity on the right."""
+def picture(
+    losses: dict[str, dict[str, dict[int, float]]], accuracy: dict[str, dict[int, float]], parity: ParityResult,
+    trained: int,
+) -> Figure:  # fmt: skip
+    """Loss on the left, passkeys beside it, parity on the right."""
     with rc_context(plots.STYLE):
-        figure = Figure(figsize=(12, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(5, 6))
+        figure = Figure(figsize=(16, 4.6), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(5, 5, 6))
         plots.draw_loss(left, {label: by_backend["onnxruntime"] for label, by_backend in losses.items()}, trained)
-        left.set_title("Loss far beyond the training length, from the exported ONNX", fontsize=11, loc="left")
+        left.set_title("Loss beyond the training length, from the ONNX", fontsize=11, loc="left")
+        plots.draw_passkeys(middle, accuracy, trained)
+        middle.set_title("Passkeys found, from the ONNX", fontsize=11, loc="left")
         plots.draw_error(right, parity, trained)
-        right.set_title("Error against float64: ours, and deliberately wrong models", fontsize=11, loc="left", pad=40)
+        right.set_title("Error against float64: ours, and wrong models", fontsize=11, loc="left", pad=40)
     return figure
 
 

@@ -29,7 +29,7 @@ from fope_export.backends.base import Ids
 from fope_export.backends.eager import EagerBackend
 from fope_export.config import ModelConfig
 from fope_export.corpus import as_tokens, python_source
-from fope_export.evaluation import loss_by_length
+from fope_export.evaluation import DEPTHS, finds, loss_by_length
 from fope_export.fope import frequencies
 from fope_export.fope.rotary import FopeRotary
 from fope_export.fope.spectrum import Spectrum
@@ -43,7 +43,7 @@ from fope_export.tokens import byte_tokenizer
 TEXT, PASSKEY = TASKS = ("text", "passkey")
 ANSWER = 20.0
 """What a token of a passkey weighs beside one of the text, or the text would be all that is learnt."""
-SHORTEST = 96
+SHORTEST, TRIALS = 96, 10
 HEAD_DIM, THETA = 64, 10_000.0
 VOCABULARY, SEPARATOR = 256, 0
 SAVE_EVERY = 100  # steps
@@ -212,8 +212,8 @@ def _resume(
 CARD = """\
 # {title}
 
-A byte-level decoder of {parameters:,} parameters that writes Python, made to show and test the export of FoPE. It is no
-use as a coding assistant. Its twin, trained from the same seed on the same batches, differs only in the position
+A byte-level decoder of {parameters:,} parameters that {does}, made to show and test the export of FoPE. It is no
+use for anything else. Its twin, trained from the same seed on the same batches, differs only in the position
 embedding.
 
 | | |
@@ -231,13 +231,38 @@ Loss on held-out text, {scored:,} bytes, in nats per byte, by length of context 
 | {lengths} |
 |{rules}|
 | {losses} |
-
+{passkeys}
 Made by `scripts/train.py`, seed {seed}.
 """
 
 
+PASSKEYS = """
+Passkeys of five digits said to the last one, of {of} at each length:
+
+| {lengths} |
+|{rules}|
+| {found} |
+"""
+DOES = {TEXT: "writes Python", PASSKEY: "finds five digits in Python and says them"}
+
+
+def _passkeys(found: dict[int, int], of: int) -> str:
+    """The card's part on them, or nothing."""
+    if not found:
+        return ""
+    numbers = {"lengths": " | ".join(map(str, found)), "found": " | ".join(map(str, found.values()))}
+    return PASSKEYS.format(of=of, rules="|".join(["---"] * len(found)), **numbers)
+
+
 def card(
-    run: Run, model: Decoder, losses: dict[int, float], scored: int, device: str, loss: float, seconds: float
+    run: Run,
+    model: Decoder,
+    losses: dict[int, float],
+    found: dict[int, int],
+    scored: int,
+    device: str,
+    loss: float,
+    seconds: float,
 ) -> str:
     """The model card, from what was run and what was read back."""
     config = model.config
@@ -245,6 +270,8 @@ def card(
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return CARD.format(
         title=f"{'FoPE' if run.spectrum == 'fope' else 'RoPE'} demonstration model",
+        does=DOES[run.task],
+        passkeys=_passkeys(found, TRIALS * len(DEPTHS)),
         parameters=sum(p.numel() for p in model.parameters()),
         embedding=f"FoPE: {kept}, gain {run.gain}" if run.spectrum == "fope" else f"RoPE, theta {THETA:g}",
         hidden=config.hidden_size,
@@ -266,10 +293,22 @@ def finish(run: Run, model: Decoder, held_out: Ids, device: str, loss: float, se
     save(model.cpu(), folder, dtype=torch.float16)
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(pretty=True))
     stored = load_checkpoint(folder)
-    losses = loss_by_length(EagerBackend(stored.model), held_out, [run.length * factor for factor in FACTORS])
-    (folder / "MODEL_CARD.md").write_text(card(run, stored.model, losses, len(held_out) - 1, device, loss, seconds))
-    record = {"run": vars(run), "loss": loss, "seconds": seconds, "held_out_loss": losses}
+    backend, lengths = EagerBackend(stored.model), [run.length * factor for factor in FACTORS]
+    losses = loss_by_length(backend, held_out, lengths)
+    found = {n: found_at(backend, held_out, n) for n in lengths} if run.task == PASSKEY else {}
+    told = card(run, stored.model, losses, found, len(held_out) - 1, device, loss, seconds)
+    (folder / "MODEL_CARD.md").write_text(told)
+    record = {"run": vars(run), "loss": loss, "seconds": seconds, "held_out_loss": losses, "passkeys": found}
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def found_at(backend: EagerBackend, text: Ids, length: int) -> int:
+    """How many passkeys a model finds, of TRIALS at each depth."""
+    found = 0
+    for depth in DEPTHS:
+        generator = np.random.default_rng((0, length, round(100 * depth)))
+        found += sum(finds(backend, passkey(as_bytes, text, length, depth, generator)) for _ in range(TRIALS))
+    return found
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

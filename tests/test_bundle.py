@@ -358,3 +358,17 @@ def test_kill_9_at_20_random_moments(server: Any, native: Path, bundle: Bundle, 
     export(native, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert msgspec.structs.replace(Bundle.open(out).manifest) == bundle.manifest
+
+
+def test_swapped_arguments_are_told_apart_from_a_folder_in_the_way(native: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="would be lost") as caught:
+        export(native, native)
+    assert "CKPT OUT" in caught.value.hint and "remove" not in caught.value.hint
+
+
+def test_what_a_new_export_drops_is_said(native: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    optimize(export(native, out))
+    export(native, out)
+    told = [record.message for record in caplog.records if record.name == module.__name__]
+    assert told == [f"{out} is replaced, and what was added to it is gone: model.ort.onnx"]

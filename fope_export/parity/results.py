@@ -100,6 +100,8 @@ class ParityResult:
     """How many times PyTorch's rounding the file's operators are known to cost; the limits are in units of that."""
     columns: tuple[ColumnResult, ...] = ()
     tested: tuple[Tested, ...] = ()
+    seconds: float = 0.0
+    """That it took."""
 
     @property
     def ratio_labels(self) -> dict[str, str]:

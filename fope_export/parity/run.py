@@ -1,6 +1,7 @@
 """Validation of a bundle: cases, controls, integrity, and the place of the first difference, as one result."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -97,7 +98,7 @@ def validate(
     axes = axes_of(bundle.manifest)
     if axes and (load or save):
         raise ParityError("inputs with positions on several axes are neither saved nor loaded", hint="Leave that out.")
-    results = list[ParityResult]()
+    results, started = list[ParityResult](), time.perf_counter()
     for name in names:
         limits = BACKENDS[name].limits(bundle)
         cases = load_inputs(load, source.config) if load else standard_cases(source.config, seed, lengths, limits)
@@ -105,7 +106,7 @@ def validate(
         if save and not results:
             save_inputs(save, bundle.manifest, cases)
         results.append(_compared(bundle, source, name, cases, seed, report))
-    return joined(results)
+    return replace(joined(results), seconds=time.perf_counter() - started)
 
 
 def memory() -> int:
