@@ -105,6 +105,8 @@ class CacheRounding:
     """What they are there, as OpenVINO calls it, which finds the steps of each token by itself."""
     growth: float
     """How much of itself a text's perplexity may grow by."""
+    apart: float = 0.1
+    """As `Dtype.apart`: what rounding does where weights are random."""
 
 
 CACHES = {row.name: row for row in (

@@ -256,7 +256,9 @@ def _enter(
         if job.contender == EAGER:
             raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
         return Entry(job.contender, row.what, str(error))
+    rounding = bundle.manifest.cache_rounding if row.cache else None
     allowed = ALLOWED[row.rounds or bundle.manifest.export.quantize or bundle.manifest.export.dtype]
+    allowed = max(allowed, rounding.apart if rounding else 0.0)
     if not away <= allowed:
         del workers[job.contender]
         return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)
