@@ -105,6 +105,8 @@ class CacheRounding:
     """What they are there, as OpenVINO calls it, which finds the steps of each token by itself."""
     growth: float
     """How much of itself a text's perplexity may grow by."""
+    beside: int = 8
+    """Bytes that a runtime may store with a token's numbers of one head: their step, and which of them is zero."""
     apart: float = 0.1
     """As `Dtype.apart`: what rounding does where weights are random."""
 

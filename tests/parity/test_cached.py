@@ -27,6 +27,7 @@ from fope_export.parity.cached import misfits
 from fope_export.parity.run import validate
 from fope_export.quantizations import CACHES, EXACT_CACHE
 from fope_export.report import parity_page, print_parity
+from fope_export.serving.host import bytes_of_a_token
 from fope_export.serving.sampling import SamplingParams
 from fope_export.serving.speculation import Speculation
 from tests.conftest import mixture, small_decoder, write_native
@@ -197,6 +198,9 @@ def test_answers_stay_when_prompts_share_take_turns_and_are_guessed(backend: Bac
 def test_the_memory_is_a_quarter(made: Bundle) -> None:
     rounded, plain = (load_backend(made, variant=name).slots(2, 256) for name in ("cache rounded", "optimized"))
     sizes = [sum(tensor.nbytes for tensor in slots.tensors) for slots in (rounded, plain)]  # type: ignore[attr-defined]
+    model, row = made.manifest.decoder(), made.manifest.cache_rounding
+    assert bytes_of_a_token(model, "fp32") * 512 == sizes[1]
+    assert sizes[0] < bytes_of_a_token(model, "fp32", row) * 512 < sizes[1]
     assert 4 * sizes[0] == sizes[1] and rounded.tensors[0].dtype == np.int8  # type: ignore[attr-defined]
 
 
