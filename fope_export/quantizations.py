@@ -101,6 +101,8 @@ class CacheRounding:
     """What they are in ONNX Runtime, as ONNX calls it: those of which `largest` is the largest."""
     largest: int
     bits: int
+    onnxruntime: tuple[int, int]
+    """The first that has them on the CPU."""
     openvino: str
     """What they are there, as OpenVINO calls it, which finds the steps of each token by itself."""
     growth: float
@@ -112,7 +114,7 @@ class CacheRounding:
 
 
 CACHES = {row.name: row for row in (
-    CacheRounding(name="int8", element="INT8", largest=127, bits=8, openvino="u8", growth=0.001),
+    CacheRounding(name="int8", element="INT8", largest=127, bits=8, onnxruntime=(1, 27), openvino="u8", growth=0.001),
 )}  # fmt: skip
 """By name."""
 EXACT_CACHE = "float"

@@ -286,6 +286,8 @@ def _without_place(result: ParityResult) -> str:
     agree = "On whole sequences every module of model.onnx is as close to float64 as rounding explains"
     if failed and all(case.name.endswith(", optimized") for case in failed):
         return f"{agree}: the fault lies in the optimized file."
+    if failed and all(", cache rounded" in case.name for case in failed):
+        return f"{agree}: the fault lies in how keys and values are rounded."
     if failed and all(case.steps > 1 for case in failed):
         return f"{agree}: the fault lies in how the graph uses its cache."
     return f"{agree}: no layer can be named."

@@ -159,7 +159,7 @@ class OrtSlots:
             return
         room, grown = max(-(-tokens // BLOCK) * BLOCK, 2 * have), []
         for old in self.tensors:
-            new = self._backend.caches.zeros((*old.shape[:2], room, old.shape[3]))
+            new = self._backend.device.zeros((*old.shape[:2], room, old.shape[3]))
             for row, length in enumerate(self.lengths):
                 new[row, :, :length] = old[row, :, :length]
             grown.append(new)
@@ -240,7 +240,7 @@ class OptimizedOrtBackend:
         )  # fmt: skip
         self.graphs = Graphs(self._session) if cuda_graph else None
         logits, *presents = (port.type for port in self._session.get_outputs())
-        self.device, self.caches = (_device(device, KINDS[each]) for each in (logits, presents[0]))
+        self._fed, self.device = (_device(device, KINDS[each]) for each in (logits, presents[0]))
 
     def slots(self, count: int, room: int = 0, *, whole: bool = False) -> OrtSlots:
         return OrtSlots(self, count, room, rows=self._alike(count) if whole else 0)
@@ -287,13 +287,13 @@ class OptimizedOrtBackend:
 
     def memory(self, rows: int) -> list[Array]:
         """Keys and values of every layer, with room for no token."""
-        return [self.caches.zeros(shape) for shape in empty_past(self._manifest, rows).values()]
+        return [self.device.zeros(shape) for shape in empty_past(self._manifest, rows).values()]
 
     def bind(self, tensors: Sequence[Array], tokens: int, width: int, last: bool, graph: int | None) -> Bound:
         """See `Bound`; without a number nothing is captured."""
         graph = -1 if self.graphs and graph is None else graph
         return Bound(
-            self._session, self.device, tensors, tokens, width, self.vocab_size,
+            self._session, self._fed, tensors, tokens, width, self.vocab_size,
             last=last, axes=axes_of(self._manifest), graph=graph,
         )  # fmt: skip
 

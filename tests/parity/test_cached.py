@@ -26,7 +26,7 @@ from fope_export.manifest import CALIBRATED_ON, MANIFEST, OPTIMIZED, ROUNDED_CAC
 from fope_export.parity.cached import misfits
 from fope_export.parity.run import validate
 from fope_export.quantizations import CACHES, EXACT_CACHE
-from fope_export.report import parity_page, print_parity
+from fope_export.report import parity_page, place, print_parity
 from fope_export.serving.host import bytes_of_a_token
 from fope_export.serving.sampling import SamplingParams
 from fope_export.serving.speculation import Speculation
@@ -150,12 +150,15 @@ def read_elsewhere(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("edit", [scaled, read_elsewhere])
 def test_a_file_that_computes_something_else_is_refused(
-    edit: Callable[[onnx.ModelProto], None], made: Bundle, tmp_path: Path
+    edit: Callable[[onnx.ModelProto], None], made: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fope_export.parity.cached.change", lambda *_: (9, 0.0, None, None))
     result = validate(spoilt(made, tmp_path, edit), backend="onnxruntime", lengths=(7,))
     failed = [case.name for case in result.cases if not case.verdict.passed]
     assert failed == ["prefill 64, cache rounded"] and not result.damaged
     assert bool([name for name in result.caches[0].strays if name.startswith("numbers")]) == (edit is read_elsewhere)
+
+    assert "the fault lies in how keys and values are rounded" in place(result)
 
 
 def test_a_cache_that_costs_too_much_is_refused(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +216,7 @@ def test_the_choice_is_the_bundles(made: Bundle, bundle: Bundle, tmp_path: Path)
     plain = optimize(again, "openvino", cache=EXACT_CACHE)
     assert not plain.manifest.cache and not {ROUNDED_CACHE, CALIBRATED_ON} & plain.manifest.files.keys()
     assert not (plain.path / ROUNDED_CACHE).exists() and plain.manifest.optimized == OPTIMIZED
-    assert load_backend(plain).caches._kind is np.float32  # type: ignore[attr-defined]
+    assert load_backend(plain).device._kind is np.float32  # type: ignore[attr-defined]
     known = Bundle.open(shutil.copytree(bundle.path, tmp_path / "plain"))
     assert '"cache": "float"' not in (optimize(known, cache=EXACT_CACHE).path / MANIFEST).read_text()
     assert optimize(known).manifest == Bundle.open(known.path).manifest
