@@ -215,7 +215,7 @@ def host_of(name: str, path: Path, args: argparse.Namespace) -> "Host":
     sizes = Sizes(
         slots=args.slots, length=args.max_model_len or min(16 * bundle.manifest.decoder().training_length, LONGEST),
         spare_bytes=args.prefix_cache, queue=args.max_queued, queued_tokens=args.max_queued_tokens, chunk=args.chunk,
-        batch_invariant=args.batch_invariant,
+        batch_invariant=args.batch_invariant, rounding=bundle.manifest.cache_rounding if variant.cache else None,
     )  # fmt: skip
     load = partial(load_backend, bundle, backend, settings, variant=variant.name)
     return Host(name, bundle, load, sizes, _speculation(args, bundle, "off"))

@@ -143,9 +143,16 @@ class Bundle:
                 now = type(self)._read(self.path, verify=True)
             yield now
 
-    def put(self, files: Mapping[str, bytes | Path], *, without: Collection[str] = ()) -> Self:
+    def put(
+        self,
+        files: Mapping[str, bytes | Path],
+        *,
+        without: Collection[str] = (),
+        cache: str | msgspec.UnsetType | None = None,
+    ) -> Self:
         """Add or replace `files` as `add` does, inside a block of `changing`, which gives the bundle that this is
-        called on. The files named in `without` are removed, where they exist.
+        called on. The files named in `without` are removed, where they exist; `cache` is what its manifest says from
+        now on (None: what it said).
         """
         staged = self.path / place.STAGED
         staged.mkdir()
@@ -153,7 +160,11 @@ class Bundle:
             _stage(staged / name, content)
         added = {name: sha256(staged / name) for name in files}
         kept = {name: digest for name, digest in self.manifest.files.items() if name not in without}
-        manifest = msgspec.structs.replace(self.manifest, files=dict(sorted((kept | added).items())))
+        manifest = msgspec.structs.replace(
+            self.manifest,
+            files=dict(sorted((kept | added).items())),
+            cache=self.manifest.cache if cache is None else cache,
+        )
         _write_manifest(staged, manifest)
         place.flush(staged)
         place.commit(self.path, _settle)
@@ -175,7 +186,7 @@ def _damaged(folder: Path, manifest: Manifest) -> dict[str, str]:
 def _identity(manifest: Manifest) -> Manifest:
     """What is no longer the same when another model was exported to the same place."""
     portable = {name: digest for name, digest in manifest.files.items() if name in (MODEL, f"{MODEL}.data")}
-    return msgspec.structs.replace(manifest, files=portable)
+    return msgspec.structs.replace(manifest, files=portable, cache=msgspec.UNSET)
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:

@@ -110,8 +110,8 @@ def optimize(args: argparse.Namespace) -> int:
 
     with waiting(f"optimizing for {args.target}"):
         bundle = optimize(
-            Bundle.open(args.bundle), args.target, int8_activations=args.int8_activations,
-            lock_timeout=args.lock_timeout,
+            Bundle.open(args.bundle), args.target, int8_activations=args.int8_activations, cache=args.cache,
+            calibration=args.calibration, lock_timeout=args.lock_timeout,
         )  # fmt: skip
     file, weights = (
         (OPTIMIZED, "stay in model.onnx.data") if args.target == ONNXRUNTIME else (OPENVINO, "lie beside it")

@@ -65,6 +65,7 @@ def _bundle(bundle: Bundle) -> Description:
             "from": f"{manifest.source.path} ({manifest.source.layout})",
             **({"with the adapter": manifest.source.adapter.path} if manifest.source.adapter else {}),
             "written as": _written(manifest),
+            **({"keys and values": manifest.cache} if manifest.cache else {}),
         },
         **_what(manifest),
         "inputs": {port.name: _port(port.dtype, port.shape) for port in manifest.inputs},

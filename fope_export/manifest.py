@@ -9,13 +9,18 @@ import msgspec
 
 from fope_export.config import Count, ExportConfig, ModelConfig, Size, SpectrumConfig
 from fope_export.documents import as_record, read_object
-from fope_export.dtypes import DTYPES
+from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BundleError, ConfigError, DocumentError, cut
+from fope_export.quantizations import CACHES, CacheRounding
 
 MANIFEST = "fope_export.json"
 MODEL = "model.onnx"
 OPTIMIZED = "model.ort.onnx"
 """The same model for ONNX Runtime alone; its weights are those of the first."""
+ROUNDED_CACHE = "model.ort.cache.onnx"
+"""The same as that, with rounded keys and values in its cache,"""
+CALIBRATED_ON = "model.ort.cache.npy"
+"""in steps that these token ids were measured for, int64 [N, S]."""
 OPENVINO = "openvino/openvino_model.xml"
 """The same model for OpenVINO; all that it needs lies in the same folder, its weights too."""
 KEPT = "logits_to_keep"
@@ -136,6 +141,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     inputs: list[Port]
     outputs: list[Port]
     files: dict[Name, Digest] = {}
+    cache: str | msgspec.UnsetType = msgspec.UNSET
+    """How optimized files keep keys and values, one of CACHES; unset where they do not round them."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError where the parts contradict each other, or where a file lies outside of the folder."""
@@ -144,6 +151,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ConfigError(f"files has {cut(name)}, which is no file of the folder", hint=AGAIN)
         if self.export.opset is None:
             raise ConfigError("export.opset is missing", hint=AGAIN)
+        if self.cache and self.cache not in CACHES:
+            raise ConfigError(f"cache is {cut(self.cache)}, expected {either(CACHES.values())}", hint=AGAIN)
         self._check_spectra()
         self._check_ports()
 
@@ -155,6 +164,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def optimized(self) -> str:
         """The name of the optimized file, or nothing where there is none."""
         return self.having(OPTIMIZED, OPTIMIZED_BEFORE)
+
+    @property
+    def cache_rounding(self) -> CacheRounding | None:
+        """How optimized files round keys and values; None where they do not."""
+        return CACHES[self.cache] if self.cache else None
 
     def _check_spectra(self) -> None:
         if isinstance(self.model, ModelConfig):

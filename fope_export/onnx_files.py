@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from fope_export.bundle import Bundle
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, cut
-from fope_export.manifest import MODEL, plain_file
+from fope_export.manifest import MODEL, ROUNDED_CACHE, plain_file
 
 LARGEST = (1 << 31) - 1
 """Bytes that protobuf allows a message."""
@@ -116,7 +116,7 @@ def check_graphs(bundle: Bundle) -> None:
             raise BundleError(
                 f"{bundle.model}: {cut(port.name)} has sizes {cut(sizes)}, and {wanted} in the manifest", hint=AGAIN
             )
-    for name in {plain_file(bundle.manifest.export), bundle.manifest.optimized} - {MODEL}:
+    for name in {plain_file(bundle.manifest.export), bundle.manifest.optimized, ROUNDED_CACHE} - {MODEL}:
         if name in bundle.manifest.files:
             check_onnx(bundle.path / name)
 

@@ -10,7 +10,16 @@ from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.errors import cut
 from fope_export.lock import TIMEOUT
 from fope_export.model.layouts import LAYOUTS
-from fope_export.quantizations import QUANTIZATIONS, BlockSize, Quantization, RoundingName, calibrated, in_blocks
+from fope_export.quantizations import (
+    CACHES,
+    EXACT_CACHE,
+    QUANTIZATIONS,
+    BlockSize,
+    Quantization,
+    RoundingName,
+    calibrated,
+    in_blocks,
+)
 
 DIGITS = re.compile(r"[0-9]{1,18}")
 
@@ -78,6 +87,14 @@ def optimize(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--int8-activations", action=argparse.BooleanOptionalAction, default=True,
         help="round activations too where weights are quantized: several times faster",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cache", choices=(EXACT_CACHE, *CACHES),
+        help=f"how the bundle is to keep keys and values (default: as before, and {EXACT_CACHE} at first)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="of a rounded cache: text, or token ids as .npy or .json (default: Python's standard library)",
     )  # fmt: skip
     _lock(sub)
 

@@ -1,4 +1,5 @@
-"""The ways to round linear layers: one row each, and what differs between them is said here alone.
+"""The ways to round linear layers, and those to round caches: one row each, and what differs between them is said here
+alone.
 
 The command line reads these rows, so they name the module that does the work instead of importing it.
 """
@@ -88,6 +89,36 @@ FP8_QDQ = _qdq(
 )
 QUANTIZATIONS = {row.name: row for row in (INT4, INT8, INT8_QDQ, FP8_QDQ)}
 """By name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRounding:
+    """A way to keep keys and values: as integers, in steps that each channel of a head has for itself."""
+
+    name: str
+    """As `--cache` and the manifest have it."""
+    element: str
+    """What they are in ONNX Runtime, as ONNX calls it: those of which `largest` is the largest."""
+    largest: int
+    bits: int
+    onnxruntime: tuple[int, int]
+    """The first that has them on the CPU."""
+    openvino: str
+    """What they are there, as OpenVINO calls it, which finds the steps of each token by itself."""
+    growth: float
+    """How much of itself a text's perplexity may grow by."""
+    beside: int = 8
+    """Bytes that a runtime may store with a token's numbers of one head: their step, and which of them is zero."""
+    apart: float = 0.1
+    """As `Dtype.apart`: what rounding does where weights are random."""
+
+
+CACHES = {row.name: row for row in (
+    CacheRounding(name="int8", element="INT8", largest=127, bits=8, onnxruntime=(1, 27), openvino="u8", growth=0.001),
+)}  # fmt: skip
+"""By name."""
+EXACT_CACHE = "float"
+"""What `--cache` calls keys and values that are not rounded."""
 
 
 def in_blocks() -> list[Quantization]:

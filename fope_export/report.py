@@ -19,6 +19,7 @@ from fope_export.config import ModelConfig
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, REPORTS, judged_files
 from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, Verdict
+from fope_export.parity.quantized import Cost
 from fope_export.parity.results import MODULE_RATIOS, RATIOS, ControlResult, ParityResult, why
 from fope_export.validated import REPORT
 
@@ -134,7 +135,8 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             for each in result.columns
         ],
         "controls": [_control_record(control) for control in result.controls],
-        "quantization": _cost_record(result),
+        "quantization": _cost_record(result.cost),
+        "caches": [_cost_record(each) for each in result.caches],
         "extension": msgspec.to_builtins(result.reach),
         "damaged_files": result.damaged,
         "broken": encodable(result.broken) or None,
@@ -170,7 +172,8 @@ def parity_page(bundle: Bundle, result: ParityResult) -> str:
         more=MORE,
         machine=read_machine(),
         place=place(result),
-        cost=cost_line(result),
+        cost=cost_line(result.cost),
+        caches=[(cost_line(each), each.failed) for each in result.caches],
         reach=_reach_figure(bundle, result),
     )
 
@@ -255,16 +258,16 @@ def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _cost_record(result: ParityResult) -> dict[str, Any] | None:
-    if (cost := result.cost) is None:
+def _cost_record(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None:
         return None
     known: dict[str, Any] = msgspec.to_builtins(cost)
     return known | {"growth": cost.growth, "limit": cost.limit, "passed": not cost.failed, "failed": cost.failed}
 
 
-def cost_line(result: ParityResult) -> str:
-    """What quantization costs, in words; empty where there is none."""
-    if (cost := result.cost) is None:
+def cost_line(cost: Cost | None) -> str:
+    """What rounding costs, in words; empty where there is none."""
+    if cost is None:
         return ""
     kl = f"mean KL divergence {short(cost.kl)} nats"
     if cost.growth is None:
@@ -303,6 +306,8 @@ def _without_place(result: ParityResult) -> str:
     agree = "On whole sequences every module of model.onnx is as close to float64 as rounding explains"
     if failed and all(case.name.endswith(", optimized") for case in failed):
         return f"{agree}: the fault lies in the optimized file."
+    if failed and all(", cache rounded" in case.name for case in failed):
+        return f"{agree}: the fault lies in how keys and values are rounded."
     if failed and all(case.steps > 1 for case in failed):
         return f"{agree}: the fault lies in how the graph uses its cache."
     return f"{agree}: no layer can be named."
@@ -353,9 +358,9 @@ def print_parity(result: ParityResult, console: Console) -> None:
     console.print(parity_table(result))
     if result.controls:
         console.print(controls_table(result))
-    if result.cost:
-        failed = "; ".join(result.cost.failed)
-        console.print(f"{cost_line(result)}: " + (f"[red]FAIL[/] {failed}" if failed else "[green]pass[/]"))
+    for cost in filter(None, (result.cost, *result.caches)):
+        failed = "; ".join(cost.failed)
+        console.print(f"{cost_line(cost)}: " + (f"[red]FAIL[/] {failed}" if failed else "[green]pass[/]"))
     if line := reach_line(result):
         console.print(line)
     for name, reason in result.damaged.items():

@@ -102,6 +102,8 @@ CUDA = "onnxruntime-cuda"
 def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:
     recorded = {COMPILED + GRAPH, CUDA + GRAPH}
     assert not recorded & {*run._chosen(BenchConfig())}
+    both = {*run._chosen(BenchConfig(), rounding=True)} - {*run._chosen(BenchConfig())}
+    assert both == {"onnxruntime, cache rounded", "openvino, cache rounded"}
     assert recorded < {*run._chosen(BenchConfig(device="cuda"))}
     assert {*run._chosen(BenchConfig(device="cuda", backends=(CUDA,)))} == {EAGER, COMPILED, CUDA, *recorded}
 

@@ -4,10 +4,12 @@ cannot is refused by name.
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from fope_export.backends.choose import choose, load_backend
 from fope_export.backends.machine import read_machine
+from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.errors import BackendError
@@ -15,6 +17,7 @@ from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.parity.run import validate
+from fope_export.quantizations import CACHES
 from fope_export.serving.sampling import SamplingParams
 
 KINDS = {
@@ -47,6 +50,19 @@ def test_every_kind_of_bundle_runs_or_is_refused_by_name(kind: str, native: Path
         with pytest.raises(BackendError, match=r"onnxruntime is [\d.]+, and .* needs [\d.]+: pip install") as caught:
             ask(made)
         assert str(caught.value) == reason
+
+
+def test_a_rounded_cache_runs_or_is_refused_by_name(native: Path, tmp_path: Path) -> None:
+    made = optimize(export(native, tmp_path / "out"), cache=next(iter(CACHES)))
+    row = made.manifest.cache_rounding
+    if not (reason := too_old("onnxruntime", onnxruntime.__version__, made.manifest.export, row)):
+        assert len(written(made)) == 4 and validate(made, lengths=(7,)).passed
+        return
+    with pytest.raises(
+        BackendError, match=r"onnxruntime is [\d.]+, and a cache in .* needs [\d.]+: pip install"
+    ) as caught:
+        written(made)
+    assert str(caught.value) == reason == validate(made, lengths=(7,)).broken
 
 
 def test_the_portable_and_the_optimized_file_write_what_pytorch_writes(spoilable: Bundle) -> None:

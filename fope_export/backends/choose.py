@@ -12,7 +12,8 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, OPENVINO, plain_file
+from fope_export.manifest import MODEL, OPENVINO, ROUNDED_CACHE, plain_file
+from fope_export.quantizations import CACHES
 from fope_export.tensorrt.api import LIBRARIES
 from fope_export.tensorrt.record import BUILD_IT, plan_in, records
 
@@ -57,7 +58,9 @@ class Variant:
     exact: bool = False
     """Whether it loads a copy of its file that leaves out the rounding of what linear layers read."""
     rounds: bool = False
-    """Whether it is the one before it with what linear layers read rounded: then its cost is judged, not its cases."""
+    """Whether it is the one before it with something more rounded: then its cost is judged, not its cases."""
+    cache: bool = False
+    """Whether that are keys and values, as the bundle's manifest says."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,23 @@ def _engine(bundle: Bundle) -> tuple[str, ...]:
     return tuple(plan_in(bundle, record) for record in records(bundle)[-1:])
 
 
+def _rounded_cache(bundle: Bundle) -> tuple[str, ...]:
+    return _graph(ROUNDED_CACHE, bundle)
+
+
+def _load_ort_rounded_cache(bundle: Bundle, settings: Settings) -> "Backend":
+    from fope_export.backends.ort_optimized import OptimizedOrtBackend
+
+    return OptimizedOrtBackend(bundle, threads=settings.threads, file=ROUNDED_CACHE)
+
+
+def _without_rounded_cache(bundle: Bundle) -> BackendError | None:
+    if ROUNDED_CACHE in bundle.manifest.files:
+        return None
+    chosen = either(CACHES.values())
+    return BackendError(f"{bundle.path} has no {ROUNDED_CACHE}", hint=f"fope-export optimize --cache {chosen}.")
+
+
 def _without_optimized(bundle: Bundle) -> BackendError | None:
     if bundle.manifest.optimized:
         return None
@@ -178,6 +198,16 @@ def _without_rounded_ir(bundle: Bundle) -> BackendError | None:
     if bundle.manifest.export.quantize:
         return _without_ir(bundle)
     return BackendError(f"{bundle.path} has no quantized weights", hint="fope-export export --quantize int4 or int8.")
+
+
+def _without_rounded_ir_cache(bundle: Bundle) -> BackendError | None:
+    if bundle.manifest.cache_rounding:
+        return _without_ir(bundle)
+    chosen = either(CACHES.values())
+    return BackendError(
+        f"{bundle.path} keeps keys and values as they are",
+        hint=f"fope-export optimize --for openvino --cache {chosen}.",
+    )
 
 
 def _without_half(bundle: Bundle) -> BackendError | None:
@@ -211,10 +241,15 @@ def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
     return OptimizedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
 
 
-def _load_openvino(bundle: Bundle, settings: Settings, *, int8_activations: bool = False) -> "Backend":
+def _load_openvino(
+    bundle: Bundle, settings: Settings, *, int8_activations: bool = False, cache: bool = False
+) -> "Backend":
     from fope_export.backends.openvino import OpenVinoBackend
 
-    return OpenVinoBackend(bundle, threads=settings.threads, int8_activations=int8_activations)
+    return OpenVinoBackend(
+        bundle, threads=settings.threads, cache=cache,
+        int8_activations=int8_activations or (cache and bundle.manifest.export.quantize is not None),
+    )  # fmt: skip
 
 
 def _openvino_arithmetic(bundle: Bundle) -> str:
@@ -273,6 +308,15 @@ BACKENDS: dict[str, Row] = {
         (
             Variant("portable", _load_ort, _portable, exact=True),
             Variant("optimized", _load_ort_optimized, _optimized, _without_optimized, optimized=True, exact=True),
+            Variant(
+                "cache rounded",
+                _load_ort_rounded_cache,
+                _rounded_cache,
+                _without_rounded_cache,
+                optimized=True,
+                rounds=True,
+                cache=True,
+            ),
         ),
         lambda bundle: _limits(bundle.manifest.export.capacity),
         _without_ort,
@@ -291,6 +335,15 @@ BACKENDS: dict[str, Row] = {
                 _without_rounded_ir,
                 optimized=True,
                 rounds=True,
+            ),
+            Variant(
+                "cache rounded",
+                partial(_load_openvino, cache=True),
+                _ir,
+                _without_rounded_ir_cache,
+                optimized=True,
+                rounds=True,
+                cache=True,
             ),
         ),
         computes=_openvino_arithmetic,

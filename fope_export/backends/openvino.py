@@ -16,8 +16,8 @@ from fope_export.dtypes import BF16, DTYPES, FP32
 from fope_export.errors import BackendError, cut, require
 from fope_export.manifest import OPENVINO
 
-CACHES = {FP32.precision: np.float32, BF16.precision: np.uint16}
-"""NumPy's numbers with as many bits as a cache's."""
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.float32}
+"""NumPy's numbers with as many bytes as a cache's."""
 SHORT = {FP32.precision: "f32", BF16.precision: BF16.name}
 """OpenVINO's names of what it computes in."""
 ROUNDED_TOGETHER = 32
@@ -111,20 +111,27 @@ class OpenVinoBackend:
     name = "openvino"
     chunk = 512
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, int8_activations: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, int8_activations: bool = False, cache: bool = False
+    ) -> None:
         """`threads` compute one operator; 0 are as many as there are cores. With `int8_activations` linear layers whose
-        weights are quantized round what they read, too, where the processor is faster so.
+        weights are quantized round what they read, too, where the processor is faster so. With `cache` keys and values
+        are rounded as the manifest says, each token's by itself.
 
         Raises BackendError when OpenVINO is not there, or does not load the folder.
         """
         openvino = require("openvino", "openvino")
         self.vocab_size, self._path = bundle.manifest.decoder().vocab_size, bundle.path / OPENVINO
-        self._precision = arithmetic(bundle)
         settings: dict[str, str | int] = {
             **hints(bundle),
             "PERFORMANCE_HINT": "LATENCY",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": ROUNDED_TOGETHER if int8_activations else 0,
         }
+        if cache and (row := bundle.manifest.cache_rounding):
+            settings |= {
+                "KV_CACHE_PRECISION": row.openvino,
+                "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
+            }  # a cut page stays right
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -165,7 +172,9 @@ class OpenVinoBackend:
     def memory(self, pages: int) -> list[NDArray[Any]]:
         """Keys and values of every layer in as many pages of zeros."""
         return [
-            np.zeros((pages, *(size.get_length() for size in list(port.partial_shape)[1:])), CACHES[self._precision])
+            np.zeros(
+                (pages, *(size.get_length() for size in list(port.partial_shape)[1:])), WORDS[port.element_type.size]
+            )
             for port in self._caches.values()
         ]
 
@@ -240,7 +249,7 @@ def arithmetic(bundle: Bundle) -> str:
     multiplies in it, else float32. Raises BackendError without OpenVINO.
     """
     dtype = DTYPES[bundle.manifest.export.dtype]
-    return dtype.precision if dtype.precision in CACHES and (dtype.widened is None or _halves()) else FP32.precision
+    return dtype.precision if dtype.precision in SHORT and (dtype.widened is None or _halves()) else FP32.precision
 
 
 def hints(bundle: Bundle) -> dict[str, str]:

@@ -12,7 +12,7 @@ from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, require
-from fope_export.manifest import plain_file
+from fope_export.manifest import ROUNDED_CACHE, plain_file
 
 PROVIDERS = {
     "cpu": ["CPUExecutionProvider"],
@@ -120,8 +120,10 @@ def session_of(
     Raises BackendError when ONNX Runtime is not there, is too old, does not load the file, or finds no such device.
     """
     ort = require("onnxruntime", "run")
-    if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export):
-        raise BackendError(reason, hint="Or export as `fope-export export` does by default: older ones run that.")
+    cache = bundle.manifest.cache_rounding if name == ROUNDED_CACHE else None
+    for row, hint in ((None, "export as `fope-export export`"), (cache, "optimize as `fope-export optimize`")):
+        if reason := too_old("onnxruntime", ort.__version__, bundle.manifest.export, row):
+            raise BackendError(reason, hint=f"Or {hint} does by default: older ones run that.")
     path = runnable(bundle, name)
     try:
         return open_session(path, threads=threads, device=device, spoken=spoken, cuda_graph=cuda_graph)

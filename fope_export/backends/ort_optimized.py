@@ -13,12 +13,15 @@ from fope_export.backends.ort import TYPES, failure, session_of
 from fope_export.bundle import Bundle
 from fope_export.errors import BackendError, require
 from fope_export.manifest import KEPT
+from fope_export.quantizations import CACHES
 
 TILE, SAMPLE = 16, 48
 """Rows that a kernel takes together, at most, and steps that rows are compared in."""
 BLOCK = 256
 """Tokens that a cache grows by at least."""
 LOGITS = "logits"
+KINDS = TYPES | {f"tensor({each})": getattr(np, each) for each in (row.element.lower() for row in CACHES.values())}
+"""NumPy's, by ONNX Runtime's names: of logits and caches."""
 
 
 class Bound:
@@ -47,7 +50,7 @@ class Bound:
         self._session, self._binding, self._options = session, session.io_binding(), None
         for name, tensor in self._inputs.items():
             self._binding.bind_input(name, *device.binding(tensor))
-        pasts = [port.name for port in session.get_inputs() if port.type in TYPES]
+        pasts = [port.name for port in session.get_inputs() if port.name not in self._hosts]
         presents = [port.name for port in session.get_outputs() if port.name != LOGITS]
         for past, present, tensor in zip(pasts, presents, tensors, strict=True):
             self._binding.bind_input(past, *device.binding(tensor))
@@ -220,23 +223,24 @@ class OptimizedOrtBackend:
         threads: int = 0,
         device: str = "cpu",
         cuda_graph: bool = False,
+        file: str = "",
     ) -> None:
         """`device` is cpu or cuda, and caches stay on it. `cuda_graph` captures a graph of decoding in each cache and
-        repeats it.
+        repeats it. `file` is another of the bundle's that takes the same, as ROUNDED_CACHE.
 
         Raises BackendError when ONNX Runtime is not there, does not load the file, or not for that device.
         """
         self.vocab_size = bundle.manifest.decoder().vocab_size
         self.name, self._manifest = "onnxruntime", bundle.manifest
-        self._path = bundle.path / bundle.manifest.optimized
+        file = file or bundle.manifest.optimized
+        self._path = bundle.path / file
         # It would warn that an input has a default value.
         self._session = session_of(
-            bundle, bundle.manifest.optimized, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
+            bundle, file, threads=threads, device=device, spoken=False, cuda_graph=cuda_graph
         )  # fmt: skip
         self.graphs = Graphs(self._session) if cuda_graph else None
-        self.device = _device(
-            device, next(TYPES[port.type] for port in self._session.get_inputs() if port.type in TYPES)
-        )
+        logits, *presents = (port.type for port in self._session.get_outputs())
+        self._fed, self.device = (_device(device, KINDS[each]) for each in (logits, presents[0]))
 
     def slots(self, count: int, room: int = 0, *, whole: bool = False) -> OrtSlots:
         return OrtSlots(self, count, room, rows=self._alike(count) if whole else 0)
@@ -289,7 +293,7 @@ class OptimizedOrtBackend:
         """See `Bound`; without a number nothing is captured."""
         graph = -1 if self.graphs and graph is None else graph
         return Bound(
-            self._session, self.device, tensors, tokens, width, self.vocab_size,
+            self._session, self._fed, tensors, tokens, width, self.vocab_size,
             last=last, axes=axes_of(self._manifest), graph=graph,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from operator import itemgetter
 
 from fope_export.config import ExportConfig
 from fope_export.dtypes import either
-from fope_export.quantizations import QUANTIZATIONS
+from fope_export.quantizations import QUANTIZATIONS, CacheRounding
 from fope_export.tensorrt.api import version_of
 
 NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] = (
@@ -16,9 +16,10 @@ NEEDS: tuple[tuple[tuple[int, int], str, Callable[[ExportConfig], bool]], ...] =
 """The first ONNX Runtime that has the operators of a bundle, and by what it is known; newest first."""
 
 
-def too_old(name: str, version: str, export: ExportConfig) -> str:
-    """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, or nothing."""
+def too_old(name: str, version: str, export: ExportConfig, cache: CacheRounding | None = None) -> str:
+    """Why the `version` of an ONNX Runtime cannot run a bundle that was exported so, its `cache` so, or nothing."""
     needs = [(oldest, what) for oldest, what, concerned in NEEDS if concerned(export)]
+    needs += [(cache.onnxruntime, f"a cache in {cache.name}")] if cache else []
     for oldest, what in sorted([*needs, *_of_quantization(export)], key=itemgetter(0), reverse=True):
         if version_of(version) < oldest:
             wanted = ".".join(map(str, oldest))

@@ -245,8 +245,8 @@ def _without(package: str, hint: str = "pip install 'fope-export[peers]'") -> Ca
 class Row:
     """A contender: what it is, how a worker makes it, and why a machine cannot. One with a `peer` is timed when that is
     asked for; `prepare` runs the exporter that it has for the `twin`. `rounds` is what its arithmetic rounds to, where
-    that is not the bundle's dtype. One with a `device` is timed where PyTorch has that device; one with a `backend`
-    runs a `variant` of the bundle there.
+    that is not the bundle's dtype; one with a `cache` rounds keys and values too. One with a `device` is timed where
+    PyTorch has that device; one with a `backend` runs a `variant` of the bundle there.
     """
 
     what: str
@@ -259,6 +259,7 @@ class Row:
     device: str = ""
     backend: str = ""
     variant: str = ""
+    cache: bool = False
 
 
 def _of_backends() -> Iterator[tuple[str, Row]]:
@@ -269,7 +270,7 @@ def _of_backends() -> Iterator[tuple[str, Row]]:
             own, load = name if plain else f"{name}, {variant.name}", partial(_backend, name, variant.name)
             made = Row(
                 row.what if alone else f"{row.what}, {variant.name}", load, row.missing, backend=name,
-                variant=variant.name,
+                variant=variant.name, cache=variant.cache,
             )  # fmt: skip
             yield own, made
             if variant.captured:
@@ -278,7 +279,7 @@ def _of_backends() -> Iterator[tuple[str, Row]]:
 
 
 OF_BACKENDS = dict(_of_backends())
-OURS = [name for name, row in OF_BACKENDS.items() if row.backend == USUAL][-1]
+OURS = [name for name, row in OF_BACKENDS.items() if row.backend == USUAL and not row.cache][-1]
 """What runs a bundle unless another is asked for, as fast as it can."""
 
 

@@ -34,11 +34,11 @@ class Lead(NamedTuple):
 
 
 def leads(result: BenchResult, export: ExportConfig) -> Iterator[Lead]:
-    """For every size where one of ours and a peer of the same rounding were timed."""
+    """For every size where one of ours, with its cache as it is, and a peer of the same rounding were timed."""
     rounding = export.quantize or export.dtype
     for length, batch in dict.fromkeys((cell.length, cell.batch) for cell in result.cells):
         cells = [c for c in result.cells if (c.length, c.batch) == (length, batch) and not c.refused]
-        ours = [c for c in cells if CONTENDERS[c.contender].backend not in ("", EAGER) and not _is_twin(c)]
+        ours = [c for c in cells if CONTENDERS[c.contender].backend not in ("", EAGER) and _is_plain(c)]
         peers = [c for c in cells if _is_peer(c) and CONTENDERS[c.contender].rounds == rounding]
         if not ours or not peers:
             continue
@@ -54,8 +54,9 @@ def leads(result: BenchResult, export: ExportConfig) -> Iterator[Lead]:
             yield Lead(MEMORY, length, batch, best.contender, other.contender, other.peak / best.peak, None)
 
 
-def _is_twin(cell: Cell) -> bool:
-    return CONTENDERS[cell.contender].twin
+def _is_plain(cell: Cell) -> bool:
+    row = CONTENDERS[cell.contender]
+    return not row.twin and not row.cache
 
 
 def _is_peer(cell: Cell) -> bool:

@@ -189,7 +189,7 @@ def bench(
                 contender=name, bundle=str(bundle.path), checkpoint=str(checkpoint) if checkpoint else None,
                 adapter=str(adapter) if adapter else None, folder=str(folder), threads=threads, device=config.device,
             )
-            for name in _chosen(config)
+            for name in _chosen(config, rounding=bundle.manifest.cache_rounding is not None)
         ]  # fmt: skip
         if config.peers:
             write_twin(model, jobs[0].twin)
@@ -220,14 +220,16 @@ def _runs(contender: str) -> tuple[str, str]:
     return ("", "") if row.twin else (row.backend, row.variant)
 
 
-def _chosen(config: BenchConfig) -> Iterator[str]:
-    """PyTorch always; backends as asked, and every one where nobody asked; peers as asked, and the twin with them."""
+def _chosen(config: BenchConfig, *, rounding: bool = False) -> Iterator[str]:
+    """PyTorch always; backends as asked, and every one where nobody asked, those that round caches with `rounding`
+    alone; peers as asked, and the twin with them.
+    """
     for name, row in CONTENDERS.items():
         if row.peer:
             wanted = row.peer in config.peers or (row.peer == "any" and bool(config.peers))
         else:
             wanted = not (row.backend and config.backends) or row.backend in config.backends
-        wanted = wanted and (not config.only or name in (EAGER, TWIN, *config.only))
+        wanted = wanted and (not config.only or name in (EAGER, TWIN, *config.only)) and (rounding or not row.cache)
         if wanted and row.device in ("", config.device):
             yield name
 
@@ -256,7 +258,9 @@ def _enter(
         if job.contender == EAGER:
             raise BackendError(f"PyTorch, which all are compared with: {error}", hint="Does it run at all?") from error
         return Entry(job.contender, row.what, str(error))
+    rounding = bundle.manifest.cache_rounding if row.cache else None
     allowed = ALLOWED[row.rounds or bundle.manifest.export.quantize or bundle.manifest.export.dtype]
+    allowed = max(allowed, rounding.apart if rounding else 0.0)
     if not away <= allowed:
         del workers[job.contender]
         return Entry(job.contender, row.what, "it does not compute what eager PyTorch computes", away, allowed)

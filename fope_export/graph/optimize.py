@@ -3,34 +3,42 @@ operators that it runs fastest: each of FUSIONS changes one thing, and no number
 OpenVINO it is a folder of its own (`graph.openvino`).
 """
 
+import io
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassError, Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, TopologicalSortPass
 
 from fope_export.bundle import Bundle
+from fope_export.dtypes import either
 from fope_export.errors import ConfigError, ExportError, cut
+from fope_export.graph.caches import RoundCaches, calibrated_on, measure
 from fope_export.graph.companions import for_genai
 from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import check
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
-from fope_export.graph.passes import widening
+from fope_export.graph.passes import rewritten, widening
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import way_of
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import MODEL, OPTIMIZED, OPTIMIZED_BEFORE
+from fope_export.manifest import CALIBRATED_ON, MODEL, OPTIMIZED, OPTIMIZED_BEFORE, ROUNDED_CACHE
 from fope_export.place import OURS
+from fope_export.quantizations import CACHES, EXACT_CACHE, CacheRounding
 from fope_export.scratch import scratch
 
 ONNXRUNTIME, OPENVINO = TARGETS = ("onnxruntime", "openvino")
 FUSIONS: tuple[InPlacePass, ...] = (
     ShareSeries(), FuseAttention(), KeepLastLogits(), FuseExperts(), FuseSkipNorm()
 )  # fmt: skip
+
+ROUNDED = (ROUNDED_CACHE, CALIBRATED_ON)
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -47,13 +55,18 @@ def optimize(
     target: str = ONNXRUNTIME,
     *,
     int8_activations: bool = True,
+    cache: str | None = None,
+    calibration: Path | None = None,
     lock_timeout: float = TIMEOUT,
 ) -> Bundle:
     """Add to a decoder's bundle what one of TARGETS runs fastest; the bundle that has it. It computes what the portable
     file computes. For "onnxruntime" it is a second file on the same weights, which ONNX Runtime GenAI loads too; where
     weights are quantized, `int8_activations` rounds activations to 8 bits, which is faster. For "openvino" it is the
-    folder openvino/, which OpenVINO GenAI and optimum-intel open as well. Another writer of the bundle is waited for,
-    for `lock_timeout` seconds.
+    folder openvino/, which OpenVINO GenAI and optimum-intel open as well. `cache` is how the bundle is to keep keys and
+    values in both: a name of `quantizations.CACHES`, or "float" for not rounded (None: as it was chosen before). Where
+    ONNX Runtime rounds them, a third file does it, in steps that are measured on `calibration`, which is text for the
+    bundle's tokenizer or token ids as .npy or .json (None: Python's standard library). Another writer of the bundle is
+    waited for, for `lock_timeout` seconds.
 
     Raises ConfigError for another target, and where the bundle has what the target does not take, as a static cache;
     BundleError for the bundle of a module, BackendError where a package is not installed, and ExportError where the
@@ -70,11 +83,23 @@ def optimize(
             "whether OpenVINO rounds activations is chosen when it loads the file, and not in it",
             hint="Leave --no-int8-activations out; from Python, load_backend(bundle, 'openvino', variant='ir').",
         )
+    if cache not in (None, EXACT_CACHE, *CACHES):
+        raise ConfigError(f"cache is {cut(cache)}", hint=f"One of: {', '.join((EXACT_CACHE, *CACHES))}.")
     with Bundle.of(bundle, verify=True).changing(lock_timeout) as now:
-        return _for_openvino(now) if target == OPENVINO else _for_onnxruntime(now, int8_activations)
+        row = now.manifest.cache_rounding if cache is None else CACHES.get(cache)
+        if calibration and (row is None or target == OPENVINO):
+            raise ConfigError(
+                f"{calibration} calibrates nothing",
+                hint=f"Choose --cache {either(CACHES.values())} --for {ONNXRUNTIME}, or leave it out.",
+            )
+        if target == OPENVINO:
+            return _for_openvino(now, row)
+        return _for_onnxruntime(now, int8_activations, row, calibration)
 
 
-def _for_onnxruntime(bundle: Bundle, int8_activations: bool) -> Bundle:
+def _for_onnxruntime(
+    bundle: Bundle, int8_activations: bool, row: CacheRounding | None, calibration: Path | None
+) -> Bundle:
     config, export = bundle.manifest.decoder(), bundle.manifest.export
     if export.cache == "static":
         raise ConfigError(
@@ -88,10 +113,34 @@ def _for_onnxruntime(bundle: Bundle, int8_activations: bool) -> Bundle:
     with _edited(bundle, [*passes, ShapeInferencePass()]) as partial:
         check(partial)
         added: dict[str, bytes | Path] = {OPTIMIZED: partial, **for_genai(config, export, optimized=True)}
-        return bundle.put(added, without=(OPTIMIZED_BEFORE,))
+        with _rounded(bundle, partial, row, calibration) as more:
+            return bundle.put(added | more, without=(OPTIMIZED_BEFORE, *ROUNDED), cache=_said(row))
 
 
-def _for_openvino(bundle: Bundle) -> Bundle:
+@contextmanager
+def _rounded(
+    bundle: Bundle, partial: Path, row: CacheRounding | None, calibration: Path | None
+) -> Iterator[dict[str, bytes | Path]]:
+    """What the bundle gets where its caches are rounded, made from the optimized file: there until the block ends."""
+    if row is None:
+        yield {}
+        return
+    windows, tokens = calibrated_on(bundle, calibration), io.BytesIO()
+    np.save(tokens, windows)
+    made = partial.with_name(f"{OURS}{ROUNDED_CACHE}")
+    try:
+        rewritten(partial, made, [RoundCaches(row, measure(bundle, windows))])
+        yield {ROUNDED_CACHE: made, CALIBRATED_ON: tokens.getvalue()}
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _said(row: CacheRounding | None) -> str | msgspec.UnsetType:
+    """What the manifest says of it."""
+    return row.name if row else msgspec.UNSET
+
+
+def _for_openvino(bundle: Bundle, row: CacheRounding | None) -> Bundle:
     from fope_export.graph import openvino
 
     bundle.manifest.decoder()
@@ -101,7 +150,8 @@ def _for_openvino(bundle: Bundle) -> Bundle:
         for name in openvino.files_beside(bundle):
             shutil.copy(bundle.path / name, folder)
         added: dict[str, bytes | Path] = {f"{OPENVINO}/{path.name}": path for path in sorted(folder.iterdir())}
-        return bundle.put(added, without=[name for name in bundle.manifest.files if name.startswith(f"{OPENVINO}/")])
+        before = [name for name in bundle.manifest.files if name.startswith(f"{OPENVINO}/")]
+        return bundle.put(added, without=[*before, *(() if row else ROUNDED)], cache=_said(row))
 
 
 @contextmanager

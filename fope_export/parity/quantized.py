@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class Cost:
     """The same with the bundle."""
     strays: tuple[str, ...]
     """Weights further from the checkpoint's than rounding explains: to the nearest step, or up or down to the next."""
+    stray: ClassVar[str] = "is no rounding of the checkpoint's"
 
     @property
     def what(self) -> str:
@@ -68,7 +70,7 @@ class Cost:
     @property
     def failed(self) -> tuple[str, ...]:
         """What is too much, in words."""
-        reasons = [f"{name} is no rounding of the checkpoint's" for name in self.strays]
+        reasons = [f"{name} {self.stray}" for name in self.strays]
         if self.growth is not None and not self.growth <= self.limit:
             reasons.append(f"perplexity grows by {self.growth:.2%} > {self.limit:.1%}")
         return tuple(reasons)
@@ -79,21 +81,30 @@ def cost_of(bundle: Bundle, model: Decoder, tested: Backend) -> Cost:
 
     Raises BackendError when the bundle does not run.
     """
-    export, config = bundle.manifest.export, model.config
-    assert export.quantize
+    kind = bundle.manifest.export.quantize
+    assert kind
+    return Cost(kind, *change(bundle, EagerBackend(model), tested), tuple(_strays(bundle, model)))
+
+
+def change(bundle: Bundle, one: Backend, other: Backend) -> tuple[int, float, float | None, float | None]:
+    """How many tokens the divergence of one backend's predictions from another's was taken on, its mean, and the
+    perplexity of held-out Python with each; None where the vocabulary is not bytes. Raises BackendError when one does
+    not run.
+    """
+    export, config = bundle.manifest.export, bundle.manifest.decoder()
     length = max(min(config.training_length, LONGEST, export.capacity or LONGEST), 2)
     known = takes_bytes(bundle)
     drawn = np.random.default_rng(0).integers(0, config.vocab_size, DRAWN)
     tokens = as_tokens(python_source(held_out=True))[:SCORED] if known else drawn
     kl, losses = [], []
     for ids in _windows(tokens, length, rows=max(AT_ONCE // (length * config.vocab_size), 1)):
-        before, after = (_logits(backend, ids) for backend in (EagerBackend(model), tested))
+        before, after = (_logits(backend, ids) for backend in (one, other))
         kl.append(divergence(before, after))
         losses.append([_losses(before, ids), _losses(after, ids)])
     kls = np.concatenate(kl)
     perplexities = [float(each) for each in np.exp(np.concatenate(losses, axis=1).mean(axis=1))]
-    perplexity, quantized = perplexities if known else (None, None)
-    return Cost(export.quantize, len(kls), float(kls.mean()), perplexity, quantized, tuple(_strays(bundle, model)))
+    perplexity, rounded = perplexities if known else (None, None)
+    return len(kls), float(kls.mean()), perplexity, rounded
 
 
 def allowance_of(bundle: Bundle, model: nn.Module) -> float:

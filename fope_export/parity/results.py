@@ -92,6 +92,8 @@ class ParityResult:
     """Looked for after a failure only."""
     cost: Cost | None = None
     """What quantization costs. The cases are then compared with PyTorch on the weights that the file holds."""
+    caches: tuple[Cost, ...] = ()
+    """What rounding keys and values costs, in each backend that does."""
     reach: Reach | None = None
     """What extending did to the loss by length; stated, and not judged."""
     dtype: str = FP32.precision
@@ -117,6 +119,7 @@ class ParityResult:
         checks += [(f"control: {each.name}", "" if each.passed else "a wrong model passed") for each in self.controls]
         if self.cost:
             checks += [(f"quantization: {self.cost.kind}", "; ".join(self.cost.failed))]
+        checks += [(f"cache: {each.kind}", "; ".join(each.failed)) for each in self.caches]
         files = "; ".join(f"{name} {reason}" for name, reason in self.damaged.items())
         return [*checks, ("backend", self.broken or ("" if self.cases else "it ran no case")), ("files", files)]
 
@@ -145,6 +148,7 @@ def joined(results: Sequence[ParityResult]) -> ParityResult:
         cases=named("cases"),
         controls=named("controls"),
         columns=named("columns"),
+        caches=tuple(each for result in results for each in result.caches),
         backend=", ".join(each.backend for each in results),
         broken="; ".join(f"{each.backend}: {each.broken}" for each in results if each.broken),
         place=next((each.place for each in results if each.place), None),

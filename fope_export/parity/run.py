@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fope_export.backends.base import Backend, Feeds, axes_of
-from fope_export.backends.choose import BACKENDS, USUALLY, Settings, Variant, able, choose, load_backend
+from fope_export.backends.choose import BACKENDS, USUALLY, Settings, Variant, able, choose
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
@@ -27,6 +27,7 @@ from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
 from fope_export.onnx_files import check_graphs
 from fope_export.parity.axes import with_image, with_images
+from fope_export.parity.cached import Caches, caches_of
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import AXES, CONTROLS, FOLDED, PHASES, Control
 from fope_export.parity.copies import exact, portable
@@ -146,12 +147,13 @@ def _compared(
     files = _files(bundle, chosen)
     tell = _counted(report, len(files) * len(cases) + (1 + MEMBERS) * (len(cases) + 1) + len(mistakes))
     rounded, itself, got = list[CaseResult](), list[Floats](), dict[str, list[Floats]]()
-    cost, reach, broken = None, None, ""
+    cost, reach, caches, broken = None, None, Caches(), ""
     try:
         if exported.quantize or exported.extend:
             cost, reach = _effects(bundle, source, chosen, yardstick)
         if cost:
             _quantize(yardstick, bundle)
+        caches = caches_of(bundle, chosen, yardstick, reference)
         if exported.calibrated:
             rounded, judging = _round(yardstick, bundle, chosen, reference)
         for which, load in files.items():
@@ -172,8 +174,9 @@ def _compared(
     )
     damaged = bundle.damaged() | contradictions(bundle, model)
     result = ParityResult(
-        chosen, (*folding, *rounded, *judged), controls, damaged, broken, None, cost, reach,
-        row.arithmetic(bundle), yardstick.allowance, tuple(columns), tested_by(chosen, bundle),
+        chosen, (*folding, *rounded, *caches.cases, *judged), (*controls, *caches.controls), damaged, broken, None,
+        cost, caches.costs, reach, row.arithmetic(bundle), yardstick.allowance, tuple(columns),
+        tested_by(chosen, bundle),
     )  # fmt: skip
     if result.passed:
         return result
@@ -200,7 +203,8 @@ def _given(
 def _effects(bundle: Bundle, source: Checkpoint, chosen: str, yardstick: Yardstick) -> tuple[Cost | None, Reach | None]:
     """What quantization costs, and what extending did: differences between the bundle and the checkpoint."""
     exported = bundle.manifest.export
-    with closing(load_backend(bundle, chosen)) as used:
+    *_, variant = (each for each in BACKENDS[chosen].variants_of(bundle) if not each.cache)
+    with closing(variant.load(bundle, USUALLY)) as used:
         cost = cost_of(bundle, yardstick.single.model, used) if exported.quantize else None
         if not exported.extend:
             return cost, None

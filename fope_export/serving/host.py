@@ -15,6 +15,7 @@ from fope_export.config import ModelConfig
 from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, BundleError, FopeError
 from fope_export.manifest import MANIFEST
+from fope_export.quantizations import CacheRounding
 from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Failed, Handle, Request
 from fope_export.serving.sampling import SamplingParams
@@ -46,6 +47,8 @@ class Sizes:
     queued_tokens: int | None = None
     chunk: int | None = None
     batch_invariant: bool = False
+    rounding: CacheRounding | None = None
+    """How the backend keeps keys and values, where it rounds them."""
 
 
 class Host:
@@ -147,7 +150,8 @@ class Host:
     def _serve(self, backend: Backend, speculation: Speculation | None) -> None:
         """Until it is closed, or the engine fails; `engine` is None until a token was made."""
         self.engine = None
-        sizes, token = self.sizes, bytes_of_a_token(self.model, self.bundle.manifest.export.dtype)
+        sizes, dtype = self.sizes, self.bundle.manifest.export.dtype
+        token = bytes_of_a_token(self.model, dtype, sizes.rounding)
         spare = sizes.spare_bytes // (self.length * token)
         room = min(self.length, max(RESERVED // ((sizes.slots + spare) * token), 1024))
         engine = Engine(
@@ -196,11 +200,13 @@ def _probe(engine: Engine) -> None:
             raise event.cause
 
 
-def bytes_of_a_token(model: ModelConfig, dtype: str) -> int:
-    """Of its keys and values in all layers."""
-    row = DTYPES[dtype]
-    size = (row.widened or row).itemsize
-    return 2 * model.num_layers * model.num_kv_heads * model.spectrum.head_dim * size
+def bytes_of_a_token(model: ModelConfig, dtype: str, rounding: CacheRounding | None = None) -> int:
+    """Of its keys and values in all layers, at most."""
+    row, channels = DTYPES[dtype], model.spectrum.head_dim
+    head = channels * (row.widened or row).itemsize
+    if rounding:
+        head = channels * rounding.bits // 8 + rounding.beside
+    return 2 * model.num_layers * model.num_kv_heads * head
 
 
 def _chat(folder: Path) -> Chat | None:

@@ -18,7 +18,7 @@ from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, ModuleRecord
 from fope_export.place import OURS
 from fope_export.processes import child, environment, python
-from fope_export.quantizations import QUANTIZATIONS
+from fope_export.quantizations import EXACT_CACHE, QUANTIZATIONS
 from fope_export.tensorrt import api, compile, profiles
 from fope_export.tensorrt.record import EngineRecord, names_before, plan_name, record_name
 from fope_export.tensorrt.worker import PLUGIN_LAYER, Built, Line, Request
@@ -91,6 +91,11 @@ def _check_numbers(bundle: Bundle, config: BuildConfig) -> None:
             f"{bundle.path} has {row.name} weights for an operator that only ONNX Runtime has",
             hint=f"Export with --quantize {either(ways)}, "
             f"or without and with --dtype {FP16.name}, and build from that.",
+        )
+    if rounded := bundle.manifest.cache_rounding:
+        raise ConfigError(
+            f"{bundle.path} keeps keys and values as {rounded.name}, and TensorRT writes caches of 16 or 32 bits alone",
+            hint=f"fope-export optimize {bundle.path} --cache {EXACT_CACHE}, then build.",
         )
     if row and (older := _older(config, row.architecture)):
         usual = BuildConfig()

@@ -19,6 +19,7 @@ from fope_export.errors import BundleError
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
+from fope_export.graph.caches import RoundCaches
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.expert_weights import ExactExperts, QuantizeExperts, RoundExpertInputs
 from fope_export.graph.experts import FuseExperts
@@ -40,12 +41,17 @@ from fope_export.graph.qdq import ExactInputs, InsertQdq
 from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel, nearest
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
+from fope_export.quantizations import CACHES
 from tests.conftest import mixture, small_decoder
 from tests.support import same_function, truth_of
 
 WIDEN = CastBFloat16ToFloat32(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
 ROUND, QMOE = QuantizeExperts("int4", 32, partial(nearest, 4)), RoundExpertInputs(INT8)
+CACHED = RoundCaches(
+    next(iter(CACHES.values())),
+    {f"past_key_values.{layer}.{part}": np.ones((4, 16), np.float32) for layer in (0, 1) for part in ("key", "value")},
+)
 RANGES = {PROJECTION: Ranges(1.0, np.ones(192, np.float32))}
 
 
@@ -66,6 +72,13 @@ def before(last: type[Pass]) -> ir.Model:
         if isinstance(each, last):
             break
         each(model)
+    return model
+
+
+def fused() -> ir.Model:
+    """With its caches in place."""
+    model = before(KeepLastLogits)
+    TopologicalSortPass()(model)
     return model
 
 
@@ -248,6 +261,7 @@ ROWS = [
     Row(ExactExperts(), experts(ROUND, FuseExperts(), QMOE), no_integers, "that are no numbers", "rounds its inputs"),
     Row(TakeSizesFromTokens(), decoder, no_position_ids, "no input position_ids", "takes a size from the cache"),
     Row(RepeatHeads(), grouped, no_queries, "reads what has no shape", "fewer heads of keys or values"),
+    Row(CACHED, lambda: fused(), no_kind("GroupQueryAttention"), "disagree in past_key", "does not round its cache"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
 ]
 EACH = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{type(row.edit).__name__}: {row.needs}")

@@ -17,6 +17,7 @@ from fope_export.config import BuildConfig, CacheName, ExportConfig
 from fope_export.demo import shipped
 from fope_export.errors import BackendError, ConfigError
 from fope_export.graph.export import export
+from fope_export.quantizations import CACHES
 from fope_export.tensorrt import api, compile, worker
 from fope_export.tensorrt import build as building
 from fope_export.tensorrt.build import build
@@ -127,6 +128,17 @@ def test_a_quantized_bundle_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match="int4 weights for an operator that only ONNX Runtime has") as caught:
         build(made)
     assert "int8-qdq" in caught.value.hint
+
+
+def test_a_bundle_with_rounded_caches_is_refused_before_anything_starts(
+    spoilable: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with spoilable.changing() as now:
+        rounding = now.put({}, cache=next(iter(CACHES)))
+    monkeypatch.setattr(api, "check_installed", lambda library: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match="keeps keys and values as int8, and TensorRT") as caught:
+        build(rounding)
+    assert "--cache float" in caught.value.hint
 
 
 @pytest.mark.parametrize(
