@@ -26,6 +26,7 @@ from fope_export.graph.export import export
 from fope_export.graph.optimize import TARGETS, optimize
 from fope_export.parity.cases import prefill, save_inputs
 from fope_export.parity.run import validate
+from fope_export.quantizations import CACHES
 from fope_export.report import write_parity
 from fope_export.terminal import RESULTS, Stages, stages
 
@@ -45,7 +46,7 @@ def made(checkpoint: Path, kind: str, stage: Stages) -> Bundle:
     stage("exporting")
     bundle = export(checkpoint, folder, KINDS[kind])
     for target in TARGETS:
-        bundle = optimize(bundle, target)
+        bundle = optimize(bundle, target, cache=next(iter(CACHES)) if KINDS[kind].quantize else None)
     stage("validating")
     inputs = checkpoint.with_name("inputs.json")
     save_inputs(inputs, bundle.manifest, [prefill(bundle.manifest.decoder(), VALIDATED, 0)])

@@ -12,7 +12,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import BACKENDS, Settings, fastest, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
-from fope_export.backends.openvino import OpenVinoBackend, PagedSlots
+from fope_export.backends.openvino import LONG, OpenVinoBackend, PagedSlots
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
@@ -24,6 +24,7 @@ from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPENVINO
 from fope_export.model.decoder import Decoder
 from fope_export.parity.run import validate
+from fope_export.quantizations import CACHES
 from tests.conftest import small_decoder, write_native
 from tests.support import same_function
 
@@ -223,3 +224,17 @@ def test_without_a_tokenizer_it_takes_ids(tmp_path: Path) -> None:
     made = optimize(export(written, tmp_path / "out"), "openvino")
     assert not [name for name in made.manifest.files if "tokenizer" in name]
     assert load_backend(made, "openvino").slots(1).prefill(0, np.array([1, 2]), 0).shape == (1, 256)
+
+
+def test_what_bfloat16_leaves_in_rounded_pages_is_read_in_float32(native: Path, tmp_path: Path) -> None:
+    """A long prompt, a short one and single tokens after both: as far from the exact variant as rounding explains."""
+    config = ExportConfig(quantize="int4", rounding="nearest")
+    made = optimize(export(native, tmp_path / "out", config), "openvino", cache="int8")
+    ids, logits = np.random.default_rng(0).integers(1, 256, 4 * LONG + 5), []
+    for variant in ("ir", "cache rounded"):
+        slots = load_backend(made, "openvino", Settings(threads=1), variant=variant).slots(1)
+        parts = [slots.prefill(0, ids[: 4 * LONG], 0), slots.prefill(0, ids[4 * LONG :], 4 * LONG)]
+        logits.append(np.concatenate([*parts, *(slots.decode([0], [token]) for token in (7, 8, 9))]))
+    exact, rounded = logits
+    assert 0 < np.linalg.norm(rounded - exact) < CACHES["int8"].apart * np.linalg.norm(exact)
+    assert (np.linalg.norm(rounded - exact[::-1], axis=1) > np.linalg.norm(rounded - exact, axis=1))[[0, 1, 3, 4]].all()
