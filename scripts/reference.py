@@ -31,7 +31,9 @@ def written() -> str:
 def section(name: str, sub: argparse.ArgumentParser) -> str:
     """A command, with a row for each thing that it takes."""
     rows = [f"| {called(each)} | {cell(sub, each)} |" for each in taken(sub)]
-    return "\n".join([f"## {name}\n", f"{sub.description}\n", *(["| takes | |", "|---|---|", *rows, ""] if rows else [])])
+    return "\n".join(
+        [f"## {name}\n", f"{sub.description}\n", *(["| takes | |", "|---|---|", *rows, ""] if rows else [])]
+    )
 
 
 def taken(sub: argparse.ArgumentParser) -> Iterator[argparse.Action]:

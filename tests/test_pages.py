@@ -81,6 +81,20 @@ def test_a_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
             follow(block, capsys)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block("sh", "", "fope-export inspect nowhere/\n"),
+        Block("sh", "", "rm out\n"),
+        Block("console", "", "$ fope-export --version\nfope-export two\n"),
+        Block("console", "", '$ fope-export --version\n{"error": 1}\n'),
+    ],
+)
+def test_what_does_not_work_as_printed_is_found(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        follow(block, capsys)
+
+
 def test_nothing_that_is_shown_is_left_out() -> None:
     shown = [block for page in PAGES for block in blocks(page)]
     assert Counter(block.needs for block in shown if block.needs) == ELSEWHERE
