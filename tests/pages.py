@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 NUMBER = r"[\\\d.,]*\d"
-SHOWN = "text"
-"""The language of what is no code: formulas, and what something looks like."""
+SHOWN = "text", "yaml"
+"""Languages of what is not run: formulas, what something looks like, and what CI services read."""
 
 
 class Block(NamedTuple):

@@ -73,7 +73,7 @@ def follow(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in blocks(page):
-        if block.needs or block.language == SHOWN:
+        if block.needs or block.language in SHOWN:
             continue
         if block.language == "python":
             exec(block.text, names)
@@ -98,7 +98,7 @@ def test_what_does_not_work_as_printed_is_found(block: Block, capsys: pytest.Cap
 def test_nothing_that_is_shown_is_left_out() -> None:
     shown = [block for page in PAGES for block in blocks(page)]
     assert Counter(block.needs for block in shown if block.needs) == ELSEWHERE
-    assert {block.language for block in shown} == {"console", "python", "sh", SHOWN}
+    assert {block.language for block in shown} == {"console", "python", "sh", *SHOWN}
     for page, path in PAGES.items():
         text = path.read_text()
         assert text.count("```") == 2 * len(blocks(page)), f"{page}: a fence of another form"
@@ -133,6 +133,15 @@ def test_the_readme_is_short_and_names_its_two_commands() -> None:
     assert re.findall(r"\]\((?!http)([^)]+)\)", text) == ["docs/loss_and_parity.png"]  # a wheel has no other files
     for script in ("scripts/demo", "scripts/test"):
         assert script in text and (ROOT / script).stat().st_mode & 0o111
+
+
+def test_what_ci_services_read_names_what_there_is() -> None:
+    action, job, hook = (yaml.safe_load(each.text) for each in blocks("docs/ci.md") if each.language == "yaml")
+    taken = yaml.safe_load((ROOT / "action.yml").read_text())["inputs"]
+    assert action[0]["uses"] == "./" and "checkpoint" in action[0]["with"] and action[0]["with"].keys() <= taken.keys()
+    assert job["parity"]["extends"] in yaml.safe_load((ROOT / job["include"]).read_text())
+    (known,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    assert hook["repos"][0]["hooks"] == [{"id": known["id"]}]
 
 
 def listed(entry: object) -> list[str]:
