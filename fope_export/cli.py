@@ -20,6 +20,7 @@ from fope_export.commands import (
     PASSED,
     bench,
     build,
+    check,
     demo,
     doctor,
     evaluate,
@@ -27,6 +28,7 @@ from fope_export.commands import (
     inspect,
     optimize,
     perform,
+    report,
     validate,
 )
 from fope_export.errors import ConfigError, FopeError
@@ -99,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
         (deploy, "Write a folder with which another server answers with a bundle.", options.deploy),
         (bench, "Time a bundle beside PyTorch, and beside other runtimes, and write a report into it.", options.bench),
         (evaluate, "Measure loss and passkeys by length of context, beside a twin.", options.evaluate),
+        (check, "Say whether bundles are whole, and validated as they are.", options.check),
+        (report, "Compare two reports, or print one as Markdown.", options.report),
         (inspect, "Describe a checkpoint, a bundle or an ONNX file.", options.inspect),
     ):
         sub = subs.add_parser(function.__name__, help=summary, description=summary)
@@ -182,12 +186,8 @@ def _break(error: Exception, *, as_json: bool) -> int:
     from fope_export.terminal import print_error
 
     if as_json:
-        lines = "".join(traceback.format_exception(error))
-        print_error(
-            FopeError(f"a mistake of fope-export's: {error!r}", hint=f"Please report it with {lines}"),
-            BROKEN,
-            as_json=True,
-        )
+        told = FopeError(f"a mistake of fope-export's: {error!r}", hint="Please report it with the traceback.")
+        print_error(told, BROKEN, as_json=True, traceback=traceback.format_exc())
     else:
         traceback.print_exc()
         print("this is a mistake of fope-export's: please report it with the lines above", file=sys.stderr)

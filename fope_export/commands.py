@@ -279,6 +279,60 @@ def evaluate(args: argparse.Namespace) -> int:
     return PASSED
 
 
+def check(args: argparse.Namespace) -> int:
+    """Say of the bundles `args.paths`, or those that these files belong to, whether they are whole, and validated as
+    they are. FAILED where one is not.
+    """
+    from fope_export.bundle import Bundle
+    from fope_export.errors import BundleError
+    from fope_export.manifest import MANIFEST
+    from fope_export.validated import require_green
+
+    folders = dict.fromkeys(
+        next((each for each in (path, *path.parents) if (each / MANIFEST).is_file()), path) for path in args.paths
+    )
+    found = dict[str, str]()
+    for folder in folders:
+        bundle = Bundle.open(folder, verify=False)
+        found[str(folder)] = "; ".join(f"{name} {reason}" for name, reason in bundle.damaged().items())
+        if not found[str(folder)]:
+            try:
+                require_green(bundle)
+            except BundleError as error:
+                found[str(folder)] = f"{error}. {error.hint}"
+    if args.json:
+        print_json(found)
+    else:
+        for name, reason in found.items():
+            print(f"{name}: {reason or 'whole, and validated as it is'}")
+    return FAILED if any(found.values()) else PASSED
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print two of `args.reports` beside each other, or one as Markdown. Raises ConfigError where one is none, and for
+    more or fewer.
+    """
+    from rich.table import Table
+
+    from fope_export.comparison import compare, markdown, read, told
+    from fope_export.terminal import RESULTS
+
+    if len(args.reports) != (needed := 2 if args.what == "compare" else 1):
+        raise ConfigError(f"{args.what} takes {needed}, not {len(args.reports)}", hint="See fope-export report --help.")
+    if args.what == "summary":
+        print(markdown(read(args.reports[0]), args.reports[0].resolve().name))
+        return PASSED
+    rows = compare(*map(read, args.reports))
+    if args.json:
+        print_json([row._asdict() | {"ratio": row.ratio} for row in rows])
+        return PASSED
+    table = Table("", "before", "after", "after / before", box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(row.what, told(row.before), told(row.after), told(row.ratio))
+    RESULTS.print(table)
+    return PASSED
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Print what lies at `args.path`: a checkpoint or a bundle. Raises the error that says why it is neither."""
     from fope_export.inspection import inspect as describe

@@ -286,6 +286,23 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
     _backend(sub)
 
 
+def check(sub: argparse.ArgumentParser) -> None:
+    """Of bundles as they are."""
+    sub.add_argument("paths", type=Path, metavar="PATH", nargs="+", help="a bundle, or a file in one")
+
+
+def report(sub: argparse.ArgumentParser) -> None:
+    """Of what is done with reports."""
+    sub.add_argument("what", choices=("compare", "summary"), help="two of a kind beside each other, or one as Markdown")
+    sub.add_argument(
+        "reports",
+        type=Path,
+        nargs="+",
+        metavar="REPORT",
+        help="parity.json or the like, or a folder with it",
+    )
+
+
 def _origin(sub: argparse.ArgumentParser) -> None:
     for what in ("checkpoint", "adapter"):
         sub.add_argument(f"--{what}", type=Path, help=f"where the {what} is, if it has moved")

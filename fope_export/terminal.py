@@ -23,10 +23,10 @@ PROGRESS = Console(stderr=True, highlight=False, soft_wrap=True)
 RESULTS = Console(highlight=False, soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else WIDE)
 
 
-def print_error(error: FopeError, code: int, *, as_json: bool = False) -> None:
-    """One message and its hint, or one JSON object with both."""
+def print_error(error: FopeError, code: int, *, as_json: bool = False, **more: str) -> None:
+    """One message and its hint, or one JSON object with both, and with `more`."""
     if as_json:
-        told = {"type": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": code}
+        told = {"type": type(error).__name__, "message": str(error), "hint": error.hint, "exit_code": code, **more}
         ERRORS.out(json.dumps({"error": told}))
         return
     ERRORS.print("[bold red]error:[/] ", end="")

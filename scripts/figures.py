@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Draw the README's pictures.
+"""Draw the pictures of README and docs.
 
 scripts/figures.py loss     measures the shipped models: loss by length of context, in PyTorch and from the ONNX,
                             passkeys found, and parity; writes scripts/results/loss_by_length.json and
                             docs/loss_and_parity.png
-scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png and prints the README's table
+scripts/figures.py speed    reads scripts/results/bench_peers.json; writes docs/speed.png and prints the table of
+                            docs/benchmarks.md
 """
 
 import argparse
@@ -53,7 +54,7 @@ TABLE = {
         "RoPE twin, GenAI int4": "genai int4",
     },
 }
-"""Rows of the README's table, by the weights of the bundle that they were measured beside."""
+"""Rows of the table in docs/benchmarks.md, by the weights of the bundle that they were measured beside."""
 COLUMNS = (
     ("60M", "decode_over_eager", (128, 1024)),
     ("180M", "decode_over_eager", (128, 1024)),

@@ -2,10 +2,13 @@
 cannot is refused by name.
 """
 
+import tomllib
 from pathlib import Path
 
 import onnxruntime
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from fope_export.backends.choose import choose, load_backend
 from fope_export.backends.machine import read_machine
@@ -20,6 +23,9 @@ from fope_export.parity.run import validate
 from fope_export.quantizations import CACHES
 from fope_export.serving.sampling import SamplingParams
 
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("export", "validate", "run")
+"""Of which `lowest` has the lowest versions."""
 KINDS = {
     "bf16": ExportConfig(dtype="bf16"),
     "int8": ExportConfig(quantize="int8"),
@@ -70,3 +76,19 @@ def test_the_portable_and_the_optimized_file_write_what_pytorch_writes(spoilable
     made = optimize(spoilable)
     assert portable == written(made) == wanted
     assert validate(made, lengths=(7,)).passed
+
+
+def test_the_lowest_that_are_tried_are_those_that_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = map(Requirement, [*project["dependencies"], *(each for name in EXTRAS for each in extras[name])])
+    declared = {each.name: Version(next(iter(each.specifier)).version) for each in asked if each.specifier}
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
+    tried = {each.name: Version(next(iter(each.specifier)).version) for each in map(Requirement, bare(lines))}
+    assert declared.pop("torch") and tried.pop("pyparsing")
+    assert tried == declared
+
+
+def bare(lines: list[str]) -> list[str]:
+    """Without comments."""
+    return [line.partition(" #")[0] for line in lines]

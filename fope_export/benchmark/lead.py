@@ -34,11 +34,13 @@ class Lead(NamedTuple):
 
 
 def leads(result: BenchResult, export: ExportConfig) -> Iterator[Lead]:
-    """For every size where one of ours, with its cache as it is, and a peer of the same rounding were timed."""
+    """For every size where one of ours and a peer of the same rounding were timed. Ours with rounded caches count where
+    weights are rounded, since peers round both then.
+    """
     rounding = export.quantize or export.dtype
     for length, batch in dict.fromkeys((cell.length, cell.batch) for cell in result.cells):
         cells = [c for c in result.cells if (c.length, c.batch) == (length, batch) and not c.refused]
-        ours = [c for c in cells if CONTENDERS[c.contender].backend not in ("", EAGER) and _is_plain(c)]
+        ours = [c for c in cells if _is_ours(c) and (export.quantize or not CONTENDERS[c.contender].cache)]
         peers = [c for c in cells if _is_peer(c) and CONTENDERS[c.contender].rounds == rounding]
         if not ours or not peers:
             continue
@@ -54,9 +56,9 @@ def leads(result: BenchResult, export: ExportConfig) -> Iterator[Lead]:
             yield Lead(MEMORY, length, batch, best.contender, other.contender, other.peak / best.peak, None)
 
 
-def _is_plain(cell: Cell) -> bool:
+def _is_ours(cell: Cell) -> bool:
     row = CONTENDERS[cell.contender]
-    return not row.twin and not row.cache
+    return row.backend not in ("", EAGER) and not row.twin
 
 
 def _is_peer(cell: Cell) -> bool:

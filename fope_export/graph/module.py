@@ -27,6 +27,7 @@ from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
 from fope_export.fope.rotary import FopeRotary, normalized
 from fope_export.graph.export import add_plain_file, check, lower, manifest_of, quiet, save
+from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.sizes import Axes, axes_of, dimensions, extents, symbols_of
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, ModuleRecord, Source
@@ -247,7 +248,7 @@ def _lower(
     program: ExportedProgram, config: ExportConfig, inputs: list[str], outputs: list[str], symbols: Mapping[str, str]
 ) -> ir.Model:
     try:
-        model = lower(program, config, inputs, outputs, partial(dimensions, symbols=symbols))
+        model = ExpandMasks()(lower(program, config, inputs, outputs, partial(dimensions, symbols=symbols))).model
     except (torch.onnx.OnnxExporterError, InvariantError, PassError) as cause:
         raise ExportError(
             f"torch.onnx does not translate the module: {_short(_deepest(cause))}",

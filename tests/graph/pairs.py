@@ -35,3 +35,17 @@ def pair_inputs(batch: int = 2, length: int = 5) -> dict[str, Tensor]:
 
 def tokens() -> dict[str, dict[int, Any]]:
     return {name: {0: Dim("batch"), 1: Dim("length", max=15)} for name in ("ids", "mask", "where")}
+
+
+class Masked(nn.Module):
+    """PyTorch's attention under a mask of padding, one row for all queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary = FopeRotary.create(head_dim=16, groups=2, training_length=64)
+
+    def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 16))
+        q, k = self.rotary(heads, heads, positions)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, heads))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])

@@ -32,7 +32,7 @@ from fope_export.parity.module import standard_cases, validate_module
 from fope_export.parity.run import validate
 from fope_export.report import place, print_parity, write_parity
 from fope_export.tensorrt.build import build
-from tests.graph.pairs import Pair, pair_inputs, tokens
+from tests.graph.pairs import Masked, Pair, pair_inputs, tokens
 from tests.support import same_function
 
 
@@ -251,6 +251,19 @@ def test_dictionaries_masks_dtypes_and_shared_rotations(dtype: torch.dtype, name
     wide = torch.finfo(torch.float32 if name == "bf16" else dtype)  # what ONNX Runtime computes it in
     assert outcome.dtype == wide.dtype and all(case.own.relative < 10 * wide.eps for case in outcome.cases)
     assert model.rotary.normalize
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["bool", "float"])
+def test_a_mask_of_padding_for_all_queries(floats: bool, tmp_path: Path) -> None:
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 5:] = False
+    given = torch.zeros(2, 8).masked_fill(~mask, -1e4) if floats else mask
+    example = torch.randn(2, 8, 32), given, torch.arange(8).expand(2, -1)
+    axes = {0: Dim("batch"), 1: Dim("length", max=64)}
+    model = Masked().eval()
+    bundle = export_module(model, example, tmp_path / "out", dynamic_shapes=(axes, axes, axes))
+    outcome = validate_module(bundle, model, [example])
+    assert outcome.passed, outcome.failures
 
 
 def test_a_subclass_brings_its_own_layout_and_the_controls_see_through_it(tmp_path: Path) -> None:

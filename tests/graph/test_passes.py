@@ -25,6 +25,7 @@ from fope_export.graph.expert_weights import ExactExperts, QuantizeExperts, Roun
 from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.passes import (
@@ -98,6 +99,14 @@ def transposing() -> ir.Model:
         "<float[3, 2] w = {1, 2, 3, 4, 5, 6}> { t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }"
     )
     return ir.from_onnx_text(text)
+
+
+def spread() -> ir.Model:
+    """A mask of one row for all queries."""
+    return ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["": 23]> g (float[b, 2, s, 4] q, bool[b, 1, 1, s] mask) '
+        "=> (float[b, 2, s, 4] y) { y = Attention(q, q, q, mask) }"
+    )
 
 
 def numbers_at(node: ir.Node, port: int) -> ir.Value:
@@ -238,6 +247,7 @@ ROWS = [
     Row(AttachRotary(), without_function, no_dispatch, "no plugin would be found", "a function that the model lacks"),
     Row(WIDEN, lambda: decoder(dtype="bf16"), WIDEN, "nothing in bfloat16", "is in bfloat16"),
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
+    Row(ExpandMasks(), spread, no_queries, "no queries", "one row of its mask for all queries"),
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
     Row(QuantizeWeights(BLOCKS), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),

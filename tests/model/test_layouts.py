@@ -89,8 +89,8 @@ def test_no_other_file_knows_a_layouts_name() -> None:
     assert not {module: names for module, names in known.items() if names}
 
 
-def test_the_readme_names_every_layout() -> None:
-    _, _, works = (ROOT / "README.md").read_text().partition("| checkpoints |")
+def test_the_documentation_names_every_layout() -> None:
+    _, _, works = (ROOT / "docs/support.md").read_text().partition("| checkpoints |")
     assert {name for name in LAYOUTS if f"`{name}`" in works.partition("| spectra |")[0]} == {*LAYOUTS}
 
 

@@ -1,23 +1,21 @@
 """What docs/serving.md shows works as it is printed."""
 
-import re
-import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.pages import blocks
 from tests.serving.served import Served
 
-TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 HERE = "http://127.0.0.1:8000"
-ASKED = re.findall(r"^\$ (curl (?:.*\\\n)*.*)$", TEXT, re.MULTILINE)
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SHOWN = [block for block in blocks("docs/serving.md") if block.needs == "needs a server"]
+COMMANDS = [words for block in SHOWN if block.language == "console" for words, _ in block.commands()]
+ASKED = [words for words in COMMANDS if words[0] == "curl"]
+SNIPPETS = [block.text for block in SHOWN if block.language == "python"]
 
 
-@pytest.mark.parametrize("command", ASKED)
-def test_what_is_asked_with_curl(command: str, server: Served) -> None:
-    words = shlex.split(command.replace("\\\n", ""))
+@pytest.mark.parametrize("words", ASKED, ids=" ".join)
+def test_what_is_asked_with_curl(words: list[str], server: Served) -> None:
     (path,) = (word.removeprefix(HERE) for word in words if word.startswith(HERE))
     fields: dict[str, Any] = {"headers": {"Content-Type": "application/json"}} if "-H" in words else {}
     if "-d" in words:
@@ -32,4 +30,4 @@ def test_snippets(snippet: str, server: Served) -> None:
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(ASKED) == 5 and len(SNIPPETS) == 2
+    assert len(ASKED) == 5 and len(SNIPPETS) == 2 and [*COMMANDS[0][:2]] == ["fope-export", "serve"]
