@@ -251,7 +251,7 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     @property
     def calibrated(self) -> bool:
         """Whether linear layers round not only their weights, but their inputs too, as calibration found."""
-        return self.quantization is not None and self.quantization.calibrated
+        return self.quantization is not None and self.quantization.rounds_inputs
 
     @property
     def quantization(self) -> Quantization | None:

@@ -262,11 +262,12 @@ def _stays(name: str) -> bool:
 
 
 def plain_file(export: ExportConfig) -> str:
-    """The portable file of a bundle that was exported so, for a runtime that lacks its dtype (`Dtype.widened`): where
-    there is such a dtype, a second graph on the same weights, and else MODEL itself.
+    """The portable file of a bundle that was exported so, for a runtime that lacks its dtype (`Dtype.widened`) or the
+    numbers of its weights (`Quantization.widened`): where there are such runtimes, a second graph on the same weights,
+    and else MODEL itself.
     """
-    wide = DTYPES[export.dtype].widened
-    return f"model.{wide.precision}.onnx" if wide else MODEL
+    dtype, row = DTYPES[export.dtype], export.quantization
+    return f"model.{(dtype.widened or dtype).precision}.onnx" if dtype.widened or (row and row.widened) else MODEL
 
 
 def judged_files(manifest: Manifest) -> dict[str, str]:

@@ -35,13 +35,17 @@ class Quantization:
     home: str
     """The module that writes and reads it, which is a `graph.ways.Way`."""
     recipe: str = ""
-    """Model Optimizer's, with which ranges are calibrated and inputs rounded too; nothing where weights alone are."""
+    """Model Optimizer's, with which layers are calibrated on sample text; nothing where that is not needed."""
+    weight_only: bool = False
+    """Whether inputs are left as they are although there is a recipe."""
     dtypes: tuple[Dtype, ...] | None = None
     """Those it can be combined with; None is all."""
     since: tuple[Since, ...] = ()
     """Newest first."""
     engines: bool = False
     """Whether TensorRT takes it."""
+    widened: bool = False
+    """Whether ONNX Runtime has no kernels for its numbers, and runs a copy of the portable file that has others."""
     architecture: int = 0
     """The oldest GPU that TensorRT multiplies it on: 89 is sm89."""
     product: str = ""
@@ -64,13 +68,18 @@ class Quantization:
 
     @property
     def calibrated(self) -> bool:
-        """Whether inputs are rounded too, in steps that calibration finds."""
+        """Whether Model Optimizer calibrates it."""
         return bool(self.recipe)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded too, in steps that calibration finds."""
+        return self.calibrated and not self.weight_only
 
     @property
     def rounded(self) -> str:
         """What it rounds, in words."""
-        return "weights and inputs" if self.calibrated else "weights"
+        return "weights and inputs" if self.rounds_inputs else "weights"
 
     def takes(self, dtype: str) -> bool:
         """Whether it can be combined with the dtype of that name."""
@@ -78,16 +87,23 @@ class Quantization:
 
 
 _blocks = partial(Quantization, home="fope_export.graph.quantize", dtypes=(FP32, FP16), blocked=False)
-_qdq = partial(
-    Quantization, home="fope_export.graph.qdq", since=(Since((1, 32), FP16), Since((1, 24), None)), engines=True
-)
+_engines = partial(Quantization, since=(Since((1, 32), FP16), Since((1, 24), None)), engines=True)
+_qdq = partial(_engines, home="fope_export.graph.qdq")
 INT4 = _blocks(name="int4", element="INT4", block=128, compensates=True, growth=0.03)
 INT8 = _blocks(name="int8", element="INT8", block=128, growth=0.005)
 INT8_QDQ = _qdq(name="int8-qdq", element="INT8", recipe="INT8_DEFAULT_CFG", growth=0.02)
 FP8_QDQ = _qdq(
     name="fp8-qdq", element="FLOAT8E4M3FN", recipe="FP8_DEFAULT_CFG", growth=0.01, architecture=89, product="float8"
 )
-QUANTIZATIONS = {row.name: row for row in (INT4, INT8, INT8_QDQ, FP8_QDQ)}
+INT4_AWQ = _engines(
+    name="int4-awq", element="INT4", home="fope_export.graph.awq", recipe="INT4_AWQ_CFG", weight_only=True, growth=0.02,
+    architecture=80, product="int4",
+)  # fmt: skip
+NVFP4 = _engines(
+    name="nvfp4", element="FLOAT4E2M1", home="fope_export.graph.nvfp4", widened=True, growth=0.02, architecture=100,
+    product="float4",
+)  # fmt: skip
+QUANTIZATIONS = {row.name: row for row in (INT4, INT8, INT8_QDQ, FP8_QDQ, INT4_AWQ, NVFP4)}
 """By name."""
 
 
@@ -127,5 +143,5 @@ def in_blocks() -> list[Quantization]:
 
 
 def calibrated() -> list[Quantization]:
-    """The rows that round inputs too."""
+    """The rows that Model Optimizer calibrates."""
     return [row for row in QUANTIZATIONS.values() if row.calibrated]

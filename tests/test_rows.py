@@ -50,7 +50,7 @@ def test_a_name_is_found_as_a_whole_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_home_has_what_every_way_has(name: str) -> None:
     home = import_module(QUANTIZATIONS[name].home)
-    assert all(callable(getattr(home, part)) for part in ("write", "read", "exact", "fast"))
+    assert all(callable(getattr(home, part)) for part in ("write", "read", "exact", "fast", "plain"))
 
 
 @pytest.mark.parametrize("kind", ["quantization", "dtype", "backend"])

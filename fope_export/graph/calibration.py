@@ -45,6 +45,24 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
 
     Raises BackendError without Model Optimizer, and ExportError where values are not finite.
     """
+    ranges = {name: _ranges(layer) for name, layer in _optimized(model, kind, windows)}
+    return {name: each for name, each in ranges.items() if each}
+
+
+def smoothed(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """What every such layer's inputs are to be multiplied by, [inputs], and its weights divided by, so that rounding
+    those in blocks changes the layer's outputs least; measured and refused as in `calibrate`.
+    """
+    found = {
+        name: layer.input_quantizer.pre_quant_scale
+        for name, layer in _optimized(model, kind, windows)
+        if layer.weight_quantizer.is_enabled
+    }
+    return {name: scale.float().numpy() for name, scale in found.items()}
+
+
+def _optimized(model: Decoder, kind: str, windows: NDArray[np.int64]) -> list[tuple[str, Any]]:
+    """The linear layers of a copy of `model` that Model Optimizer has quantized, by name."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # that parts which are not used here are not installed
         optimizer = require("modelopt.torch.quantization", "modelopt")
@@ -52,7 +70,9 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
         def run(calibrated: Decoder) -> None:
             for ids in torch.from_numpy(windows)[:, None]:
                 positions = torch.arange(ids.shape[1])[None]
-                calibrated(ids, torch.ones_like(ids), positions, calibrated.empty_cache(1))
+                logits = calibrated(ids, torch.ones_like(ids), positions, calibrated.empty_cache(1))[0]
+                if not logits.isfinite().all():  # it rounds without regard to such a layer's inputs
+                    raise ExportError("Model Optimizer cannot calibrate the model: logits are not finite", hint=HINT)
 
         recipe = getattr(optimizer, QUANTIZATIONS[kind].recipe)
         try:
@@ -60,8 +80,7 @@ def calibrate(model: Decoder, kind: str, windows: NDArray[np.int64]) -> dict[str
                 measured = optimizer.quantize(copy.deepcopy(model).float(), recipe, forward_loop=run)
         except AssertionError as cause:  # how it refuses what is not finite
             raise ExportError(f"Model Optimizer cannot calibrate the model: {cause}", hint=HINT) from cause
-    ranges = {name: _ranges(part) for name, part in measured.named_modules() if isinstance(part, nn.Linear)}
-    return {name: each for name, each in ranges.items() if each}
+    return [(name, part) for name, part in measured.named_modules() if isinstance(part, nn.Linear)]
 
 
 def _ranges(layer: Any) -> Ranges | None:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from fope_export.config import ExportConfig
 from fope_export.dtypes import either
 from fope_export.errors import ConfigError
-from fope_export.graph.calibration import calibrate, calibration_windows
+from fope_export.graph.calibration import calibrate, calibration_windows, smoothed
 from fope_export.graph.compensation import Moments
 from fope_export.graph.ways import Measured
 from fope_export.model.checkpoint import Checkpoint
 from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
-from fope_export.quantizations import COMPENSATED, NEAREST, calibrated, in_blocks
+from fope_export.quantizations import COMPENSATED, NEAREST, QUANTIZATIONS, calibrated, in_blocks
 
 
 def sampled(
@@ -53,7 +53,9 @@ def measured_on(
     source, config = weights.source, weights.config
     if windows is None or config.quantize is None:
         return None
-    if not config.calibrated:
+    row = QUANTIZATIONS[config.quantize]
+    if not row.calibrated:
         return Moments(outline, weights, torch.from_numpy(windows))
     report("calibrating")
-    return calibrate(source.model.converted(config), config.quantize, windows)
+    measure = calibrate if row.rounds_inputs else smoothed
+    return measure(source.model.converted(config), config.quantize, windows)

@@ -126,6 +126,7 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
         "a static cache" if export.cache == "static" else "",
         "positions on several axes as inputs" if export.position_axes else "",
         "inputs of layers that are rounded in calibrated steps" if export.calibrated else "",
+        f"{row.name} weights, written for TensorRT," if (row := export.quantization) and row.engines else "",
     ):
         if reason:
             raise ConfigError(

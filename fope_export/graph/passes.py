@@ -19,6 +19,7 @@ from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.streaming import Streamed
 from fope_export.graph.translation import function
+from fope_export.graph.ways import way_of
 from fope_export.onnx_files import AGAIN
 
 POSITIONS, *NUMBERS, AXIS = range(2, len(contract.INPUTS[contract.GENERAL]))
@@ -224,9 +225,12 @@ def rewritten(model: Path, copy: Path, edits: Sequence[Pass]) -> Path:
 
 
 def widening(export: ExportConfig) -> list[Pass]:
-    """What makes a file that was exported so run where its dtype is not known; nothing where every runtime knows it."""
-    dtype = DTYPES[export.dtype]
-    return [CastBFloat16ToFloat32(dtype, dtype.widened)] if dtype.widened else []
+    """What makes a file that was exported so run where its numbers are not known; nothing where every runtime knows
+    them.
+    """
+    dtype, row = DTYPES[export.dtype], export.quantization
+    plain = way_of(row).plain() if row else []
+    return [*plain, CastBFloat16ToFloat32(dtype, dtype.widened)] if dtype.widened else plain
 
 
 class ShareSpectra(Pass):

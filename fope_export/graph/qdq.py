@@ -7,7 +7,7 @@ would lose digits of the small ones. Embedding, norms, routers, output layer and
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.calibration import Ranges
 from fope_export.graph.passes import drop_unused
 from fope_export.graph.reading import load_onnx
-from fope_export.graph.ways import Measured, Quantized, Rounding, array_of, linear_weight
+from fope_export.graph.ways import Measured, Quantized, Rounding, array_of, like, linear_weight, module_of
 from fope_export.quantizations import QUANTIZATIONS
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -62,7 +62,7 @@ class InsertQdq(Pass):
         self._grid = GRIDS[self._row.element]
 
     def requires(self, model: ir.Model) -> None:
-        layers = {_module(node) for node in model.graph if linear_weight(node) is not None}
+        layers = {module_of(node) for node in model.graph if linear_weight(node) is not None}
         unknown = self._ranges.keys() - layers
         if unknown or not self._ranges:
             raise PreconditionError(f"calibration and graph disagree in {unknown or 'everything'}")
@@ -70,7 +70,7 @@ class InsertQdq(Pass):
     def call(self, model: ir.Model) -> PassResult:
         builder = GraphBuilder(model)
         for node in list(model.graph):
-            module = _module(node)
+            module = module_of(node)
             if (weight := linear_weight(node)) is not None and module in self._ranges:
                 self._round_weight(builder.within(f"{module}/weight", before=node), node, weight, self._ranges[module])
                 self._round_input(builder.within(module, before=node), node, self._ranges[module])
@@ -82,8 +82,8 @@ class InsertQdq(Pass):
         x = node.inputs[0]
         assert x is not None and x.dtype is not None
         step = self._scale(builder, f"{builder.scope}.input_scale", np.float32(ranges.inputs))
-        small = _like(x, self._grid.dtype, builder.op(QUANTIZE, x, step, output_dtype=int(self._grid.dtype)))
-        back = _like(x, x.dtype, builder.op(DEQUANTIZE, small, step, output_dtype=int(x.dtype)))
+        small = like(x, self._grid.dtype, builder.op(QUANTIZE, x, step, output_dtype=int(self._grid.dtype)))
+        back = like(x, x.dtype, builder.op(DEQUANTIZE, small, step, output_dtype=int(x.dtype)))
         node.replace_input_with(0, back)
 
     def _round_weight(self, builder: GraphBuilder, node: ir.Node, weight: ir.Value, ranges: Ranges) -> None:
@@ -96,7 +96,7 @@ class InsertQdq(Pass):
         small = builder.initializer(ir.LazyTensor(read, self._grid.dtype, shape, name=f"{name}.{numbers}"))
         axis: dict[str, Any] = {"axis": 1} if ranges.weight.ndim else {}
         back = builder.op(DEQUANTIZE, small, steps, **axis, output_dtype=int(tensor.dtype))
-        node.replace_input_with(1, _like(small, tensor.dtype, back))
+        node.replace_input_with(1, like(small, tensor.dtype, back))
         if not weight.uses():
             builder.graph.initializers.pop(weight.name)
 
@@ -109,17 +109,6 @@ class InsertQdq(Pass):
         layers = {module for module, _ in _layers(model)}
         if layers != set(self._ranges):
             raise PostconditionError(f"calibration and graph disagree in {layers ^ set(self._ranges)}")
-
-
-def _module(node: ir.Node) -> str:
-    """The path of the torch module that a node is named after."""
-    return (node.name or "").rpartition("/")[0]
-
-
-def _like(other: ir.Value, dtype: ir.DataType, value: ir.Value) -> ir.Value:
-    """`value`, known to have the shape of another."""
-    value.shape, value.type = other.shape, ir.TensorType(dtype)
-    return value
 
 
 def _rounded(tensor: ir.TensorProtocol, steps: NDArray[np.float32], grid: Grid) -> ir.TensorProtocol:
@@ -138,7 +127,7 @@ def _layers(model: ir.Model) -> Iterator[tuple[str, tuple[ir.Node, ir.Node]]]:
             case [ir.Node(op_type="DequantizeLinear") as back, ir.Node(op_type="DequantizeLinear") as weight]:
                 small = back.inputs[0].producer() if back.inputs[0] else None
                 if node.name and small is not None and small.inputs[1] is back.inputs[1]:
-                    yield _module(node), (small, weight)
+                    yield module_of(node), (small, weight)
 
 
 class ExactInputs(Pass):
@@ -167,7 +156,7 @@ class ExactInputs(Pass):
 def write(config: ExportConfig, measured: Measured) -> list[Pass]:
     """The pass that rounds weights, and inputs within the ranges that were `measured`, as the config's row says."""
     assert config.quantize and isinstance(measured, Mapping)
-    return [InsertQdq(config.quantize, measured)]
+    return [InsertQdq(config.quantize, cast("Mapping[str, Ranges]", measured))]
 
 
 def exact() -> list[Pass]:
@@ -177,6 +166,11 @@ def exact() -> list[Pass]:
 
 def fast() -> list[Pass]:
     """No pass: products of 8 bits are what the file asks for."""
+    return []
+
+
+def plain() -> list[Pass]:
+    """No pass: every runtime has these numbers."""
     return []
 
 
@@ -190,4 +184,4 @@ def read(path: Path) -> Iterator[Quantized]:
         # Weights leave out -128, which inputs may become.
         least = -grid.largest - integers
         rounding = Rounding(float(array_of(small.inputs[1])), least, grid.largest, integers=integers)
-        yield Quantized(module, (whole * scales).T, (grid.half_a_step(whole) * scales).T, rounding)
+        yield Quantized(module, (whole * scales).T, (grid.half_a_step(whole) * scales).T, rounding, cast=True)

@@ -199,6 +199,11 @@ def fast() -> list[Pass]:
     return [SetAccuracyLevel(INT8), RoundExpertInputs(INT8)]
 
 
+def plain() -> list[Pass]:
+    """No pass: every runtime that has the operator has its numbers."""
+    return []
+
+
 def read(path: Path) -> Iterator[Quantized]:
     """Every quantized weight of an ONNX file, one at a time, as the operator defines it: (q - zero point) * scale."""
     for node in load_onnx(path).graph:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from fope_export.config import ExportConfig
@@ -15,8 +16,10 @@ from fope_export.graph.calibration import Ranges
 from fope_export.graph.compensation import Moments
 from fope_export.quantizations import Quantization
 
-Measured = Mapping[str, Ranges] | Moments | None
-"""On sample text: the ranges of layers by name, where inputs are rounded too; or their inputs' moments."""
+Measured = Mapping[str, Ranges] | Mapping[str, NDArray[np.float32]] | Moments | None
+"""On sample text: the ranges of layers by name, where inputs are rounded too; what inputs are multiplied by; or their
+moments.
+"""
 
 
 class Rounding(NamedTuple):
@@ -33,9 +36,18 @@ class Quantized(NamedTuple):
 
     module: str
     weight: NDArray[np.float64]  # [outputs, inputs], or [experts, outputs, inputs]
-    allowed: NDArray[np.float64]  # the same, how far from it the original may have been
+    allowed: NDArray[np.float64]  # the same, how far from it, times the prescale, the original may have been
     rounding: Rounding | None = None  # of its inputs
     leaf: str = "weight"
+    cast: bool = False  # whether it is a tensor of the file's dtype before it is multiplied
+    prescale: NDArray[np.float64] | None = None  # [inputs], by which the file multiplies what the layer reads
+
+    def for_inputs(self, precision: torch.dtype) -> torch.Tensor:
+        """The weight in float64 for inputs as they are, where the file computes in some precision."""
+        weight = torch.from_numpy(self.weight)
+        if self.cast:
+            weight = weight.to(precision).double()
+        return weight if self.prescale is None else weight * torch.from_numpy(self.prescale)
 
     @property
     def name(self) -> str:
@@ -63,6 +75,10 @@ class Way(Protocol):
         """Passes that make the optimized file faster by rounding inputs too; none where there is no such thing."""
         ...
 
+    def plain(self) -> list[Pass]:
+        """Passes that make a copy of the portable file with numbers that every runtime has; none where it has those."""
+        ...
+
 
 def way_of(row: Quantization) -> Way:
     """Its home, imported."""
@@ -75,6 +91,17 @@ def linear_weight(node: ir.Node) -> ir.Value | None:
     if value is None or not value.is_initializer() or not (value.name or "").endswith(".T"):
         return None
     return None if (value.name or "").endswith(".router.weight.T") else value
+
+
+def module_of(node: ir.Node) -> str:
+    """The path of the torch module that a node is named after."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def like(other: ir.Value, dtype: ir.DataType, value: ir.Value) -> ir.Value:
+    """`value`, known to have the shape of another."""
+    value.shape, value.type = other.shape, ir.TensorType(dtype)
+    return value
 
 
 def array_of(value: ir.Value | None) -> NDArray[Any]:

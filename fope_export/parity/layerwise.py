@@ -44,8 +44,7 @@ class Rounded:
         """
         taken = {}
         while (layer := self._next) is not None and layer.module.startswith(prefix):
-            weight = torch.from_numpy(layer.weight)
-            taken[layer.name] = weight.to(precision).double() if layer.rounding else weight
+            taken[layer.name] = layer.for_inputs(precision)
             self._next = next(self._layers, None)
         return taken
 

@@ -131,9 +131,7 @@ def place_weights(
     """
     precision = getattr(torch, arithmetic or bundle.manifest.export.precision)
     for stored in _layers(bundle):
-        layer, weight = _layer(model, stored.module), torch.from_numpy(stored.weight)
-        if stored.rounding:  # DequantizeLinear puts out that dtype; MatMulNBits multiplies by more digits
-            weight = weight.to(precision)
+        layer, weight = _layer(model, stored.module), stored.for_inputs(precision)
         # A new parameter, because an embedding may share the old one.
         setattr(layer, stored.leaf, nn.Parameter(kept(weight.to(model.dtype)), requires_grad=False))
 
@@ -162,8 +160,9 @@ def _strays(bundle: Bundle, model: Decoder) -> Iterator[str]:
     halves = 2 if bundle.manifest.export.rounding == COMPENSATED else 1  # of a step
     for stored in _layers(bundle):
         original = _layer(model, stored.module).get_parameter(stored.leaf).double().numpy()
+        weight = stored.for_inputs(torch.float64).numpy()
         allowed = stored.allowed * (halves if stored.leaf == "weight" else 1)  # experts are rounded to the nearest
-        if original.shape != allowed.shape or not (np.abs(stored.weight - original) <= allowed).all():
+        if original.shape != allowed.shape or not (np.abs(weight - original) <= allowed).all():
             yield stored.name
 
 

@@ -186,7 +186,8 @@ def bundle_of(recipe: Recipe | str, kind: str, work: Path) -> Bundle:
         ids = work / f"{name}.npy"
         vocabulary = BYTES if isinstance(recipe, str) else recipe.vocabulary
         np.save(ids, np.random.default_rng(0).integers(0, vocabulary, CALIBRATED))
-        bundle = export(checkpoint, out, config, calibration=ids if config.quantize and config.calibrated else None)
+        measured = config.quantization is not None and config.quantization.calibrated
+        bundle = export(checkpoint, out, config, calibration=ids if measured else None)
         optimize(bundle)
         (out / "optimized").touch()
     return Bundle.open(out, verify=False)

@@ -53,8 +53,16 @@ def test_none_takes_the_place_of_the_usual_one(given: Machine) -> None:
         ("1.24.4", ExportConfig(opset=24), ""),
         ("1.24.4", ExportConfig(cache="static"), "onnxruntime is 1.24.4, and a static cache needs 1.25"),
         ("1.25.0", ExportConfig(cache="static"), ""),
-        ("1.23.2", ExportConfig(quantize="int8-qdq"), "onnxruntime is 1.23.2, and int8-qdq or fp8-qdq needs 1.24"),
-        ("1.31.0", ExportConfig(quantize="fp8-qdq", dtype="fp16"), "and int8-qdq or fp8-qdq in fp16 needs 1.32"),
+        (
+            "1.23.2",
+            ExportConfig(quantize="int8-qdq"),
+            "onnxruntime is 1.23.2, and int8-qdq or fp8-qdq or int4-awq or nvfp4 needs 1.24",
+        ),
+        (
+            "1.31.0",
+            ExportConfig(quantize="fp8-qdq", dtype="fp16"),
+            "and int8-qdq or fp8-qdq or int4-awq or nvfp4 in fp16 needs 1.32",
+        ),
         ("1.24.4", ExportConfig(quantize="fp8-qdq"), ""),
     ],
 )

@@ -159,6 +159,25 @@ def test_linear_layers_of_8_bits_build_with_and_without_the_plugin(
         assert record.layers["QUANTIZE"] == 8 and record.layers["DEQUANTIZE"] == 16
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "target", "older", "message", "back"),
+    [
+        ("int4-awq", "fp16", "sm86,sm89,sm120", "sm75", "sm75 has no int4", 8),
+        ("nvfp4", "bf16", "sm120", "sm86,sm89,sm120", "sm86, sm89 has no float4", 16),
+    ],
+)
+def test_weights_of_4_bits_build_for_gpus_that_have_them(
+    kind: str, dtype: str, target: str, older: str, message: str, back: int, native: Path, tmp_path: Path
+) -> None:
+    made = export(native, tmp_path / "bundle", ExportConfig(quantize=kind, dtype=dtype))
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(made, BuildConfig(target=f"tensorrt-rtx:{older}"))
+    assert f"--target tensorrt-rtx:{target}" in caught.value.hint
+    config = BuildConfig(target=f"tensorrt-rtx:{target}", plugin=False, max_batch=1, max_length=64)
+    made, record = build(made, config)
+    assert record.layers["DEQUANTIZE"] == back and "QUANTIZE" not in record.layers and not made.damaged()
+
+
 def test_float8_and_an_older_gpu(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = export(native, tmp_path / "bundle", ExportConfig(quantize="fp8-qdq"))
     monkeypatch.setattr(api, "check_installed", lambda library: pytest.fail("it went on"))

@@ -30,8 +30,8 @@ def quantization(folder: Path) -> None:
     assert reason == "x is 2.0, and toy in fp16 needs 99.0: pip install 'x>=99.0'"
     with pytest.raises(ConfigError, match="quantize is toy and dtype is wide") as caught:
         ExportConfig(quantize=TOY.name, dtype=WIDE.name)
-    assert caught.value.hint == "Choose dtype fp32 or fp16, or quantize int8-qdq or fp8-qdq."
-    refused(made, "sm86 has no toys", "export with --quantize int8-qdq for it")
+    assert caught.value.hint == "Choose dtype fp32 or fp16, or quantize int8-qdq or fp8-qdq or int4-awq or nvfp4."
+    refused(made, "sm86 has no toys", "export with --quantize int8-qdq or int4-awq for it")
     weights(f"layers.0.attention.att_proj.weight.{TOY.numbers}", lambda a: a[::-1].copy())(made)
     place = validate(made, lengths=(7, 64)).place
     assert place is not None and place.tensors == ("layers.0.attention.att_proj.weight",)
