@@ -183,9 +183,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _break(error: Exception, *, as_json: bool) -> int:
     """Tell of what should not be."""
-    from fope_export.terminal import print_error
-
     if as_json:
+        from fope_export.terminal import print_error
+
         told = FopeError(f"a mistake of fope-export's: {error!r}", hint="Please report it with the traceback.")
         print_error(told, BROKEN, as_json=True, traceback=traceback.format_exc())
     else:

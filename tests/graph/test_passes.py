@@ -17,6 +17,7 @@ from fope_export.config import ExportConfig
 from fope_export.dtypes import BF16, FP32
 from fope_export.errors import BundleError
 from fope_export.fope import contract
+from fope_export.graph import nvfp4
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.caches import RoundCaches
@@ -26,6 +27,7 @@ from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
 from fope_export.graph.masks import ExpandMasks
+from fope_export.graph.nvfp4 import WidenNumbers
 from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.passes import (
@@ -144,6 +146,13 @@ def rounded() -> ir.Model:
     return model
 
 
+NVFP4 = ExportConfig(quantize="nvfp4")
+
+
+def in_e2m1() -> ir.Model:
+    return Sequential(*nvfp4.write(NVFP4, None))(decoder()).model
+
+
 @cache
 def mixed() -> ir.Model:
     return to_onnx(small_decoder(experts=mixture()), ExportConfig().resolved(64))
@@ -251,6 +260,8 @@ ROWS = [
     Row(NameNodes(), torchs, no_scopes, "torch.onnx did not make", "node_Neg_0 is not called layers.0/Neg"),
     Row(NameDimensions({"s1": "n"}), torchs, no_shape, "y has no shape", "a size that is no name"),
     Row(QuantizeWeights(BLOCKS), decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(nvfp4.write(NVFP4, None)[0], decoder, no_kind("MatMul"), "no linear layer", "is not quantized"),
+    Row(WidenNumbers(), in_e2m1, no_kind("MatMul"), "no weight is in E2M1", "is in E2M1"),
     Row(SetAccuracyLevel(INT8), lambda: product(decoder()), no_kind("MatMulNBits"), "no weights are", f"level {EXACT}"),
     Row(InsertQdq("int8-qdq", RANGES), decoder, no_kind("MatMul"), f"disagree in .*{PROJECTION}", "disagree in"),
     Row(ExactInputs(), rounded, no_kind("QuantizeLinear", "DequantizeLinear"), "no layer rounds", "rounds its inputs"),
