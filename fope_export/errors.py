@@ -1,7 +1,10 @@
 """Failures a user can act on, and the door to optional libraries."""
 
 import importlib
+import json
+from importlib.metadata import distributions
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 VALUE = 200
 """Characters of a value from outside that a message shows."""
@@ -134,7 +137,23 @@ class ParityError(FopeError):
 
 def missing(module: str, extra: str) -> BackendError:
     """That a `module` is not installed, and which extra brings it."""
-    return BackendError(f"{module} is not installed", hint=f"pip install 'fope-export[{extra}]'")
+    return BackendError(f"{module} is not installed", hint=install(extra))
+
+
+def install(extra: str, *, upgrade: bool = False) -> str:
+    """The command that adds an extra, from where this package was installed (PEP 610), as it is on no index."""
+    pip = "pip install -U" if upgrade else "pip install"
+    written = (found for each in distributions(name="fope-export") if (found := each.read_text("direct_url.json")))
+    origin = json.loads(next(written, "{}"))
+    url = origin.get("url", "")
+    if vcs := origin.get("vcs_info"):
+        return f"{pip} 'fope-export[{extra}] @ {vcs['vcs']}+{url}@{vcs['commit_id']}'"
+    if (folder := origin.get("dir_info")) is not None:
+        editable = " -e" if folder.get("editable") else ""
+        return f"{pip}{editable} '{unquote(urlsplit(url).path)}[{extra}]'"
+    if url:
+        return f"{pip} 'fope-export[{extra}] @ {url}'"
+    return f"{pip} 'fope-export[{extra}]'"
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -122,7 +122,7 @@ def test_a_command_names_the_extra_that_it_lacks(
 ) -> None:
     places = {"CKPT": str(native), "OUT": str(tmp_path / "new"), "BUNDLE": str(bundle.path)}
     done = without(EXPORTER, *(places.get(word, word) for word in command.split()))
-    assert done.returncode == 2 and f"fope-export[{extra}]'" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"[{extra}]'" in done.stderr, done.stderr
     assert " not installed" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "new").exists()
 
 

@@ -2,14 +2,17 @@
 cannot is refused by name.
 """
 
+import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace as Fake
 
 import onnxruntime
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from fope_export import errors
 from fope_export.backends.choose import choose, load_backend
 from fope_export.backends.machine import read_machine
 from fope_export.backends.versions import too_old
@@ -92,3 +95,27 @@ def test_the_lowest_that_are_tried_are_those_that_are_declared() -> None:
 def bare(lines: list[str]) -> list[str]:
     """Without comments."""
     return [line.partition(" #")[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'fope-export[run]'"),
+        ({"url": "file:///a%20b", "dir_info": {}}, "pip install '/a b[run]'"),
+        ({"url": "file:///clone", "dir_info": {"editable": True}}, "pip install -e '/clone[run]'"),
+        (
+            {"url": "https://host/repo", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
+            "pip install 'fope-export[run] @ git+https://host/repo@c0'",
+        ),
+        ({"url": "file:///a.whl", "archive_info": {}}, "pip install 'fope-export[run] @ file:///a.whl'"),
+    ],
+    ids=["unknown", "folder", "editable", "git", "wheel"],
+)
+def test_a_hint_installs_from_where_this_came_from(
+    origin: object, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = [Fake(read_text=lambda name: json.dumps(origin) if origin else None)]
+    monkeypatch.setattr(errors, "distributions", lambda name: written)
+    assert errors.install("run") == command
+    assert errors.install("run", upgrade=True) == command.replace("install", "install -U", 1)
+    assert errors.missing("x", "run").hint == command

@@ -11,7 +11,7 @@ from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES, either
-from fope_export.errors import BackendError
+from fope_export.errors import BackendError, install
 from fope_export.manifest import MODEL, OPENVINO, ROUNDED_CACHE, plain_file
 from fope_export.quantizations import CACHES
 from fope_export.tensorrt.api import LIBRARIES
@@ -279,12 +279,12 @@ def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
     for name in ("onnxruntime-gpu", "onnxruntime"):
         if installed := machine.packages.get(name):
             return too_old(name, installed, export)
-    return "onnxruntime is not installed: pip install 'fope-export[run]'"
+    return f"onnxruntime is not installed: {install('run')}"
 
 
 def _without_ort_cuda(machine: Machine) -> str:
     if "onnxruntime-gpu" not in machine.packages:
-        return "onnxruntime-gpu is not installed: pip install 'fope-export[gpu]'"
+        return f"onnxruntime-gpu is not installed: {install('gpu')}"
     return "" if machine.gpus else "no NVIDIA GPU found"
 
 
@@ -382,7 +382,7 @@ def abilities(machine: Machine) -> dict[str, str]:
 
 def _without(machine: Machine, extra: str, *names: str) -> str:
     missing = [name for name in names if name not in machine.packages]
-    return f"{', '.join(missing)} not installed: pip install 'fope-export[{extra}]'" if missing else ""
+    return f"{', '.join(missing)} not installed: {install(extra)}" if missing else ""
 
 
 def _without_builder(library: str, machine: Machine) -> str:

@@ -19,7 +19,7 @@ from fope_export.benchmark.greedy import Contender, Greedy
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.dtypes import BF16, DTYPES, FP32
-from fope_export.errors import BackendError
+from fope_export.errors import BackendError, install
 from fope_export.generation import prefill
 from fope_export.manifest import OPENVINO
 from fope_export.quantizations import INT4, INT8, QUANTIZATIONS
@@ -236,9 +236,10 @@ def _export_optimum(job: Job) -> None:
     export_optimum(job.twin, job.product)
 
 
-def _without(package: str, hint: str = "pip install 'fope-export[peers]'") -> Callable[[Machine], str]:
-    reason = f"{package} is not installed: {hint}"
-    return lambda machine: "" if package in machine.packages else reason
+def _without(package: str, hint: str = "") -> Callable[[Machine], str]:
+    return lambda machine: (
+        "" if package in machine.packages else f"{package} is not installed: {hint or install('peers')}"
+    )
 
 
 @dataclass(frozen=True)

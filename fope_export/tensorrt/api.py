@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fope_export.errors import BackendError, require
+from fope_export.errors import BackendError, install, require
 from fope_export.scratch import KEPT
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Library:
         """Why the installed `packages` (versions by name) cannot do, or nothing."""
         given = packages.get(self.distribution)
         if given is None:
-            return f"{self.distribution} is not installed: pip install 'fope-export[{self.extra}]'"
+            return f"{self.distribution} is not installed: {install(self.extra)}"
         wanted = ".".join(map(str, self.minimum))
         return "" if version_of(given) >= self.minimum else f"{self.distribution} is {given}, and {wanted} is needed"
 
@@ -72,7 +72,7 @@ def load(distribution: str) -> ModuleType:
             hint="Install TensorRT from NVIDIA's package index.",
         )
     if refusal := library.refusal({distribution: module.__version__}):
-        raise BackendError(refusal, hint=f"pip install -U 'fope-export[{library.extra}]'")
+        raise BackendError(refusal, hint=install(library.extra, upgrade=True))
     return module
 
 
@@ -150,7 +150,7 @@ def check_installed(distribution: str) -> None:
     """Raises BackendError unless a library is installed and new enough. Does not load it."""
     library = LIBRARIES[distribution]
     if refusal := library.refusal(_installed(distribution)):
-        raise BackendError(refusal, hint=f"pip install -U 'fope-export[{library.extra}]'")
+        raise BackendError(refusal, hint=install(library.extra, upgrade=True))
 
 
 def installed_version(distribution: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.dtypes import DTYPES
-from fope_export.errors import BackendError, BundleError, require
+from fope_export.errors import BackendError, BundleError, install, require
 from fope_export.graph.export import export
 from fope_export.graph.optimize import OPENVINO, optimize
 from fope_export.manifest import plain_file
@@ -122,7 +122,7 @@ def test_the_torch_backend_needs_the_checkpoint(native: Path, bundle: Bundle, tm
 def test_a_missing_library_turns_into_advice() -> None:
     with pytest.raises(BackendError, match="no_such_library is not installed") as caught:
         require("no_such_library", "cpu")
-    assert caught.value.hint == "pip install 'fope-export[cpu]'"
+    assert caught.value.hint == install("cpu")
 
 
 def test_a_broken_library_shows_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

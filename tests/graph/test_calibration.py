@@ -12,7 +12,7 @@ from torch import nn
 from fope_export.cli import main
 from fope_export.config import ExpertsConfig, ExportConfig
 from fope_export.corpus import python_source
-from fope_export.errors import BackendError, ConfigError, ExportError
+from fope_export.errors import BackendError, ConfigError, ExportError, install
 from fope_export.graph import calibration
 from fope_export.graph.calibration import calibrate, calibration_windows
 from fope_export.graph.export import export
@@ -115,4 +115,4 @@ def test_what_stands_in_the_way_is_one_message_and_nothing_is_written(
     monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
     with pytest.raises(BackendError, match=r"modelopt\.torch\.quantization is not installed") as absent:
         export(native, out, ExportConfig(quantize="int8-qdq"))
-    assert absent.value.hint == "pip install 'fope-export[modelopt]'" and not out.exists()
+    assert absent.value.hint == install("modelopt") and not out.exists()

@@ -214,7 +214,7 @@ def test_no_library_and_an_old_one(spoilable: Bundle, monkeypatch: pytest.Monkey
         monkeypatch.setattr(api, "_installed", lambda distribution, installed=installed: installed)
         with pytest.raises(BackendError, match=message) as caught:
             build(spoilable)
-        assert "fope-export[tensorrt-rtx]" in caught.value.hint
+        assert "[tensorrt-rtx]" in caught.value.hint
 
 
 def test_no_compiler(spoilable: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
