@@ -37,6 +37,10 @@ Report = Callable[[str, int, int], None]
 class EvaluationConfig(Checked, frozen=True, kw_only=True):
     """What is measured: contexts of `lengths` tokens (none: 1 to 16 times the training length), `trials` passkeys at
     each length and depth, with the numbers that `seed` gives.
+
+    >>> import fope_export as fx
+    >>> fx.EvaluationConfig(lengths=(256, 512)).trials
+    10
     """
 
     lengths: tuple[Count, ...] = ()

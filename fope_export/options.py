@@ -1,13 +1,11 @@
 """What each command takes: one function for each, which adds its options to a parser."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import get_args
 
 from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
-from fope_export.errors import cut
 from fope_export.lock import TIMEOUT
 from fope_export.model.layouts import LAYOUTS
 from fope_export.quantizations import (
@@ -20,8 +18,7 @@ from fope_export.quantizations import (
     calibrated,
     in_blocks,
 )
-
-DIGITS = re.compile(r"[0-9]{1,18}")
+from fope_export.words import axis, bias, guesses, names, natural, numbers, port, positive, seconds, size
 
 
 def demo(sub: argparse.ArgumentParser) -> None:
@@ -41,11 +38,14 @@ def export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dtype", choices=(*DTYPES,), default=FP32.name, help="of weights and activations")
     sub.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="grown, or written in place")
     sub.add_argument(
-        "--capacity", type=_natural, metavar="TOKENS", help="of a static cache (default: 16 x trained, at most 8192)"
+        "--capacity",
+        type=natural,
+        metavar="TOKENS",
+        help="of a static cache (default: 16 x trained, at most 8192)",
     )
-    sub.add_argument("--opset", type=_natural, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
+    sub.add_argument("--opset", type=natural, choices=(23, 24), help="ONNX opset (default: 23; 24 for a static cache)")
     sub.add_argument("--extend", choices=("pi", "yarn"), help="change the frequencies for longer contexts")
-    sub.add_argument("--extend-to", type=_natural, metavar="TOKENS", help="how far (default: 16 x trained, <=8192)")
+    sub.add_argument("--extend-to", type=natural, metavar="TOKENS", help="how far (default: 16 x trained, <=8192)")
     sub.add_argument(
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
@@ -55,7 +55,7 @@ def export(sub: argparse.ArgumentParser) -> None:
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
     )  # fmt: skip
     sub.add_argument(
-        "--block", type=_natural, choices=get_args(BlockSize), help=f"inputs that share a step ({_usual()})"
+        "--block", type=natural, choices=get_args(BlockSize), help=f"inputs that share a step ({_usual()})"
     )
     sub.add_argument(
         "--rounding", choices=get_args(RoundingName),
@@ -109,12 +109,12 @@ def build(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--plugin", action=argparse.BooleanOptionalAction, default=True, help="the rotation as one fused kernel"
     )
-    sub.add_argument("--max-batch", type=_natural, default=4, help="rows at once (default: 4)")
+    sub.add_argument("--max-batch", type=natural, default=4, help="rows at once (default: 4)")
     sub.add_argument(
-        "--max-length", type=_natural, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
+        "--max-length", type=natural, metavar="TOKENS", help="prompt and answer (default: 16 x trained, <=8192)"
     )
     sub.add_argument(
-        "--size", type=_axis, action="append", default=[], dest="sizes", metavar="NAME=LEAST,BEST,LARGEST",
+        "--size", type=axis, action="append", default=[], dest="sizes", metavar="NAME=LEAST,BEST,LARGEST",
         help="of a module's bundle; may be repeated (default: up to 4 x its example's)",
     )  # fmt: skip
     sub.add_argument(
@@ -133,9 +133,9 @@ def validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", type=Path, metavar="OUT")
     _origin(sub)
     sub.add_argument(
-        "--lengths", type=_numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
+        "--lengths", type=numbers, default=(), help="prefill lengths, as 64,512 (default: 1 to 16 x trained)"
     )
-    sub.add_argument("--seed", type=_natural, default=0, help="of the random tokens (default: 0)")
+    sub.add_argument("--seed", type=natural, default=0, help="of the random tokens (default: 0)")
     sub.add_argument("--stages", action="store_true", help="layer by layer, for models that are larger than memory")
     sub.add_argument("--save-inputs", type=Path, metavar="FILE", help="write the inputs as Polygraphy JSON")
     sub.add_argument("--load-inputs", type=Path, metavar="FILE", help="compare on these inputs instead")
@@ -153,38 +153,38 @@ def run(sub: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a batch: one prompt a line, or JSON strings in .jsonl; - is stdin"
     )
-    source.add_argument("--prompt-ids", type=_numbers, help="token ids to continue, as 12,7,99")
+    source.add_argument("--prompt-ids", type=numbers, help="token ids to continue, as 12,7,99")
     source.add_argument(
         "--messages", type=Path, metavar="FILE", help='a chat: JSON, [{"role": "user", "content": "..."}, ...]'
     )
     sub.add_argument("--chat", action="store_true", help="each prompt is a user's message, put into the chat template")
     sub.add_argument("--system", metavar="TEXT", help="of a chat: its first message, of the system")
-    sub.add_argument("--max-new-tokens", type=_natural, default=128, help="default: 128")
-    sub.add_argument("--min-new-tokens", type=_natural, default=0, help="no end before as many (default: 0)")
+    sub.add_argument("--max-new-tokens", type=natural, default=128, help="default: 128")
+    sub.add_argument("--min-new-tokens", type=natural, default=0, help="no end before as many (default: 0)")
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=Path, metavar="FILE", help="answers are JSON by this schema")
     form.add_argument("--regex", metavar="EXPRESSION", help="answers match it, in Rust's syntax")
     form.add_argument("--grammar", type=Path, metavar="FILE", help="answers follow this grammar, in Lark's syntax")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    sub.add_argument("--top-k", type=_natural, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
+    sub.add_argument("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0 is all (default)")
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens that reach p (default: 1)")
     sub.add_argument("--min-p", type=float, default=0.0, help="leave out tokens below p times the likeliest's odds")
     sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 against tokens that came before")
     sub.add_argument("--presence-penalty", type=float, default=0.0, help="taken from logits of tokens in the answer")
     sub.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, as often as they are there")
     sub.add_argument(
-        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=BIAS", help="added; may be repeated"
+        "--logit-bias", type=bias, action="append", default=[], metavar="ID=BIAS", help="added; may be repeated"
     )
-    sub.add_argument("--seed", type=_natural, default=0, help="default: 0")
-    sub.add_argument("--chunk", type=_natural, help="prompt tokens fed at once; 0 is all (default: the backend's best)")
-    sub.add_argument("--max-batch", type=_natural, default=8, help="prompts at work at once; 0 is all (default: 8)")
+    sub.add_argument("--seed", type=natural, default=0, help="default: 0")
+    sub.add_argument("--chunk", type=natural, help="prompt tokens fed at once; 0 is all (default: the backend's best)")
+    sub.add_argument("--max-batch", type=natural, default=8, help="prompts at work at once; 0 is all (default: 8)")
     sub.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     sub.add_argument(
         "--optimized", action=argparse.BooleanOptionalAction, default=True, help="use what `optimize` wrote, if it did"
     )
-    sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
+    sub.add_argument("--threads", type=natural, default=0, help="of one operator (default: all cores)")
     sub.add_argument("--cuda-graph", action="store_true", help="on a GPU: repeat decoding from a CUDA graph")
     _speculation(sub, "auto")
     _backend(sub)
@@ -194,34 +194,34 @@ def serve(sub: argparse.ArgumentParser) -> None:
     """Of the server."""
     sub.add_argument("bundles", type=Path, nargs="+", metavar="OUT", help="one bundle or several")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    sub.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    sub.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: 8000)")
     sub.add_argument("--served-model-name", nargs="+", metavar="NAME", help="for each bundle (default: its folder's)")
-    sub.add_argument("--slots", type=_positive, default=8, help="answers at once, of each bundle (default: 8)")
+    sub.add_argument("--slots", type=positive, default=8, help="answers at once, of each bundle (default: 8)")
     sub.add_argument(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="a prompt with its answer (default: 16 x trained, or 8192)",
     )
     sub.add_argument(
-        "--max-queued", type=_natural, default=256, metavar="N", help="requests that may wait (default: 256)"
+        "--max-queued", type=natural, default=256, metavar="N", help="requests that may wait (default: 256)"
     )
     sub.add_argument(
-        "--max-queued-tokens", type=_natural, metavar="N", help="tokens of their prompts (default: no bound)"
+        "--max-queued-tokens", type=natural, metavar="N", help="tokens of their prompts (default: no bound)"
     )
     sub.add_argument(
         "--prefix-cache",
-        type=_size,
+        type=size,
         default=0,
         metavar="SIZE",
         help="keys and values kept of what was asked, as 512M or 2G",
     )
-    sub.add_argument("--chunk", type=_natural, help="prompt tokens fed between steps (default: the backend's best)")
+    sub.add_argument("--chunk", type=natural, help="prompt tokens fed between steps (default: the backend's best)")
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="the key that every request but health must send"
     )
     sub.add_argument(
-        "--drain", type=_seconds, default=30.0, metavar="SECONDS", help="to finish at SIGTERM (default: 30)"
+        "--drain", type=seconds, default=30.0, metavar="SECONDS", help="to finish at SIGTERM (default: 30)"
     )
     sub.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="a page that may ask; may be repeated"
@@ -232,7 +232,7 @@ def serve(sub: argparse.ArgumentParser) -> None:
     _speculation(sub, "off")
     sub.add_argument("--unvalidated", action="store_true", help="serve what no report says is right")
     sub.add_argument("--report", type=Path, metavar="DIR", help="where the report is (default: in the bundle)")
-    sub.add_argument("--threads", type=_natural, default=0, help="of one operator (default: all cores)")
+    sub.add_argument("--threads", type=natural, default=0, help="of one operator (default: all cores)")
     _backend(sub)
 
 
@@ -254,16 +254,19 @@ def bench(sub: argparse.ArgumentParser) -> None:
     """Of timing."""
     sub.add_argument("bundle", type=Path, metavar="OUT")
     _origin(sub)
-    sub.add_argument("--lengths", type=_numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
-    sub.add_argument("--batch", type=_numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
-    sub.add_argument("--rounds", type=_natural, default=5, help="everybody in turn in each (default: 5)")
-    sub.add_argument("--sittings", type=_natural, default=1, help="all begin anew, in new processes (default: 1)")
-    sub.add_argument("--decoded", type=_natural, default=24, help="tokens after each prompt (default: 24)")
-    sub.add_argument("--threads", type=_natural, help="default: one for each core")
+    sub.add_argument("--lengths", type=numbers, default=(128, 1024), help="of prompts and pasts (default: 128,1024)")
+    sub.add_argument("--batch", type=numbers, default=(1,), help="rows at once, as 1,4 (default: 1)")
+    sub.add_argument("--rounds", type=natural, default=5, help="everybody in turn in each (default: 5)")
+    sub.add_argument("--sittings", type=natural, default=1, help="all begin anew, in new processes (default: 1)")
+    sub.add_argument("--decoded", type=natural, default=24, help="tokens after each prompt (default: 24)")
+    sub.add_argument("--threads", type=natural, help="default: one for each core")
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch (default: cpu)")
-    sub.add_argument("--backends", type=_names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
+    sub.add_argument("--backends", type=names, default=(), help="as onnxruntime,tensorrt (default: all that can run)")
     sub.add_argument(
-        "--peers", type=_names, default=(), help="genai,optimum,openvino,llamacpp: on a RoPE twin of the same shape"
+        "--peers",
+        type=names,
+        default=(),
+        help="genai,optimum,openvino,llamacpp: on a RoPE twin of the same shape",
     )
     sub.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="time this contender alone; may be repeated"
@@ -277,10 +280,10 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
     """Of loss and passkeys by length."""
     sub.add_argument("bundle", type=Path, metavar="OUT")
     sub.add_argument("--against", type=Path, metavar="TWIN", help="another bundle, measured alike beside it")
-    sub.add_argument("--lengths", type=_numbers, default=(), help="of contexts in tokens (default: 1 to 16 x trained)")
+    sub.add_argument("--lengths", type=numbers, default=(), help="of contexts in tokens (default: 1 to 16 x trained)")
     sub.add_argument("--data", type=Path, metavar="FILE", help="text in UTF-8 (default: Python's own, held out)")
-    sub.add_argument("--trials", type=_natural, default=10, help="passkeys at each length and depth (default: 10)")
-    sub.add_argument("--seed", type=_natural, default=0, help="of the keys and their places (default: 0)")
+    sub.add_argument("--trials", type=natural, default=10, help="passkeys at each length and depth (default: 10)")
+    sub.add_argument("--seed", type=natural, default=0, help="of the keys and their places (default: 0)")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="for the report (default: OUT/reports)")
     _lock(sub)
     _backend(sub)
@@ -310,49 +313,22 @@ def _origin(sub: argparse.ArgumentParser) -> None:
 
 def _lock(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--lock-timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS",
+        "--lock-timeout", type=seconds, default=TIMEOUT, metavar="SECONDS",
         help=f"how long to wait for another command that writes this bundle (default: {TIMEOUT:.0f})",
     )  # fmt: skip
 
 
 def _speculation(sub: argparse.ArgumentParser, usual: str) -> None:
     sub.add_argument(
-        "--speculate", type=_guesses, metavar="auto|off|N",
+        "--speculate", type=guesses, metavar="auto|off|N",
         help=f"guess tokens and look at them together: as many as pay, none, at most N a step (default: {usual})",
     )  # fmt: skip
     sub.add_argument("--draft", type=Path, metavar="BUNDLE", help="a smaller model on the same tokens, which guesses")
 
 
-def _guesses(text: str) -> str | int:
-    if text in ("auto", "off"):
-        return text
-    try:
-        return _positive(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{cut(text)!r} is neither auto nor off nor a number from 1 on") from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return seconds
-
-
 def inspect(sub: argparse.ArgumentParser) -> None:
     """Of describing."""
     sub.add_argument("path", type=Path, metavar="PATH")
-
-
-def _size(text: str) -> int:
-    """Bytes, as 1048576, 512K, 256M or 2G."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if not DIGITS.fullmatch(digits) or unit not in ("", "K", "M", "G"):
-        raise argparse.ArgumentTypeError(f"{cut(text)!r} is no size, such as 512M or 2G")
-    return int(digits) << (10 * ("", "K", "M", "G").index(unit))
 
 
 def _backend(sub: argparse.ArgumentParser) -> None:
@@ -361,46 +337,3 @@ def _backend(sub: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what runs it; a wrong NAME lists all (default: for run and serve the fastest here, for validate all)",
     )
-
-
-def _axis(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, numbers = text.partition("=")
-    return name, _numbers(numbers)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _natural(text: str) -> int:
-    """One whole number in decimal digits."""
-    if not DIGITS.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not one number from 0 on")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if (number := _natural(text)) >= 1 << 16:
-        raise argparse.ArgumentTypeError(f"{number} is not one of 65,536 ports")
-    return number
-
-
-def _positive(text: str) -> int:
-    if not (number := _natural(text)):
-        raise argparse.ArgumentTypeError("0 is too few")
-    return number
-
-
-def _bias(text: str) -> tuple[int, float]:
-    token, _, bias = text.partition("=")
-    try:
-        return _natural(token), float(bias)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not ID=BIAS, like 42=-1.5") from None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(map(DIGITS.fullmatch, parts)):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a list of numbers from 0 on, like 1,64,512")
-    return tuple(map(int, parts))

@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fope_export.backends import variants
 from fope_export.backends.machine import Machine, read_machine
 from fope_export.backends.versions import too_old
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
-from fope_export.dtypes import DTYPES, either
+from fope_export.dtypes import DTYPES
 from fope_export.errors import BackendError, install
-from fope_export.manifest import MODEL, OPENVINO, ROUNDED_CACHE, plain_file
-from fope_export.quantizations import CACHES
 from fope_export.tensorrt.api import LIBRARIES
 from fope_export.tensorrt.record import BUILD_IT, plan_in, records
 
@@ -126,99 +125,14 @@ def _limits(length: int | None = None) -> "Limits":
     return Limits(length=length)
 
 
-def _load_ort(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort import OrtBackend
-
-    return OrtBackend(bundle, threads=settings.threads)
-
-
-def _load_ort_optimized(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimized import OptimizedOrtBackend
-
-    return OptimizedOrtBackend(bundle, threads=settings.threads)
-
-
 def _trt_limits(bundle: Bundle) -> "Limits":
     from fope_export.backends.trt import limits_of
 
     return limits_of(bundle)
 
 
-def _graph(name: str, bundle: Bundle) -> tuple[str, ...]:
-    """An ONNX file, and those with its weights."""
-    return name, *(each for each in bundle.manifest.files if each in {f"{name}.data", f"{MODEL}.data"})
-
-
-def _portable(bundle: Bundle) -> tuple[str, ...]:
-    return _graph(plain_file(bundle.manifest.export), bundle)
-
-
-def _optimized(bundle: Bundle) -> tuple[str, ...]:
-    return _graph(bundle.manifest.optimized, bundle)
-
-
 def _engine(bundle: Bundle) -> tuple[str, ...]:
     return tuple(plan_in(bundle, record) for record in records(bundle)[-1:])
-
-
-def _rounded_cache(bundle: Bundle) -> tuple[str, ...]:
-    return _graph(ROUNDED_CACHE, bundle)
-
-
-def _load_ort_rounded_cache(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimized import OptimizedOrtBackend
-
-    return OptimizedOrtBackend(bundle, threads=settings.threads, file=ROUNDED_CACHE)
-
-
-def _without_rounded_cache(bundle: Bundle) -> BackendError | None:
-    if ROUNDED_CACHE in bundle.manifest.files:
-        return None
-    chosen = either(CACHES.values())
-    return BackendError(f"{bundle.path} has no {ROUNDED_CACHE}", hint=f"fope-export optimize --cache {chosen}.")
-
-
-def _without_optimized(bundle: Bundle) -> BackendError | None:
-    if bundle.manifest.optimized:
-        return None
-    return BackendError(f"{bundle.path} has no optimized file", hint="Make it with `fope-export optimize`.")
-
-
-def _ir(bundle: Bundle) -> tuple[str, ...]:
-    return tuple(name for name in (OPENVINO, OPENVINO.replace(".xml", ".bin")) if name in bundle.manifest.files)
-
-
-def _without_ir(bundle: Bundle) -> BackendError | None:
-    if OPENVINO in bundle.manifest.files:
-        return None
-    return BackendError(f"{bundle.path} has no {OPENVINO}", hint="fope-export optimize --for openvino.")
-
-
-def _without_rounded_ir(bundle: Bundle) -> BackendError | None:
-    if bundle.manifest.export.quantize:
-        return _without_ir(bundle)
-    return BackendError(f"{bundle.path} has no quantized weights", hint="fope-export export --quantize int4 or int8.")
-
-
-def _without_rounded_ir_cache(bundle: Bundle) -> BackendError | None:
-    if bundle.manifest.cache_rounding:
-        return _without_ir(bundle)
-    chosen = either(CACHES.values())
-    return BackendError(
-        f"{bundle.path} keeps keys and values as they are",
-        hint=f"fope-export optimize --for openvino --cache {chosen}.",
-    )
-
-
-def _without_half(bundle: Bundle) -> BackendError | None:
-    taken = [dtype for dtype in DTYPES.values() if dtype.cuda_attention]
-    if bundle.manifest.optimized and DTYPES[bundle.manifest.export.dtype] in taken:
-        return None
-    return BackendError(
-        f"{bundle.path} has no optimized file in {' or '.join(dtype.precision for dtype in taken)}, which is what "
-        "ONNX Runtime's attention takes on a GPU",
-        hint=f"fope-export export --dtype {either(taken)}, then fope-export optimize.",
-    )
 
 
 def _without_engine(bundle: Bundle) -> BackendError | None:
@@ -233,29 +147,6 @@ def _for_another_gpu(bundle: Bundle, machine: Machine) -> str:
     if not built or not machine.architectures or set(built) & set(machine.architectures):
         return ""
     return f"the engine is for {', '.join(built)}, and here is {', '.join(machine.architectures)}"
-
-
-def _load_ort_cuda(bundle: Bundle, settings: Settings) -> "Backend":
-    from fope_export.backends.ort_optimized import OptimizedOrtBackend
-
-    return OptimizedOrtBackend(bundle, threads=settings.threads, device="cuda", cuda_graph=settings.cuda_graph)
-
-
-def _load_openvino(
-    bundle: Bundle, settings: Settings, *, int8_activations: bool = False, cache: bool = False
-) -> "Backend":
-    from fope_export.backends.openvino import OpenVinoBackend
-
-    return OpenVinoBackend(
-        bundle, threads=settings.threads, cache=cache,
-        int8_activations=int8_activations or (cache and bundle.manifest.export.quantize is not None),
-    )  # fmt: skip
-
-
-def _openvino_arithmetic(bundle: Bundle) -> str:
-    from fope_export.backends.openvino import arithmetic
-
-    return arithmetic(bundle)
 
 
 def _load_trt(bundle: Bundle, settings: Settings) -> "Backend":  # noqa: ARG001
@@ -306,13 +197,20 @@ BACKENDS: dict[str, Row] = {
         "the bundle in ONNX Runtime on the CPU",
         _without_ort,
         (
-            Variant("portable", _load_ort, _portable, exact=True),
-            Variant("optimized", _load_ort_optimized, _optimized, _without_optimized, optimized=True, exact=True),
+            Variant("portable", variants.load_ort, variants.portable, exact=True),
+            Variant(
+                "optimized",
+                variants.load_ort_optimized,
+                variants.optimized,
+                variants.without_optimized,
+                optimized=True,
+                exact=True,
+            ),
             Variant(
                 "cache rounded",
-                _load_ort_rounded_cache,
-                _rounded_cache,
-                _without_rounded_cache,
+                variants.load_ort_rounded_cache,
+                variants.rounded_cache,
+                variants.without_rounded_cache,
                 optimized=True,
                 rounds=True,
                 cache=True,
@@ -327,32 +225,41 @@ BACKENDS: dict[str, Row] = {
         "its IR in OpenVINO on the CPU",
         lambda machine: _without(machine, "openvino", "openvino"),
         (
-            Variant("ir", _load_openvino, _ir, _without_ir, optimized=True),
+            Variant("ir", variants.load_openvino, variants.ir, variants.without_ir, optimized=True),
             Variant(
                 "inputs rounded",
-                partial(_load_openvino, int8_activations=True),
-                _ir,
-                _without_rounded_ir,
+                partial(variants.load_openvino, int8_activations=True),
+                variants.ir,
+                variants.without_rounded_ir,
                 optimized=True,
                 rounds=True,
             ),
             Variant(
                 "cache rounded",
-                partial(_load_openvino, cache=True),
-                _ir,
-                _without_rounded_ir_cache,
+                partial(variants.load_openvino, cache=True),
+                variants.ir,
+                variants.without_rounded_ir_cache,
                 optimized=True,
                 rounds=True,
                 cache=True,
             ),
         ),
-        computes=_openvino_arithmetic,
+        computes=variants.openvino_arithmetic,
         rank=2,
     ),
     "onnxruntime-cuda": Row(
         "its optimized file in ONNX Runtime on a GPU",
         _without_ort_cuda,
-        (Variant("optimized", _load_ort_cuda, _optimized, _without_half, optimized=True, captured=True),),
+        (
+            Variant(
+                "optimized",
+                variants.load_ort_cuda,
+                variants.optimized,
+                variants.without_half,
+                optimized=True,
+                captured=True,
+            ),
+        ),
         rank=3,
     ),
     "tensorrt": Row(

@@ -187,7 +187,7 @@ def test_a_dead_engine_is_not_ready_and_ends_the_process(module: Any, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [("--slots 0", "options of `fope-export serve`"), ("", "was not validated")]
+    ("options", "message"), [("--slots 0", "argument --slots: 0 is too few"), ("", "was not validated")]
 )
 def test_what_is_not_served_is_told_when_it_loads(options: str, message: str, module: Any) -> None:
     with pytest.raises(Refusal, match=message):
