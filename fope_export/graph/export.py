@@ -1,11 +1,12 @@
 """Checkpoint to bundle: torch.export, torch.onnx, passes, checker, manifest."""
 
 import gc
+import io
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -343,15 +344,16 @@ def _dimensions(model: ir.Model) -> dict[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) from the user's terminal,
-    and the collector from going through what tracing makes again and again, of which almost nothing is garbage.
+    """Keep torch's internal notes (a torchvision that is not needed, its own deprecations) and what an older onnxscript
+    prints from the user's terminal, and the collector from going through what tracing makes again and again, of which
+    almost nothing is garbage.
     """
     logger, collecting = logging.getLogger("torch.onnx._internal.exporter._registration"), gc.isenabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
     gc.disable()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg|torch")
             yield
     finally:
