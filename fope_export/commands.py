@@ -5,13 +5,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from fope_export.errors import ConfigError, missing
-
-if TYPE_CHECKING:
-    pass
 
 PASSED, FAILED = 0, 1
 EXTRAS = {
@@ -203,13 +203,7 @@ def _validate_stages(args: argparse.Namespace) -> int:
         print_json(stages_record(bundle, result))
     else:
         print_stages(result, RESULTS)
-    try:
-        written = write_stages(bundle, result, args.out, lock_timeout=args.lock_timeout)
-    except OSError as cause:
-        _unwritten(cause)
-    else:
-        if not args.json:
-            RESULTS.print(f"report: {written}", markup=False)
+    _tell_page(lambda: write_stages(bundle, result, args.out, lock_timeout=args.lock_timeout), args)
     return PASSED if result.passed else FAILED
 
 
@@ -234,13 +228,7 @@ def bench(args: argparse.Namespace) -> int:
         print_json(bench_record(bundle, result))
     else:
         print_bench(bundle, result, RESULTS, old)
-    try:
-        page = write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout)
-    except OSError as cause:
-        _unwritten(cause)
-        return PASSED
-    if not args.json:
-        RESULTS.print(f"report: {page}", markup=False)
+    _tell_page(lambda: write_bench(bundle, result, args.out, lock_timeout=args.lock_timeout), args)
     return PASSED
 
 
@@ -265,17 +253,13 @@ def evaluate(args: argparse.Namespace) -> int:
         with progress(each.path.name) as report:
             results.append(evaluate_bundle(each, config, data=args.data, backend=args.backend, report=report))
         config = msgspec.structs.replace(config, lengths=tuple(results[0].losses))
+    if twin and results[0].name == results[1].name:
+        results = [replace(each, name=f"{each.name} {number}") for number, each in enumerate(results, start=1)]
     if args.json:
         print_json(evaluation_record(results))
     else:
         print_evaluation(results, RESULTS)
-    try:
-        page = write_evaluation(bundle, results, args.out, lock_timeout=args.lock_timeout)
-    except OSError as cause:
-        _unwritten(cause)
-        return PASSED
-    if not args.json:
-        RESULTS.print(f"report: {page}", markup=False)
+    _tell_page(lambda: write_evaluation(bundle, results, args.out, lock_timeout=args.lock_timeout), args)
     return PASSED
 
 
@@ -342,6 +326,19 @@ def inspect(args: argparse.Namespace) -> int:
         description = describe(args.path)
     print_json(description) if args.json else print_sections(description)
     return PASSED
+
+
+def _tell_page(write: Callable[[], Path], args: argparse.Namespace) -> None:
+    """Write a report and say where it is, or why it is not there."""
+    from fope_export.terminal import RESULTS
+
+    try:
+        page = write()
+    except OSError as cause:
+        _unwritten(cause)
+    else:
+        if not args.json:
+            RESULTS.print(f"report: {page}", markup=False)
 
 
 def _unwritten(cause: OSError) -> None:

@@ -109,6 +109,7 @@ def test_the_command_measures_a_bundle_beside_its_twin(
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     first, twin = record["models"]
+    assert [first.pop("name"), twin.pop("name")] == [f"{bundle.path.name} 1", f"{bundle.path.name} 2"]
     assert first == twin and list(first["losses"]) == ["100", "200"] and len(first["found"]) == 2 * len(DEPTHS)
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert "0 of 2" in page and f"{first['losses']['200']:.3f}" in page and "<svg" in page

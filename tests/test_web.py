@@ -10,7 +10,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import load_backend
@@ -22,15 +22,17 @@ from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
+from tests.browser import NEEDED, browser
 from tests.support import same_function, truth_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ORT = os.environ.get("FOPE_EXPORT_WEB", "")
 PAGE = Path(__file__).parent.parent / "examples" / "web"
 pytestmark = [
     pytest.mark.skipif(not ORT, reason="needs scripts/venv web"),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
+    NEEDED,
 ]
+__all__ = ["browser"]
+
 PROMPT, COUNT = "for key, value in ", 40
 
 
@@ -57,14 +59,6 @@ def address(folder: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/index.html"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.ort.onnx"])
