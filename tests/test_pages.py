@@ -12,9 +12,9 @@ from reference import PAGE, written
 from fope_export.benchmark.contenders import COMPILED, CONTENDERS
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.demo import shipped
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
+from fope_export.shipped import shipped
 from tests.pages import PAGES, ROOT, SHOWN, Block, blocks, like
 
 ELSEWHERE = {

@@ -10,11 +10,11 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import NAMES, PASSKEY_NAMES, shipped
 from fope_export.evaluation import EvaluationConfig, evaluate, loss_by_length
 from fope_export.generation import generate_text
 from fope_export.graph.export import export
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import NAMES, PASSKEY_NAMES, shipped
 from fope_export.tokens import Tokenizer
 
 
