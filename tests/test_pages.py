@@ -14,7 +14,6 @@ from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
-from fope_export.shipped import shipped
 from tests.pages import PAGES, ROOT, SHOWN, Block, blocks, like
 
 ELSEWHERE = {
@@ -43,10 +42,9 @@ def made(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(
     request: pytest.FixtureRequest, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Path:  # fmt: skip
-    """Where a page is followed: README with the model that comes along, the others with a small one."""
-    readme = request.node.callspec.params["page"] == "README.md"
-    (tmp_path / "checkpoint").symlink_to(shipped("fope") if readme else native)
-    if not readme:
+    """Where a page is followed: README begins with the model that comes along, the others with a small one."""
+    if request.node.callspec.params["page"] != "README.md":
+        (tmp_path / "checkpoint").symlink_to(native)
         shutil.copytree(request.getfixturevalue("made"), tmp_path / "out")
         shutil.copytree(native, tmp_path / "twin-checkpoint")
         for name in ("FILE", "notes.txt"):
