@@ -52,7 +52,7 @@ class User:
             "PATH": f"{self.folder / 'bin'}:{kept['PATH']}", "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200",
             "PIP_CONSTRAINT": str(SETS[self.versions]), "FOPE_EXPORT_CACHE": str(self.folder.parent / "cache"),
         }  # fmt: skip
-        command = [self.folder / "bin" / words[0], *words[1:]]
+        command = [str(self.folder / "bin" / words[0]), *words[1:]]
         return subprocess.run(command, cwd=place or self.place, env=kept | own, capture_output=True, text=True)
 
     def done(self, *words: str, place: Path | None = None) -> str:
