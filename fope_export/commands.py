@@ -43,8 +43,10 @@ def perform(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Export and validate the shipped models, and write the page that compares them to folder `args.out`. FAILED where
-    a validation failed.
+    a validation failed. Or only copy the checkpoint `args.copy` names, which needs no extra.
     """
+    if args.copy:
+        return _copy(*args.copy, as_json=args.json)
     from fope_export.demo import demo_record, demo_table, run_demo
     from fope_export.terminal import RESULTS, stages
 
@@ -58,13 +60,28 @@ def demo(args: argparse.Namespace) -> int:
     return PASSED if result.passed else FAILED
 
 
-def doctor(args: argparse.Namespace) -> int:
-    """Print what this machine has, and what it can do or why not. Always PASSED."""
-    from fope_export.backends.choose import abilities
-    from fope_export.backends.machine import read_machine
-    from fope_export.terminal import RESULTS, doctor_table, print_sections
+def _copy(name: str, folder: str, *, as_json: bool) -> int:
+    from fope_export.shipped import copy_shipped
+    from fope_export.terminal import RESULTS
 
-    machine = read_machine()
+    out = copy_shipped(name, Path(folder))
+    if as_json:
+        print_json({"checkpoint": str(out)})
+    else:
+        RESULTS.print(f"{out}: the model {name}, {sum(each.stat().st_size for each in out.iterdir()) / 1e6:,.1f} MB")
+        RESULTS.print(f"next: fope-export export {out} OUT", markup=False)
+    return PASSED
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what this machine has, whether that loads, and what it can do or why not. Always PASSED."""
+    from fope_export.backends.choose import abilities
+    from fope_export.backends.loading import tried
+    from fope_export.backends.machine import read_machine
+    from fope_export.terminal import RESULTS, doctor_table, print_sections, waiting
+
+    with waiting("loading what is installed"):
+        machine = tried(read_machine())
     if args.json:
         found: DoctorRecord = {"machine": machine, "abilities": abilities(machine)}
         print_json(found)

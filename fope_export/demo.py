@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from rich.table import Table
@@ -23,11 +22,9 @@ from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
 from fope_export.records import DemoModel, DemoRecord
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import NAMES, shipped
 from fope_export.tokens import Tokenizer
 
-NAMES = {"fope": "FoPE", "rope": "RoPE"}
-PASSKEY_NAMES = {"fope-passkey": "FoPE", "rope-passkey": "RoPE"}
-"""Of the pair that was trained to find passkeys."""
 SCORED = 1 << 15
 """Bytes of held-out text that the loss is taken on."""
 PROMPT = "def read_config(path):\n"
@@ -56,11 +53,6 @@ class DemoResult:
     @property
     def passed(self) -> bool:
         return all(model.parity.passed for model in self.models)
-
-
-def shipped(name: str) -> Path:
-    """The folder of a shipped checkpoint: one of NAMES, or of PASSKEY_NAMES."""
-    return Path(str(files("fope_export") / "data" / name))
 
 
 def run_demo(out: Path, stage: Callable[[str], None]) -> DemoResult:

@@ -18,12 +18,17 @@ from fope_export.quantizations import (
     calibrated,
     in_blocks,
 )
+from fope_export.shipped import NAMES, PASSKEY_NAMES
 from fope_export.words import axis, bias, guesses, names, natural, numbers, port, positive, seconds, size
 
 
 def demo(sub: argparse.ArgumentParser) -> None:
     """Of the models that come along."""
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for bundles and report (default: demo)")
+    sub.add_argument(
+        "--copy", nargs=2, metavar=("NAME", "FOLDER"), help="only copy a checkpoint that comes along to a new FOLDER: "
+        f"{', '.join((*NAMES, *PASSKEY_NAMES))}",
+    )  # fmt: skip
 
 
 def doctor(_: argparse.ArgumentParser) -> None:

@@ -244,6 +244,12 @@ class DemoRecord(TypedDict):
     report: str
 
 
+class CopyRecord(TypedDict):
+    """`demo --copy`: where the checkpoint is."""
+
+    checkpoint: str
+
+
 class DoctorRecord(TypedDict):
     """`doctor`: the machine, and by ability why it is not there, or nothing."""
 
@@ -314,6 +320,7 @@ class Refused(TypedDict):
 
 RECORDS: dict[str, Any] = {
     "demo": DemoRecord,
+    "demo-copy": CopyRecord,
     "doctor": DoctorRecord,
     "inspect": Description,
     "export": ExportRecord,

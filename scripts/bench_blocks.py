@@ -39,7 +39,6 @@ from fope_export.benchmark.rounds import in_turn
 from fope_export.benchmark.shapes import SHAPES, VOCABULARY, write_checkpoint
 from fope_export.config import ExportConfig
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import shipped
 from fope_export.evaluation import loss_by_length
 from fope_export.graph.builder import MICROSOFT
 from fope_export.graph.export import export
@@ -48,6 +47,7 @@ from fope_export.graph.quantize import INT8, OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.quantized import cost_of
 from fope_export.quantizations import COMPENSATED, NEAREST, QUANTIZATIONS
+from fope_export.shipped import shipped
 
 KINDS, BLOCKS = {"int4": 4, "int8": 8}, (32, 64, 128, 256)
 SCORED, PAST, STEPS = 1 << 16, 128, 8

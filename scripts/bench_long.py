@@ -27,11 +27,11 @@ from fope_export.backends.ort_optimized import OptimizedOrtBackend
 from fope_export.benchmark.contenders import ALLOWED
 from fope_export.bundle import Bundle
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import shipped
 from fope_export.generation import prefill
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.manifest import OPTIMIZED
+from fope_export.shipped import shipped
 
 RESULTS = Path(__file__).parent / "results"
 BOTH_FIT = 8192

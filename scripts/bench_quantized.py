@@ -34,12 +34,12 @@ from fope_export.benchmark.shapes import SHAPES, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import shipped
 from fope_export.evaluation import loss_by_length
 from fope_export.graph.export import export
 from fope_export.graph.quantize import OPERATOR
 from fope_export.model.checkpoint import source_of
 from fope_export.parity.quantized import cost_of
+from fope_export.shipped import shipped
 
 KINDS = {
     "fp32": ExportConfig(),

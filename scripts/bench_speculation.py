@@ -41,7 +41,6 @@ from fope_export.bench_report import processor
 from fope_export.benchmark.rounds import in_turn
 from fope_export.bundle import Bundle
 from fope_export.corpus import SEPARATOR, python_source
-from fope_export.demo import shipped
 from fope_export.generation import logits
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
@@ -50,6 +49,7 @@ from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Grammar, Request, Token
 from fope_export.serving.sampling import SamplingParams
 from fope_export.serving.speculation import Speculation
+from fope_export.shipped import shipped
 from fope_export.tokens import Tokenizer
 
 WAYS = {"off": None, "auto": Speculation(), "7": Speculation(7)}

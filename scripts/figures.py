@@ -25,13 +25,13 @@ from fope_export.backends.choose import load_backend
 from fope_export.backends.machine import read_machine
 from fope_export.benchmark.contenders import OURS
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import NAMES, PASSKEY_NAMES, shipped
 from fope_export.evaluation import evaluate, loss_by_length
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.parity.cases import FACTORS
 from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
+from fope_export.shipped import NAMES, PASSKEY_NAMES, shipped
 
 SCORED = 1 << 18
 ROOT = Path(__file__).parent.parent

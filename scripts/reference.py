@@ -110,7 +110,8 @@ def taken(sub: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def called(action: argparse.Action) -> str:
     """As it is typed, with what follows it."""
-    value = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
+    choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper()
+    value = " ".join(action.metavar) if isinstance(action.metavar, tuple) else action.metavar or choices
     if not action.option_strings:
         return f"`{value}`"
     names = " ".join(f"`{each}`" for each in action.option_strings)

@@ -15,7 +15,7 @@ import yaml
 
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.demo import shipped
+from fope_export.shipped import shipped
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

@@ -17,12 +17,12 @@ from fope_export.benchmark.contenders import ALLOWED, CONTENDERS
 from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.bundle import Bundle
 from fope_export.corpus import python_source
-from fope_export.demo import shipped
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import shipped
 from fope_export.tokens import Tokenizer
 from tests.support import answers
 

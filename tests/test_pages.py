@@ -12,7 +12,6 @@ from reference import files
 from fope_export.benchmark.contenders import COMPILED, CONTENDERS
 from fope_export.bundle import Bundle
 from fope_export.cli import main
-from fope_export.demo import shipped
 from fope_export.parity.run import validate
 from fope_export.records import RECORDS
 from fope_export.report import write_parity
@@ -44,10 +43,9 @@ def made(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(
     request: pytest.FixtureRequest, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Path:  # fmt: skip
-    """Where a page is followed: README with the model that comes along, the others with a small one."""
-    readme = request.node.callspec.params["page"] == "README.md"
-    (tmp_path / "checkpoint").symlink_to(shipped("fope") if readme else native)
-    if not readme:
+    """Where a page is followed: README begins with the model that comes along, the others with a small one."""
+    if request.node.callspec.params["page"] != "README.md":
+        (tmp_path / "checkpoint").symlink_to(native)
         shutil.copytree(request.getfixturevalue("made"), tmp_path / "out")
         shutil.copytree(native, tmp_path / "twin-checkpoint")
         for name in ("FILE", "notes.txt"):

@@ -13,10 +13,10 @@ from fope_export.backends.base import Backend
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
-from fope_export.demo import shipped
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import shipped
 from fope_export.tokens import Tokenizer
 from tests.support import answers
 

@@ -10,12 +10,13 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import NAMES, PASSKEY_NAMES, shipped
 from fope_export.evaluation import EvaluationConfig, evaluate, loss_by_length
 from fope_export.generation import generate_text
 from fope_export.graph.export import export
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import NAMES, PASSKEY_NAMES, shipped
 from fope_export.tokens import Tokenizer
+from tests.printed import held
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -80,3 +81,19 @@ def test_their_cards_state_data_steps_and_losses() -> None:
     for name in (*NAMES, *PASSKEY_NAMES):
         card = Path(shipped(name) / "MODEL_CARD.md").read_text()
         assert all(word in card for word in ("standard library", "steps of", "nats per byte", "| 256 | 512 |"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PASSKEY_NAMES])
+def test_one_is_copied_whole(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "checkpoint"
+    assert main(["demo", "--copy", name, str(out), "--json"]) == 0
+    assert held("demo-copy", capsys.readouterr().out) == {"checkpoint": str(out)}
+    copied, kept = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (out, shipped(name)))
+    assert copied == kept and [path.name for path in out.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("gpt", "no model 'gpt' comes along"), ("fope", "is there already")])
+def test_a_copy_is_refused(name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").write_text("mine")
+    assert main(["demo", "--copy", name, str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"

@@ -3,6 +3,7 @@ cannot is refused by name.
 """
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace as Fake
@@ -10,6 +11,7 @@ from types import SimpleNamespace as Fake
 import onnxruntime
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fope_export import errors
@@ -81,20 +83,41 @@ def test_the_portable_and_the_optimized_file_write_what_pytorch_writes(spoilable
     assert validate(made, lengths=(7,)).passed
 
 
-def test_the_lowest_that_are_tried_are_those_that_are_declared() -> None:
+@pytest.fixture
+def declared() -> dict[str, Version]:
+    """The lowest version of each package that the extras ask for, but for torch, which has one version here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = map(Requirement, [*project["dependencies"], *(each for name in EXTRAS for each in extras[name])])
-    declared = {each.name: Version(next(iter(each.specifier)).version) for each in asked if each.specifier}
-    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
-    tried = {each.name: Version(next(iter(each.specifier)).version) for each in map(Requirement, bare(lines))}
-    assert declared.pop("torch") and tried.pop("pyparsing")
-    assert tried == declared
+    found = {each.name: Version(next(iter(each.specifier)).version) for each in asked if each.specifier}
+    assert found.pop("torch")
+    return found
 
 
-def bare(lines: list[str]) -> list[str]:
-    """Without comments."""
-    return [line.partition(" #")[0] for line in lines]
+def dated(name: str) -> dict[str, Version]:
+    """What a set pins for us; what these need in turn is listed below, and pinned too."""
+    text = (ROOT / name).read_text()
+    assert re.match(r"# The \w+ versions [^:]*, as of \d{4}-\d\d-\d\d: ", text)
+    ours, theirs = ([Requirement(line) for line in bare(part)] for part in text.split("# What these depend on:\n"))
+    assert all(str(each.specifier).startswith("==") for each in (*ours, *theirs)) and theirs
+    return {each.name: Version(next(iter(each.specifier)).version) for each in ours}
+
+
+def bare(text: str) -> list[str]:
+    """Lines, without comments."""
+    return [told for line in text.splitlines() if (told := line.partition("#")[0].strip())]
+
+
+def test_the_lowest_that_are_tried_are_those_that_are_declared(declared: dict[str, Version]) -> None:
+    assert dated("constraints-lowest.txt") == declared
+
+
+def test_the_newest_that_are_tried_are_of_all_that_is_declared(declared: dict[str, Version]) -> None:
+    newest = dated("constraints-newest.txt")
+    assert newest.keys() == declared.keys() and all(newest[name] >= lowest for name, lowest in declared.items())
+    usual = {each.name: each for each in map(Requirement, bare((ROOT / "constraints.txt").read_text()))}
+    names: dict[str, Requirement] = {canonicalize_name(name): each for name, each in usual.items()}
+    assert all(newest[name] >= Version(next(iter(names[name].specifier)).version) for name in newest)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from playwright.sync_api import Browser, expect
 from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.backends.eager import EagerBackend
-from fope_export.demo import shipped
 from fope_export.generation import generate_text
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.model.checkpoint import load_checkpoint
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import shipped
 from fope_export.tokens import Tokenizer
 from tests.browser import NEEDED, browser
 from tests.support import same_function, truth_of

@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # the doctor has no NumPy
     from fope_export.backends.base import Backend, Limits
 
 PORTABLE = ExportConfig()
+RUN = ("numpy", "tokenizers", "jinja2")
+"""What all that run a bundle need, beside a runtime."""
+EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors", "tokenizers")
+VALIDATE = (*EXPORT, "jinja2", "matplotlib", "polygraphy")
 
 
 @dataclass(frozen=True)
@@ -169,25 +173,25 @@ def _load_eager(bundle: Bundle, settings: Settings) -> "Backend":
 def _without_ort(machine: Machine, export: ExportConfig = PORTABLE) -> str:
     for name in ("onnxruntime-gpu", "onnxruntime"):
         if installed := machine.packages.get(name):
-            return too_old(name, installed, export)
+            return too_old(name, installed, export) or _without(machine, "run", name, *RUN)
     return f"onnxruntime is not installed: {install('run')}"
 
 
 def _without_ort_cuda(machine: Machine) -> str:
     if "onnxruntime-gpu" not in machine.packages:
         return f"onnxruntime-gpu is not installed: {install('gpu')}"
-    return "" if machine.gpus else "no NVIDIA GPU found"
+    return _without(machine, "gpu", "onnxruntime-gpu", *RUN) or ("" if machine.gpus else "no NVIDIA GPU found")
 
 
 def _without_trt(machine: Machine) -> str:
-    refusals = [library.refusal(machine.packages) for library in LIBRARIES.values()]
+    refusals = [library.refusal(machine.packages) or machine.without(name) for name, library in LIBRARIES.items()]
     if all(refusals):
         return "; ".join(refusals)
     return "" if machine.gpus else "no NVIDIA GPU found"
 
 
 def _without_torch(machine: Machine) -> str:
-    return _without(machine, "export", "torch")
+    return _without(machine, "export", "torch", *RUN)
 
 
 USUAL = "onnxruntime"
@@ -223,7 +227,7 @@ BACKENDS: dict[str, Row] = {
     ),
     "openvino": Row(
         "its IR in OpenVINO on the CPU",
-        lambda machine: _without(machine, "openvino", "openvino"),
+        lambda machine: _without(machine, "openvino", "openvino", *RUN),
         (
             Variant("ir", variants.load_openvino, variants.ir, variants.without_ir, optimized=True),
             Variant(
@@ -278,10 +282,10 @@ def abilities(machine: Machine) -> dict[str, str]:
     """What a machine could do -> why it cannot, or nothing where it can."""
     runs = {name: row.missing(machine) for name, row in BACKENDS.items()}
     return {
-        "export a checkpoint": _without(machine, "export", "onnx", "onnxscript", "torch"),
+        "export a checkpoint": _without(machine, "export", *EXPORT),
         **{f"run {BACKENDS[name].what}": reason for name, reason in runs.items()},
         "run a static cache in ONNX Runtime": _without_ort(machine, ExportConfig(cache="static")),
-        "validate a bundle": runs[USUAL] or _without(machine, "validate", "matplotlib", "onnx", "polygraphy", "torch"),
+        "validate a bundle": runs[USUAL] or _without(machine, "validate", *VALIDATE),
         **{f"build for {name}": _without_builder(name, machine) for name in LIBRARIES},
         "compile the TensorRT plugin": machine.without_compiler,
     }
@@ -289,11 +293,11 @@ def abilities(machine: Machine) -> dict[str, str]:
 
 def _without(machine: Machine, extra: str, *names: str) -> str:
     missing = [name for name in names if name not in machine.packages]
-    return f"{', '.join(missing)} not installed: {install(extra)}" if missing else ""
+    return f"{', '.join(missing)} not installed: {install(extra)}" if missing else machine.without(*names)
 
 
 def _without_builder(library: str, machine: Machine) -> str:
-    if refusal := LIBRARIES[library].refusal(machine.packages):
+    if refusal := LIBRARIES[library].refusal(machine.packages) or machine.without(library):
         return refusal
     return "" if LIBRARIES[library].names_architectures or machine.gpus else "it needs a GPU, and none was found"
 

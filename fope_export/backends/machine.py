@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from subprocess import TimeoutExpired
@@ -18,6 +18,10 @@ PACKAGES = (
     "onnx",
     "onnx-ir",
     "onnxscript",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
     "matplotlib",
     "polygraphy",
     "onnxruntime",
@@ -51,6 +55,16 @@ class Machine:
     """Why nothing does."""
     architectures: tuple[str, ...] = ()
     """Of the GPUs, as sm90."""
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Why packages do not load, by name, as far as they were tried: `tried` of `fope_export.backends.loading`."""
+
+    def without(self, *names: str) -> str:
+        """Which packages do not load here, and why, or nothing."""
+        return "; ".join(
+            f"{name} {self.packages[name]} is installed but does not load: {self.broken[name]}"
+            for name in names
+            if name in self.broken
+        )
 
 
 @cache
@@ -73,9 +87,9 @@ def _compiler() -> tuple[str, str]:
     try:
         tools = compile.find_toolchain()
     except BackendError as refusal:
-        return "", str(refusal)
+        return "", f"{refusal}. {refusal.hint}"
     if tools.headers_version is None:
-        return "", "TensorRT's headers are missing: set TENSORRT_ROOT, or pip install --no-deps kernel-lens"
+        return "", f"TensorRT's headers are missing. {compile.GET_HEADERS}"
     return f"nvcc {tools.nvcc_version}, TensorRT headers {tools.headers_version}", ""
 
 

@@ -23,6 +23,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 HEADER_FOLDERS = tuple(map(Path, ("/usr/include/x86_64-linux-gnu", "/usr/include", "/usr/local/tensorrt/include")))
 VERSION_HEADER = "NvInferVersion.h"
 CHOOSE_CACHE = "Set FOPE_EXPORT_CACHE to a folder that you can write."
+GET_HEADERS = "Set TENSORRT_ROOT to a TensorRT that has them, or: pip install --no-deps kernel-lens==2.0.1"
 OLDEST = 10  # the first TensorRT with plugins of this kind
 
 
@@ -179,7 +180,7 @@ def build(
     if target.tensorrt and toolchain.headers is None:
         raise BackendError(
             f"TensorRT's headers ({VERSION_HEADER}) are missing",
-            hint="Set TENSORRT_ROOT to a TensorRT that has them, or: pip install --no-deps kernel-lens==2.0.1",
+            hint=GET_HEADERS,
         )
     command = [*_command(target, toolchain, architectures, sources), *flags]
     suffix = ".so" if "-shared" in target.flags else ""

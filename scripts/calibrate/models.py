@@ -14,12 +14,12 @@ from torch import nn
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.corpus import as_tokens, python_source
-from fope_export.demo import NAMES, shipped
 from fope_export.fope.rotary import FopeRotary
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.model.decoder import Decoder
 from fope_export.model.layouts.native import save
+from fope_export.shipped import NAMES, shipped
 
 THETA, BATCH, RATE, BYTES = 10_000.0, 16, 2e-3, 256
 WEIGHTS = 6_000_000

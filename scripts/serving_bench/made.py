@@ -11,9 +11,9 @@ from fope_export.benchmark.shapes import VOCABULARY, write_checkpoint
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
 from fope_export.corpus import python_source
-from fope_export.demo import shipped
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
+from fope_export.shipped import shipped
 
 SHAPE = "60M"
 KINDS = {"float32": ExportConfig(), "int4": ExportConfig(quantize="int4")}

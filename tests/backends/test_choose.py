@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fope_export.backends.choose import BACKENDS, PORTABLE, Settings, abilities, able, choose, fastest
+from fope_export.backends.choose import BACKENDS, EXPORT, PORTABLE, RUN, Settings, abilities, able, choose, fastest
 from fope_export.backends.machine import Machine, read_machine
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
@@ -21,12 +21,12 @@ from fope_export.validated import require_green
 
 
 def machine(*packages: str, gpus: tuple[str, ...] = ()) -> Machine:
-    return Machine("Linux x86_64", "3.11", 2, gpus, dict.fromkeys(packages, "10.13"))
+    return Machine("Linux x86_64", "3.11", 2, gpus, dict.fromkeys((*packages, *RUN), "10.13"))
 
 
-FULL = machine("torch", "onnx", "onnxscript", "matplotlib", "polygraphy", "onnxruntime")
+FULL = machine("matplotlib", "polygraphy", "onnxruntime", *EXPORT)
 EVERYTHING = machine(*FULL.packages, "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", gpus=("NVIDIA H100",))
-BARE = machine("torch", "onnx", "onnxscript")
+BARE = machine(*EXPORT)
 
 
 def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
@@ -36,7 +36,7 @@ def test_the_usual_one_is_chosen_unless_another_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [BARE, replace(EVERYTHING, packages={"torch": "2", "tensorrt": "10.13"})], ids=["bare", "GPU"]
+    "given", [BARE, replace(EVERYTHING, packages=machine("torch", "tensorrt").packages)], ids=["bare", "GPU"]
 )
 def test_none_takes_the_place_of_the_usual_one(given: Machine) -> None:
     with pytest.raises(BackendError, match=r"onnxruntime is not installed: pip install .*\[run\]'") as caught:
@@ -97,7 +97,9 @@ def test_a_refusal_gives_the_reason_and_the_next_step() -> None:
 def test_abilities_name_what_is_missing() -> None:
     assert not any(abilities(EVERYTHING).values())
     missing = abilities(machine("torch"))
-    assert missing["export a checkpoint"] == f"onnx, onnxscript not installed: {install('export')}"
+    assert (
+        missing["export a checkpoint"] == f"onnx, onnx-ir, onnxscript, safetensors not installed: {install('export')}"
+    )
     assert "onnxruntime" in missing["validate a bundle"]
     for needed in ("torch", "polygraphy"):
         packages = {name: version for name, version in FULL.packages.items() if name != needed}
@@ -106,6 +108,16 @@ def test_abilities_name_what_is_missing() -> None:
     reasons = abilities(replace(FULL, without_compiler="no CUDA compiler"))
     assert reasons["compile the TensorRT plugin"] == "no CUDA compiler"
     assert install("gpu") in reasons["build for tensorrt"]
+
+
+def test_what_does_not_load_is_no_ability() -> None:
+    given = replace(EVERYTHING, broken={"tokenizers": "ImportError: no", "tensorrt-rtx": "OSError: no driver"})
+    reasons = {what: reason for what, reason in abilities(given).items() if reason}
+    assert set(reasons) == set(abilities(given)) - {
+        "run its engine in TensorRT on a GPU", "build for tensorrt", "compile the TensorRT plugin"
+    }  # fmt: skip
+    assert reasons.pop("build for tensorrt-rtx").endswith(" is installed but does not load: OSError: no driver")
+    assert set(reasons.values()) == {"tokenizers 10.13 is installed but does not load: ImportError: no"}
 
 
 RTX = machine("torch", "tensorrt-rtx")

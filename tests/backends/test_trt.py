@@ -13,11 +13,11 @@ from fope_export.backends.machine import read_machine
 from fope_export.backends.trt import TrtBackend, limits_of, sizes_of
 from fope_export.bundle import Bundle
 from fope_export.config import BuildConfig, CacheName, ExportConfig
-from fope_export.demo import shipped
 from fope_export.errors import BackendError
 from fope_export.generation import generate
 from fope_export.graph.export import export
 from fope_export.serving.sampling import SamplingParams
+from fope_export.shipped import shipped
 from fope_export.tensorrt.build import build
 from fope_export.tensorrt.record import newest_engine
 

@@ -9,11 +9,11 @@ import pytest
 
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.bundle import Bundle
-from fope_export.demo import shipped
 from fope_export.deploy.run import deploy
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
 from fope_export.serving.engine import Engine
+from fope_export.shipped import shipped
 from tests.deploy.lone import Lone
 
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig
-from fope_export.demo import shipped
 from fope_export.graph import calibration
 from fope_export.graph.export import export
 from fope_export.graph.quantize import EXACT, OPERATOR
@@ -31,6 +30,7 @@ from fope_export.parity.quantized import SCORED, allowance_of, cost_of
 from fope_export.parity.run import validate
 from fope_export.quantizations import QUANTIZATIONS
 from fope_export.report import parity_page, place, print_parity, write_parity
+from fope_export.shipped import shipped
 from tests.conftest import small_decoder, write_native
 from tests.spoiling import attributes, weights
 

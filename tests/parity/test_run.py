@@ -15,7 +15,6 @@ from fope_export.backends.base import Feeds, Logits
 from fope_export.backends.eager import EagerBackend
 from fope_export.bundle import Bundle, sha256
 from fope_export.config import CacheName, ExportConfig
-from fope_export.demo import shipped
 from fope_export.errors import BundleError
 from fope_export.fope import folding
 from fope_export.fope.rotary import FopeRotary
@@ -36,6 +35,7 @@ from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
 from fope_export.parity.yardstick import Yardstick
 from fope_export.report import parity_page, parity_record, place, print_parity, write_parity
+from fope_export.shipped import shipped
 from tests.conftest import small_decoder, write_native
 from tests.spoiling import attributes, weights
 

@@ -14,10 +14,10 @@ from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import BuildConfig, CacheName, ExportConfig
-from fope_export.demo import shipped
 from fope_export.errors import BackendError, ConfigError
 from fope_export.graph.export import export
 from fope_export.quantizations import CACHES
+from fope_export.shipped import shipped
 from fope_export.tensorrt import api, compile, worker
 from fope_export.tensorrt import build as building
 from fope_export.tensorrt.build import build
