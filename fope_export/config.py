@@ -177,6 +177,7 @@ def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
 
 
 CacheName: TypeAlias = Literal["dynamic", "static"]
+LayoutName: TypeAlias = Literal["transformers.js"]
 if TYPE_CHECKING:
     DtypeName: TypeAlias = str
     QuantizationName: TypeAlias = str
@@ -194,7 +195,9 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     "compensated": up or down, so that outputs on sample text change little.
     `extend` changes the frequencies for contexts of `extend_to` tokens, longer than in training. `fold_padding` leaves
     padded channel pairs unrotated, with their constant factor in the q and k projections. `position_axes` has the graph
-    take a token's positions on all axes that the model has, as images need it; text alone needs one.
+    take a token's positions on all axes that the model has, as images need it; text alone needs one. With `inline` the
+    rotation is written out where the graph calls it, for readers that know no functions. A `layout` has the files lie
+    as another program looks for them: of a growing cache, and of tokens with one position, as transformers.js does.
 
     An `opset`, `capacity`, `extend_to` or `block` of None is chosen by `resolved`, which `export` calls: the lowest
     opset, the row's block, and room for 16 times the training length or 8192 tokens, whichever is less, but never less
@@ -219,6 +222,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     position_axes: bool = False
     block: BlockSize | None = None
     rounding: RoundingName | None = None
+    inline: bool = False
+    layout: LayoutName | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,6 +243,12 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
             )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
+        if self.layout and (static or self.position_axes):
+            raise ConfigError(
+                f"{self.layout} feeds a growing cache and one position a token, and this is to have "
+                f"{'a static cache' if static else 'positions on all axes'}",
+                hint="Leave the layout out.",
+            )
         if self.extend_to and not self.extend:
             raise ConfigError("extend_to says how far, and not how", hint="Choose pi or yarn for extend.")
         if self.capacity and not static:
@@ -268,7 +279,11 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
         folded = ", padding folded" if self.fold_padding else ""
         axes = ", positions on all axes" if self.position_axes else ""
-        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}"
+        inline = ", inlined" if self.inline else ""
+        layout = f", for {self.layout}" if self.layout else ""
+        return (
+            f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}{inline}{layout}"
+        )
 
     def resolved(self, training_length: int) -> "ExportConfig":
         """The same with an opset, and a capacity, `extend_to` or block where they apply, in the place of None; for a

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from fope_export.config import LayoutName
 from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.lock import TIMEOUT
@@ -50,6 +51,10 @@ def export(sub: argparse.ArgumentParser) -> None:
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
     sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
+    sub.add_argument("--inline", action="store_true", help="write the rotation out, for readers without functions")
+    sub.add_argument(
+        "--layout", choices=get_args(LayoutName), help="files where that program looks for them (default: side by side)"
+    )
     sub.add_argument(
         "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
