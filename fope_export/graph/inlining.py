@@ -8,20 +8,35 @@ are always the same.
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 from onnx_ir.passes.common import ShapeInferencePass
 
 from fope_export.fope import contract
 from fope_export.graph.base import Pass
+from fope_export.graph.passes import NUMBERS
 from fope_export.graph.translation import function
 
 WRITTEN_OUT = re.compile(rf"((?:.+/)?{contract.NAME}(?:_\d+)?)/(\w+)")
 """Name of a node of a body: the call, and the value."""
-NUMBERS = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32}
+Size: TypeAlias = int | ir.SymbolicDim | None
+WRITTEN = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32}
 """Attributes of a Constant that are numbers, which become its `value`: a float there is one of 64 bits to some readers.
+"""
+
+SHAPES = {
+    **dict.fromkeys(("sin_pad_row", "cos_pad_row"), "G 1 P"), **dict.fromkeys(("sin_rows", "cos_rows"), "G J P"),
+    **dict.fromkeys(("sin_weights", "cos_weights"), "J+1 GP"), **dict.fromkeys(("sin_basis", "cos_basis"), "B S J+1"),
+    **dict.fromkeys(("sin_flat", "cos_flat"), "B S GP"),
+    **dict.fromkeys(("sin_grouped", "cos_grouped", "sin", "cos"), "B SG P"),
+    **dict.fromkeys(("q_flat", "q_grouped", "q_turned"), "B SG QE"), "q_unflat": "B S H E",
+    **dict.fromkeys(("k_flat", "k_grouped", "k_turned"), "B SG LE"), "k_unflat": "B S K E",
+}  # fmt: skip
+"""Of a body's values whose sizes are computed, which shape inference does not follow, while readers take two sizes that
+are unknown for the same: in the letters of `contract`, with P = R / 2 pairs, and Q = H / G and L = K / G heads a group.
 """
 
 
@@ -67,23 +82,22 @@ class CallRotary(Pass):
 
 
 def inlined(model: ir.Model) -> ir.Model:
-    """The model with its rotations written out, and with the shapes of what they compute."""
-    names = {str(size.value) for value in _values(model) for size in _symbols(value)}
-    made = Sequential(InlineRotary(), ShapeInferencePass())(model).model
+    """The model with its rotations written out, and with the shapes of what they compute, as far as they are known."""
+    written = InlineRotary()(model).model
+    known = {value.name: value.shape for value in _values(written) if value.shape is not None}
+    names = {size.value for shape in known.values() for size in shape if isinstance(size, ir.SymbolicDim)}
+    made = ShapeInferencePass()(written).model
     for value in _values(made):
-        if any(str(size.value) not in names for size in _symbols(value)):  # which shape inference counted itself
-            value.shape = ir.Shape(
-                [size if str(size) in names or isinstance(size, int) else None for size in value.shape or ()]
-            )
+        if value.name in known:
+            value.shape = known[value.name]
+        elif value.shape is not None:  # without the sizes that shape inference counted itself
+            sizes = (size if isinstance(size, int) or size.value in names else None for size in value.shape)
+            value.shape = ir.Shape(sizes)
     return made
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
     return chain(model.graph.inputs, (value for node in model.graph for value in node.outputs))
-
-
-def _symbols(value: ir.Value) -> Iterator[ir.SymbolicDim]:
-    return (size for size in value.shape or () if isinstance(size, ir.SymbolicDim))
 
 
 def called(model: ir.Model) -> ir.Model:
@@ -102,12 +116,15 @@ def _calls(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _write_out(call: ir.Node, body: ir.Function) -> None:
     assert call.graph is not None and call.name
+    sizes = _sizes(call)
     values: dict[ir.Value | None, ir.Value | None] = {None: None, **dict(zip(body.inputs, call.inputs, strict=True))}
     for template in body:
         attributes = [_told(attribute, call.attributes) for attribute in template.attributes.values()]
         name = f"{call.name}/{template.outputs[0].name}"
         node = ir.Node("", template.op_type, [values[value] for value in template.inputs], attributes, name=name)
         node.outputs[0].name = name
+        if letters := SHAPES.get(template.outputs[0].name or ""):
+            node.outputs[0].shape = ir.Shape([sizes[letter] for letter in letters.split()])
         values[template.outputs[0]] = node.outputs[0]
         call.graph.insert_before(call, node)
     for former, result in zip(call.outputs, body.outputs, strict=True):
@@ -115,11 +132,28 @@ def _write_out(call: ir.Node, body: ir.Function) -> None:
     call.graph.remove(call, safe=True)
 
 
+def _sizes(call: ir.Node) -> dict[str, Size]:
+    """The sizes that SHAPES names, of what a call is given; None where nobody knows."""
+    q, k, freq, coef = (call.inputs[port] for port in (0, 1, *NUMBERS[:2]))
+    assert q and q.shape and k and k.shape and freq and freq.shape and coef and coef.shape
+    (rows, tokens, heads, channels), kv_heads, groups = q.shape, k.shape[2], coef.shape[0]
+    bases = 1 if len(call.inputs) == len(contract.INPUTS[contract.PLAIN]) else 2
+    assert (
+        isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(groups, int) and isinstance(channels, int)
+    )
+    pairs, terms = call.attributes["rotary_dim"].as_int() // 2, bases * freq.shape.numpy()[0]
+    return {
+        "B": rows, "S": tokens, "SG": tokens * groups if isinstance(tokens, int) else tokens if groups == 1 else None,
+        "G": groups, "J": terms, "J+1": terms + 1, "P": pairs, "GP": groups * pairs, "1": 1,
+        "H": heads, "K": kv_heads, "E": channels, "QE": heads // groups * channels, "LE": kv_heads // groups * channels,
+    }  # fmt: skip
+
+
 def _told(attribute: ir.Attr, told: Mapping[str, ir.Attr]) -> ir.Attr:
     """An attribute of a body's node as it is where the body is called with these attributes."""
     value = told[attribute.ref_attr_name].value if attribute.ref_attr_name else attribute.value
-    if attribute.name in NUMBERS:
-        return ir.AttrTensor("value", ir.Tensor(np.array(value, NUMBERS[attribute.name])))
+    if attribute.name in WRITTEN:
+        return ir.AttrTensor("value", ir.Tensor(np.array(value, WRITTEN[attribute.name])))
     return ir.Attr(attribute.name, attribute.type, value)
 
 
@@ -168,11 +202,11 @@ def _alike(template: ir.Node, node: ir.Node, values: dict[ir.Value, ir.Value | N
     ):
         return False
     for attribute in template.attributes.values():
-        said = node.attributes.get("value" if attribute.name in NUMBERS else attribute.name)
+        said = node.attributes.get("value" if attribute.name in WRITTEN else attribute.name)
         if said is None:
             return False
         if attribute.ref_attr_name:
-            value = said.value.numpy().item() if attribute.name in NUMBERS else said.value
+            value = said.value.numpy().item() if attribute.name in WRITTEN else said.value
             if told.setdefault(attribute.ref_attr_name, value) != value:
                 return False
         elif not _equal(_told(attribute, {}), said):
