@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
+from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
 from onnx_ir.passes.common import ShapeInferencePass
 
 from fope_export.fope import contract
@@ -83,16 +83,22 @@ class CallRotary(Pass):
 
 def inlined(model: ir.Model) -> ir.Model:
     """The model with its rotations written out, and with the shapes of what they compute, as far as they are known."""
-    written = InlineRotary()(model).model
-    known = {value.name: value.shape for value in _values(written) if value.shape is not None}
+    sizes = {node.name: _sizes(node) for node in _calls(model.graph)}
+    known = {value.name: value.shape for value in _values(model) if value.shape is not None}
     names = {size.value for shape in known.values() for size in shape if isinstance(size, ir.SymbolicDim)}
-    made = ShapeInferencePass()(written).model
+    order = list(model.graph.initializers)
+    made = Sequential(InlineRotary(), ShapeInferencePass())(model).model
+    for name in order:  # which shape inference changes, and weights are written in it
+        made.graph.initializers[name] = made.graph.initializers.pop(name)
     for value in _values(made):
-        if value.name in known:
+        match = WRITTEN_OUT.fullmatch(value.name or "")
+        if match and match[2] in SHAPES:
+            value.shape = ir.Shape([sizes[match[1]][letters] for letters in SHAPES[match[2]].split()])
+        elif value.name in known:
             value.shape = known[value.name]
         elif value.shape is not None:  # without the sizes that shape inference counted itself
-            sizes = (size if isinstance(size, int) or size.value in names else None for size in value.shape)
-            value.shape = ir.Shape(sizes)
+            of_names = (size if isinstance(size, int) or size.value in names else None for size in value.shape)
+            value.shape = ir.Shape(of_names)
     return made
 
 
@@ -116,15 +122,12 @@ def _calls(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _write_out(call: ir.Node, body: ir.Function) -> None:
     assert call.graph is not None and call.name
-    sizes = _sizes(call)
     values: dict[ir.Value | None, ir.Value | None] = {None: None, **dict(zip(body.inputs, call.inputs, strict=True))}
     for template in body:
         attributes = [_told(attribute, call.attributes) for attribute in template.attributes.values()]
         name = f"{call.name}/{template.outputs[0].name}"
         node = ir.Node("", template.op_type, [values[value] for value in template.inputs], attributes, name=name)
         node.outputs[0].name = name
-        if letters := SHAPES.get(template.outputs[0].name or ""):
-            node.outputs[0].shape = ir.Shape([sizes[letter] for letter in letters.split()])
         values[template.outputs[0]] = node.outputs[0]
         call.graph.insert_before(call, node)
     for former, result in zip(call.outputs, body.outputs, strict=True):
