@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from fope_export.config import LayoutName
 from fope_export.deploy import PROMPT, TARGETS
 from fope_export.dtypes import DTYPES, FP32, either
 from fope_export.lock import TIMEOUT
@@ -52,9 +51,7 @@ def export(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
     sub.add_argument("--inline", action="store_true", help="write the rotation out, for readers without functions")
-    sub.add_argument(
-        "--layout", choices=get_args(LayoutName), help="files where that program looks for them (default: side by side)"
-    )
+    sub.add_argument("--layout", choices=("transformers.js",), help="have files lie where that program looks for them")
     sub.add_argument(
         "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",
