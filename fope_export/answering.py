@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from socket import socket
 
     from fope_export.bundle import Bundle
+    from fope_export.records import AnswerRecord, DeployRecord, ServeRecord
     from fope_export.serving.host import Host
     from fope_export.serving.requests import Grammar, Handle
     from fope_export.serving.speculation import Speculation
@@ -76,8 +77,11 @@ def run(args: argparse.Namespace) -> int:
                 shown.push(row, piece)
     if args.json:
         steps_of = [round(handles[row].tokens_per_step, 2) for row in range(len(prompts))]
-        answers = zip(prompts, texts, steps_of, strict=True)
-        print_json([dict(zip(("prompt", "text", "tokens_per_step"), each, strict=True)) for each in answers])
+        answers: list[AnswerRecord] = [
+            {"prompt": prompt, "text": text, "tokens_per_step": tokens}
+            for prompt, text, tokens in zip(prompts, texts, steps_of, strict=True)
+        ]
+        print_json(answers)
     else:
         shown.close()
     return PASSED
@@ -146,7 +150,8 @@ def deploy(args: argparse.Namespace) -> int:
             report=args.report, unvalidated=args.unvalidated, prompt=args.prompt, lock_timeout=args.lock_timeout,
         )  # fmt: skip
     if args.json:
-        print_json({"target": made.target, "folder": str(made.folder), "expected": vars(made.expected)})
+        told: DeployRecord = {"target": made.target, "folder": str(made.folder), "expected": made.expected}
+        print_json(told)
     else:
         RESULTS.print(f"{made.folder}: {made.expected.model} for {made.target}; its README.md says how", markup=False)
         RESULTS.print(f"next: {made.folder}/start, and beside it {made.folder}/check", markup=False)
@@ -164,7 +169,8 @@ def _answer(listening: "socket", key: str | None, args: argparse.Namespace) -> i
 
     def told() -> None:
         if args.json:
-            print(json.dumps({"url": url}), flush=True)
+            record: ServeRecord = {"url": url}
+            print(json.dumps(record), flush=True)
         else:
             ERRORS.print(f"answering at {url}/v1: {', '.join(hosts)}", markup=False)
 

@@ -22,6 +22,7 @@ from fope_export.documents import as_record, read_object
 from fope_export.errors import ConfigError, DocumentError
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL
+from fope_export.records import BenchMachine, BenchRecord, CellRecord, LeadRecord
 
 COLUMNS = (
     "contender",
@@ -54,35 +55,37 @@ Old = Mapping[tuple[str, int, int], OldCell]
 """Cells of an older record by contender, length and batch."""
 
 
-def bench_record(bundle: Bundle, result: BenchResult) -> dict[str, Any]:
+def bench_record(bundle: Bundle, result: BenchResult) -> BenchRecord:
     """Everything, as plain data."""
+    load = [round(each, 1) for each in os.getloadavg()]
+    machine = msgspec.to_builtins(read_machine()) | {"processor": processor(), "load": load}
     return {
         "date": report.now().isoformat(),
         "model_sha256": bundle.manifest.files[MODEL],
         "export": bundle.manifest.export.described,
         "tool_version": bundle.manifest.tool_version,
-        "machine": msgspec.to_builtins(read_machine())
-        | {"processor": processor(), "load": [round(load, 1) for load in os.getloadavg()]},  # of 1, 5 and 15 minutes
+        "machine": msgspec.convert(machine, BenchMachine),
         "threads": result.threads,
         "bandwidth_GB_per_s": {name: round(each / 1e9, 2) for name, each in result.bandwidth.items()},
-        "config": msgspec.to_builtins(result.config),
-        "contenders": [msgspec.to_builtins(entry) for entry in result.entries],
+        "config": result.config,
+        "contenders": result.entries,
         "cells": [_cell_record(result, cell) for cell in result.cells],
         "over_best_peer": [_lead_record(lead) for lead in leads(result, bundle.manifest.export)],
     }
 
 
-def _lead_record(lead: Lead) -> dict[str, Any]:
+def _lead_record(lead: Lead) -> LeadRecord:
     ends = lead.interval and [round(end, 3) for end in lead.interval]
-    return lead._asdict() | {"ratio": round(lead.ratio, 3), "interval": ends}
+    return msgspec.convert(lead._asdict() | {"ratio": round(lead.ratio, 3), "interval": ends}, LeadRecord)
 
 
-def _cell_record(result: BenchResult, cell: Cell) -> dict[str, Any]:
-    known = {"contender": cell.contender, "length": cell.length, "batch": cell.batch}
+def _cell_record(result: BenchResult, cell: Cell) -> CellRecord:
+    known: CellRecord = {"contender": cell.contender, "length": cell.length, "batch": cell.batch}
     if cell.refused:
-        return known | {"refused": cell.refused}
+        return {**known, "refused": cell.refused}
     speeds = {what: result.speed(cell, what) for what in ("first", "next")}
-    return known | {
+    return {
+        **known,
         "first_token_ms": round(1e3 * cell.median("first"), 3),
         "prefill_tokens_per_s": round(result.tokens_per_second(cell, "first"), 1),
         "prefill_over_eager": speeds["first"] and round(speeds["first"], 3),

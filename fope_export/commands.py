@@ -1,5 +1,5 @@
 """What each command does with its parsed arguments: call, print, and give an exit code, PASSED or FAILED. With
-`args.json` all print one JSON document. Heavy imports wait until a command needs them.
+`args.json` all print one JSON document (records.py). Heavy imports wait until a command needs them.
 """
 
 import argparse
@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fope_export.errors import ConfigError, missing
+
+if TYPE_CHECKING:
+    from fope_export.records import DoctorRecord, ExportRecord, OptimizeRecord, RowRecord
 
 PASSED, FAILED = 0, 1
 EXTRAS = {
@@ -63,7 +66,8 @@ def doctor(args: argparse.Namespace) -> int:
 
     machine = read_machine()
     if args.json:
-        print_json({"machine": machine, "abilities": abilities(machine)})
+        found: DoctorRecord = {"machine": machine, "abilities": abilities(machine)}
+        print_json(found)
         return PASSED
     print_sections(
         {
@@ -93,7 +97,8 @@ def export(args: argparse.Namespace) -> int:
             lock_timeout=args.lock_timeout, report=report, progress=report.progress,
         )  # fmt: skip
     if args.json:
-        print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
+        made: ExportRecord = {"bundle": str(bundle.path), "manifest": bundle.manifest}
+        print_json(made)
     else:
         size = sum((bundle.path / name).stat().st_size for name in bundle.manifest.files)
         RESULTS.print(f"{bundle.path}: {size / 1e6:,.1f} MB, {bundle.manifest.export.described}", markup=False)
@@ -119,7 +124,8 @@ def optimize(args: argparse.Namespace) -> int:
         else (OPENVINO, "lie beside it")
     )
     if args.json:
-        print_json({"bundle": str(bundle.path), "file": file})
+        made: OptimizeRecord = {"bundle": str(bundle.path), "file": file}
+        print_json(made)
     else:
         RESULTS.print(f"{bundle.path / file}: the weights {weights}", markup=False)
         RESULTS.print(f"next: fope-export validate {bundle.path}", markup=False)
@@ -310,7 +316,10 @@ def report(args: argparse.Namespace) -> int:
         return PASSED
     rows = compare(*map(read, args.reports))
     if args.json:
-        print_json([row._asdict() | {"ratio": row.ratio} for row in rows])
+        records: list[RowRecord] = [
+            {"what": row.what, "before": row.before, "after": row.after, "ratio": row.ratio} for row in rows
+        ]
+        print_json(records)
         return PASSED
     table = Table("", "before", "after", "after / before", box=None, header_style="bold", pad_edge=False)
     for row in rows:
@@ -321,12 +330,13 @@ def report(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what lies at `args.path`: a checkpoint or a bundle. Raises the error that says why it is neither."""
+    from fope_export.inspection import in_words
     from fope_export.inspection import inspect as describe
     from fope_export.terminal import print_sections, waiting
 
     with waiting("reading"):
         description = describe(args.path)
-    print_json(description) if args.json else print_sections(description)
+    print_json(description) if args.json else print_sections(in_words(description))
     return PASSED
 
 

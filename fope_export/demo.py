@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from fope_export.model.checkpoint import load_checkpoint
 from fope_export.parity.cases import FACTORS
 from fope_export.parity.results import ParityResult
 from fope_export.parity.run import validate
+from fope_export.records import DemoModel, DemoRecord
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 
@@ -109,9 +109,11 @@ def demo_table(result: DemoResult) -> Table:
     return table
 
 
-def demo_record(result: DemoResult) -> dict[str, Any]:
+def demo_record(result: DemoResult) -> DemoRecord:
     """The same, and more, as plain data."""
-    models = {model.name: {"parity": model.parity.passed, "nats_per_byte": model.losses} for model in result.models}
+    models: dict[str, DemoModel] = {
+        model.name: {"parity": model.parity.passed, "nats_per_byte": model.losses} for model in result.models
+    }
     return {"passed": result.passed, "models": models, "text": PROMPT + result.text, "report": str(result.page)}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -13,16 +12,20 @@ from fope_export.backends.machine import read_machine
 from fope_export.bundle import Bundle
 from fope_export.evaluation import DEPTHS, Evaluation
 from fope_export.lock import TIMEOUT
+from fope_export.records import EvaluatedRecord, EvaluationRecord
 
 JSON, PAGE = "evaluation.json", "evaluation.html"
 
 
-def evaluation_record(results: Sequence[Evaluation]) -> dict[str, Any]:
+def evaluation_record(results: Sequence[Evaluation]) -> EvaluationRecord:
     """Everything, as plain data."""
     return {
         "date": report.now().isoformat(),
-        "machine": msgspec.to_builtins(read_machine()),
-        "models": [msgspec.to_builtins(each) | {"passkey_accuracy": each.accuracy} for each in results],
+        "machine": read_machine(),
+        "models": [
+            msgspec.convert(msgspec.to_builtins(each) | {"passkey_accuracy": each.accuracy}, EvaluatedRecord)
+            for each in results
+        ],
     }
 
 

@@ -1,8 +1,9 @@
-"""What a checkpoint, a bundle or an ONNX file is, as plain data."""
+"""What a checkpoint, a bundle or an ONNX file is: as plain data, and in words."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 from rich.filesize import decimal
@@ -13,14 +14,72 @@ from fope_export.errors import FopeError, cut
 from fope_export.links import loadable
 from fope_export.manifest import MANIFEST, Manifest
 from fope_export.onnx_files import promised_bytes
-from fope_export.tensorrt.record import records
+from fope_export.tensorrt.record import EngineRecord, records
 
 if TYPE_CHECKING:
     import onnx
 
-Description = dict[str, dict[str, Any]]
-"""Section -> what it says."""
+Sections = dict[str, dict[str, Any]]
+"""Title -> what is said under it, by name."""
 GIVE = "Give a checkpoint, a bundle or a .onnx file."
+
+
+class CheckpointDescription(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="checkpoint"):
+    """A checkpoint, as it was read."""
+
+    path: str
+    layout: str
+    parameters: int
+    model: ModelConfig
+    reading: Mapping[str, str]
+    """In words, whose reading of the configuration was taken, and what was done to the coefficients."""
+    spectrum: dict[str, Any]
+    """The first layer's: `freq` in rad per token, and the SHA-256 of the coefficients."""
+    tensors: dict[str, list[int]]
+    """Shapes, of all layers."""
+    bytes: dict[str, int]
+    sha256: dict[str, str]
+
+
+class BundleDescription(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="bundle"):
+    """A bundle: its manifest, and what its files are."""
+
+    path: str
+    manifest: Manifest
+    engines: tuple[EngineRecord, ...]
+    bytes: dict[str, int | None]
+    """Of each file of the manifest; None where it is missing."""
+    damaged: dict[str, str]
+    """Files that are not what the manifest says, with the reason."""
+
+
+class ValueDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """An input or output; named sizes are symbolic, and 0 is one that is not known."""
+
+    dtype: str
+    shape: list[int | str]
+
+
+class OnnxDescription(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="onnx"):
+    """An ONNX file."""
+
+    path: str
+    bytes: int
+    producer: str
+    opsets: dict[str, int]
+    """By domain."""
+    weight_bytes: int
+    """Those in files beside it too."""
+    inputs: dict[str, ValueDescription]
+    outputs: dict[str, ValueDescription]
+    nodes: dict[str, int]
+    """How many there are of each operator."""
+    functions: dict[str, int]
+    """How many nodes each has."""
+    metadata: dict[str, str]
+
+
+Description: TypeAlias = CheckpointDescription | BundleDescription | OnnxDescription
 
 
 def inspect(path: str | Path) -> Description:
@@ -33,46 +92,80 @@ def inspect(path: str | Path) -> Description:
     return _checkpoint(path)
 
 
-def _checkpoint(path: Path) -> Description:
+def in_words(description: Description) -> Sections:
+    """What is printed of it."""
+    match description:
+        case CheckpointDescription():
+            return _checkpoint_in_words(description)
+        case BundleDescription():
+            return _bundle_in_words(description)
+        case _:
+            return _onnx_in_words(description)
+
+
+def _checkpoint(path: Path) -> CheckpointDescription:
     from fope_export.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     checkpoint.weights.check()
     model = checkpoint.outline
-    parameters = sum(p.numel() for p in model.parameters())
-    spectrum = model.attentions()[0].rotary.spectrum
-    tensors = {name: " x ".join(map(str, t.shape)) for name, t in model.state_dict().items()}
-    shared = sum("layers.0." in name for name in tensors)
-    shown = {name: shape for name, shape in tensors.items() if "layers." not in name or name.startswith("layers.0.")}
+    return CheckpointDescription(
+        path=str(path),
+        layout=checkpoint.layout,
+        parameters=sum(p.numel() for p in model.parameters()),
+        model=checkpoint.config,
+        reading=checkpoint.reading,
+        spectrum=model.attentions()[0].rotary.spectrum.describe(),
+        tensors={name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        bytes={file.name: file.stat().st_size for file in checkpoint.files},
+        sha256=checkpoint.hashes(),
+    )
+
+
+def _checkpoint_in_words(it: CheckpointDescription) -> Sections:
+    layer = "layers.0."
+    shared = sum(layer in name for name in it.tensors)
+    shown = [name for name in it.tensors if "layers." not in name or name.startswith(layer)]
     return {
-        "checkpoint": {"path": str(path), "layout": checkpoint.layout, "parameters": f"{parameters:,}"},
-        "model": _model(checkpoint.config),
-        "spectrum": {**checkpoint.reading, **_spectrum(checkpoint.config.spectrum, spectrum.describe())},
-        f"tensors (of {checkpoint.config.num_layers} layers with {shared} each, the first)": shown,
-        "files": {
-            p.name: f"{_size(p)}  {digest}"
-            for p, digest in zip(checkpoint.files, checkpoint.hashes().values(), strict=True)
+        "checkpoint": {"path": it.path, "layout": it.layout, "parameters": f"{it.parameters:,}"},
+        "model": _model(it.model),
+        "spectrum": {**it.reading, **_spectrum(it.model.spectrum, it.spectrum)},
+        f"tensors (of {it.model.num_layers} layers with {shared} each, the first)": {
+            name: " x ".join(map(str, it.tensors[name])) for name in shown
         },
+        "files": {name: f"{decimal(it.bytes[name])}  {digest}" for name, digest in it.sha256.items()},
     }
 
 
-def _bundle(bundle: Bundle) -> Description:
-    manifest, damaged = bundle.manifest, bundle.damaged()
+def _bundle(bundle: Bundle) -> BundleDescription:
+    paths = {name: bundle.path / name for name in bundle.manifest.files}
+    return BundleDescription(
+        path=str(bundle.path),
+        manifest=bundle.manifest,
+        engines=tuple(records(bundle)),
+        bytes={name: path.stat().st_size if path.is_file() else None for name, path in paths.items()},
+        damaged=bundle.damaged(),
+    )
+
+
+def _bundle_in_words(it: BundleDescription) -> Sections:
+    manifest, source = it.manifest, it.manifest.source
+    sizes = {name: "missing" if size is None else decimal(size) for name, size in it.bytes.items()}
     return {
         "bundle": {
-            "path": str(bundle.path),
+            "path": it.path,
             "made by": f"fope-export {manifest.tool_version}",
-            "from": f"{manifest.source.path} ({manifest.source.layout})",
-            **({"with the adapter": manifest.source.adapter.path} if manifest.source.adapter else {}),
+            "from": f"{source.path} ({source.layout})",
+            **({"with the adapter": source.adapter.path} if source.adapter else {}),
             "written as": _written(manifest),
             **({"keys and values": manifest.cache} if manifest.cache else {}),
         },
         **_what(manifest),
         "inputs": {port.name: _port(port.dtype, port.shape) for port in manifest.inputs},
         "outputs": {port.name: _port(port.dtype, port.shape) for port in manifest.outputs},
-        "engines": {record.target: record.described for record in records(bundle)},
+        "engines": {record.target: record.described for record in it.engines},
         "files": {
-            name: f"{_size(bundle.path / name)}  {digest}" + (f"  {damaged[name].upper()}" if name in damaged else "")
+            name: f"{sizes[name]}  {digest}" + (f"  {it.damaged[name].upper()}" if name in it.damaged else "")
             for name, digest in manifest.files.items()
         },
     }
@@ -83,7 +176,7 @@ def _written(manifest: Manifest) -> str:
     return export.described if isinstance(manifest.model, ModelConfig) else f"opset {export.opset}, {export.dtype}"
 
 
-def _what(manifest: Manifest) -> Description:
+def _what(manifest: Manifest) -> Sections:
     """The decoder or the module, and its first rotation."""
     numbers, model = manifest.spectra[0], manifest.model
     if isinstance(model, ModelConfig):
@@ -94,7 +187,7 @@ def _what(manifest: Manifest) -> Description:
     return {"module": rotations, "sizes": sizes, f"spectrum of {first}": _spectrum(config, numbers)}
 
 
-def _onnx(path: Path) -> Description:
+def _onnx(path: Path) -> OnnxDescription:
     import onnx
 
     from fope_export.graph.reading import read_onnx
@@ -106,19 +199,34 @@ def _onnx(path: Path) -> Description:
     except (onnx.checker.ValidationError, OSError) as cause:
         raise FopeError(f"{path}: not a valid ONNX file: {cut(' '.join(str(cause).split()))}", hint=GIVE) from cause
     counted = Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph.node)
+    return OnnxDescription(
+        path=str(path),
+        bytes=path.stat().st_size,
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        opsets={opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        weight_bytes=sum(promised_bytes(t) for t in model.graph.initializer),
+        inputs=_values(model.graph.input),
+        outputs=_values(model.graph.output),
+        nodes=dict(counted.most_common()),
+        functions={f"{f.domain}::{f.name}": len(f.node) for f in model.functions},
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _onnx_in_words(it: OnnxDescription) -> Sections:
     return {
         "onnx": {
-            "path": str(path),
-            "size": _size(path),
-            "made by": f"{model.producer_name} {model.producer_version}".strip(),
-            "opsets": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
-            "weights": decimal(sum(promised_bytes(t) for t in model.graph.initializer)),
+            "path": it.path,
+            "size": decimal(it.bytes),
+            "made by": it.producer,
+            "opsets": ", ".join(f"{domain} {version}" for domain, version in it.opsets.items()),
+            "weights": decimal(it.weight_bytes),
         },
-        "inputs": {value.name: _value(value) for value in model.graph.input},
-        "outputs": {value.name: _value(value) for value in model.graph.output},
-        "nodes": {name: str(count) for name, count in counted.most_common()},
-        "functions": {f"{f.domain}::{f.name}": f"{len(f.node)} nodes" for f in model.functions},
-        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+        "inputs": {name: _port(value.dtype, value.shape) for name, value in it.inputs.items()},
+        "outputs": {name: _port(value.dtype, value.shape) for name, value in it.outputs.items()},
+        "nodes": dict(it.nodes),
+        "functions": {name: f"{count} nodes" for name, count in it.functions.items()},
+        "metadata": dict(it.metadata),
     }
 
 
@@ -140,14 +248,15 @@ def _port(dtype: str, shape: list[int | str]) -> str:
     return f"{dtype} [{', '.join(map(str, shape))}]"
 
 
-def _value(value: "onnx.ValueInfoProto") -> str:
+def _values(values: "Iterable[onnx.ValueInfoProto]") -> dict[str, ValueDescription]:
     from onnx import TensorProto
 
-    tensor = value.type.tensor_type
-    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
     names = {number: name.lower() for name, number in TensorProto.DataType.items()}
-    return _port(names.get(tensor.elem_type, str(tensor.elem_type)), shape)
-
-
-def _size(path: Path) -> str:
-    return decimal(path.stat().st_size) if path.is_file() else "missing"
+    tensors = {value.name: value.type.tensor_type for value in values}
+    return {
+        name: ValueDescription(
+            dtype=names.get(tensor.elem_type, str(tensor.elem_type)),
+            shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+        )
+        for name, tensor in tensors.items()
+    }

@@ -39,8 +39,8 @@ ELEMENTS = frozenset(
 )
 """Element types of inputs and outputs."""
 Name = Annotated[str, msgspec.Meta(min_length=1)]
-Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-"""SHA-256 in hexadecimal."""
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+"""SHA-256 in hexadecimal; Python's $ alone lets a line feed follow, and JSON Schema has no \\Z."""
 TERM = re.compile(r"([+-]?) ?(?:(\d+)\*)?(\w+)")
 """Symbolic sizes of inputs are sums of such terms: rows, 16*rows, past + sequence, length - 1."""
 SUM = re.compile(rf"(?:{TERM.pattern} ?)+".replace("(\\d+)", "\\d{1,9}"))

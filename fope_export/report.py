@@ -18,9 +18,10 @@ from fope_export.bundle import Bundle
 from fope_export.config import ModelConfig
 from fope_export.lock import TIMEOUT
 from fope_export.manifest import MODEL, REPORTS, judged_files
-from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, Verdict
+from fope_export.parity.judge import LIMITS, MEMBERS, METRICS, MORE, Measure, Verdict
 from fope_export.parity.quantized import Cost
-from fope_export.parity.results import MODULE_RATIOS, RATIOS, ControlResult, ParityResult, why
+from fope_export.parity.results import MODULE_RATIOS, RATIOS, CaseResult, ColumnResult, ControlResult, ParityResult, why
+from fope_export.records import CaseRecord, ColumnRecord, ControlRecord, CostRecord, Errors, ParityRecord
 from fope_export.validated import REPORT
 
 PAGE, JUNIT = "parity.html", "parity.xml"
@@ -93,33 +94,16 @@ def parity_files(bundle: Bundle, result: ParityResult) -> dict[str, bytes]:
     }
 
 
-def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
+def parity_record(bundle: Bundle, result: ParityResult) -> ParityRecord:
     """Everything, as plain data. Infinite errors become null."""
     manifest = bundle.manifest
-    cases = [
-        {
-            "name": case.name,
-            "passed": case.verdict.passed,
-            "failed": case.verdict.failed,
-            "tokens": case.length,
-            "positions": case.positions,
-            "steps": case.steps,
-            "compared": case.compared,
-            "ratios": case.verdict.ratios,
-            "limits": case.verdict.limits,
-            "members": case.verdict.members,
-            "error": msgspec.to_builtins(case.verdict.got),
-            "pytorch_error": msgspec.to_builtins(case.own),
-        }
-        for case in result.cases
-    ]
     return {
         "passed": result.passed,
         "failures": [encodable(each) for each in result.failures],
         "backend": result.backend,
         "model_sha256": manifest.files.get(MODEL),
         "files": judged_files(manifest),
-        "tested": msgspec.to_builtins(result.tested),
+        "tested": result.tested,
         "source": manifest.source,
         "dtype": manifest.export.dtype,
         "training_length": trained_at(bundle),
@@ -129,33 +113,58 @@ def parity_record(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
             "truth": "PyTorch float64",
             "noise": f"PyTorch {result.dtype}, one weight in eight moved by one unit in the last place",
         },
-        "cases": cases,
-        "columns": [
-            {"name": each.name, "passed": each.verdict.passed} | msgspec.to_builtins(each.verdict)
-            for each in result.columns
-        ],
+        "cases": [_case_record(case) for case in result.cases],
+        "columns": [_column_record(each) for each in result.columns],
         "controls": [_control_record(control) for control in result.controls],
-        "quantization": _cost_record(result.cost),
+        "quantization": _cost_record(result.cost) if result.cost else None,
         "caches": [_cost_record(each) for each in result.caches],
-        "extension": msgspec.to_builtins(result.reach),
+        "extension": result.reach,
         "damaged_files": result.damaged,
         "broken": encodable(result.broken) or None,
-        "place": msgspec.to_builtins(result.place),
+        "place": result.place,
         "date": now().isoformat(),
+        "seconds": round(result.seconds, 1),
         "tool_version": manifest.tool_version,
-        "machine": msgspec.to_builtins(read_machine()),
+        "machine": read_machine(),
     }
 
 
-def _control_record(control: ControlResult) -> dict[str, Any]:
+def _case_record(case: CaseResult) -> CaseRecord:
+    return {
+        "name": case.name,
+        "passed": case.verdict.passed,
+        "failed": case.verdict.failed,
+        "tokens": case.length,
+        "positions": case.positions,
+        "steps": case.steps,
+        "compared": case.compared,
+        "seconds": round(case.seconds, 4),
+        "ratios": dict(case.verdict.ratios),
+        "limits": case.verdict.limits,
+        "members": case.verdict.members,
+        "error": _errors(case.verdict.got),
+        "pytorch_error": _errors(case.own),
+    }
+
+
+def _column_record(column: ColumnResult) -> ColumnRecord:
+    known = msgspec.to_builtins(column.verdict) | {"name": column.name, "passed": column.verdict.passed}
+    return msgspec.convert(known, ColumnRecord)
+
+
+def _control_record(control: ControlResult) -> ControlRecord:
     return {
         "name": control.name,
         "passed": control.passed,
         "skipped": control.skipped or None,
-        "refused_by": control.verdict.failed if control.verdict else [],
-        "ratios": control.verdict.ratios if control.verdict else None,
-        "error": msgspec.to_builtins(control.verdict.got) if control.verdict else None,
+        "refused_by": control.verdict.failed if control.verdict else (),
+        "ratios": dict(control.verdict.ratios) if control.verdict else None,
+        "error": _errors(control.verdict.got) if control.verdict else None,
     }
+
+
+def _errors(measure: Measure) -> Errors:
+    return msgspec.convert(msgspec.to_builtins(measure), Errors)
 
 
 def parity_page(bundle: Bundle, result: ParityResult) -> str:
@@ -245,24 +254,25 @@ def writable(text: str) -> str:
 
 
 def parity_junit(bundle: Bundle, result: ParityResult) -> bytes:
-    """JUnit XML: a test case for each comparison, each control, and the files."""
+    """JUnit XML: a test case for each comparison, with the seconds that the bundle ran for it, each control, and the
+    files; the suite's time is that of the whole validation.
+    """
     checks = result.checks
     name, counts = writable(bundle.path.name), {"tests": str(len(checks)), "failures": str(len(result.failures))}
     when = {"timestamp": f"{now():%Y-%m-%dT%H:%M:%S}", "time": f"{result.seconds:.1f}"}
     suite = Xml.Element("testsuite", {"name": f"parity {name}"} | counts | when)
-    for check, reason in checks:
-        case = Xml.SubElement(suite, "testcase", classname=f"fope_export.parity.{name}", name=writable(check))
-        if reason:
-            Xml.SubElement(case, "failure", message=writable(reason)).text = writable(place(result))
+    for check in checks:
+        called = {"classname": f"fope_export.parity.{name}", "name": writable(check.name)}
+        case = Xml.SubElement(suite, "testcase", called, time=f"{check.seconds:.3f}")
+        if check.reason:
+            Xml.SubElement(case, "failure", message=writable(check.reason)).text = writable(place(result))
     Xml.indent(suite)
     return bytes(Xml.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _cost_record(cost: Cost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    known: dict[str, Any] = msgspec.to_builtins(cost)
-    return known | {"growth": cost.growth, "limit": cost.limit, "passed": not cost.failed, "failed": cost.failed}
+def _cost_record(cost: Cost) -> CostRecord:
+    more = {"growth": cost.growth, "limit": cost.limit, "passed": not cost.failed, "failed": cost.failed}
+    return msgspec.convert(msgspec.to_builtins(cost) | more, CostRecord)
 
 
 def cost_line(cost: Cost | None) -> str:

@@ -1,7 +1,6 @@
 """What a validation layer by layer found, for machines (JSON) and for a terminal."""
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -12,23 +11,24 @@ from fope_export.bundle import Bundle
 from fope_export.manifest import REPORTS, judged_files
 from fope_export.parity.localize import LIMITS
 from fope_export.parity.stages import Error, StagesResult
+from fope_export.records import StagesRecord
 
 FILE = "stages.json"
 
 
-def stages_record(bundle: Bundle, result: StagesResult) -> dict[str, Any]:
+def stages_record(bundle: Bundle, result: StagesResult) -> StagesRecord:
     """Everything, as plain data."""
     return {
         "passed": result.passed,
         "failures": result.failures,
         "files": judged_files(bundle.manifest),
-        "source": msgspec.to_builtins(bundle.manifest.source),
+        "source": bundle.manifest.source,
         "dtype": bundle.manifest.export.dtype,
         "rule": {"limits": LIMITS, "truth": "PyTorch float64", "noise": f"PyTorch {result.dtype}"},
-        "stages": msgspec.to_builtins(result.stages),
+        "stages": result.stages,
         "damaged_files": result.damaged,
         "tool_version": bundle.manifest.tool_version,
-        "machine": msgspec.to_builtins(read_machine()),
+        "machine": read_machine(),
     }
 
 

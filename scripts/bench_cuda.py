@@ -64,7 +64,8 @@ def measure(shape: str, folder: Path, config: BenchConfig, stage: Stages) -> dic
     result = bench(Bundle.open(bundle.path), config, stage=stage)
     stage.finish()
     print_bench(bundle, result, RESULTS)
-    return {"shape": shape, "parameters": parameters} | bench_record(bundle, result)
+    known: dict[str, Any] = msgspec.to_builtins(bench_record(bundle, result))
+    return {"shape": shape, "parameters": parameters} | known
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from fope_export.bench_report import bench_record, print_bench
@@ -65,7 +66,8 @@ def measure(checkpoint: Path, kind: str, config: BenchConfig, stage: Stages) -> 
     result = bench(bundle, config, stage=stage)
     stage.finish()
     print_bench(bundle, result, RESULTS)
-    return bench_record(bundle, result)
+    record: dict[str, Any] = msgspec.to_builtins(bench_record(bundle, result))
+    return record
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Write docs/reference/commands.md from what the program says of itself: scripts/reference.py"""
+"""Write what docs/reference/ says of the commands and of the JSON that they print: scripts/reference.py"""
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fope_export.cli import parser
+from fope_export.records import RECORDS, schema
 
-PAGE = Path(__file__).parent.parent / "docs/reference/commands.md"
+FOLDER = Path(__file__).parent.parent / "docs/reference"
 COMMON = "json", "quiet", "verbose", "traceback"
 HEAD = """\
 # Commands
@@ -18,12 +21,76 @@ object on stderr), `--quiet`, `--verbose` and `--traceback`; [exit codes](../int
 """
 
 
+RECORDS_HEAD = """\
+# JSON
+
+What each command prints on stdout with `--json`, and an error on stderr; the reports in a bundle are the same.
+The keys below stay, and more may come. The links are JSON Schemas, which say the same of all that lies within.
+"""
+
+
 def main() -> None:
-    PAGE.write_text(written())
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
-def written() -> str:
-    """The page."""
+def files() -> dict[Path, str]:
+    """What is written, by path."""
+    schemas = {name: schema(name) for name in RECORDS}
+    pages = {"commands.md": commands(), "json.md": records(schemas)}
+    texts = pages | {f"schemas/{name}.json": json.dumps(each, indent=1) + "\n" for name, each in schemas.items()}
+    return {FOLDER / name: text for name, text in texts.items()}
+
+
+def records(schemas: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of JSON."""
+    return "\n".join([RECORDS_HEAD, *(record(name, each) for name, each in schemas.items())])
+
+
+def record(name: str, document: Mapping[str, Any]) -> str:
+    """A document, with a row for each of its keys; a document of several kinds has them one after the other."""
+    known = document.get("$defs", {})
+
+    def rows(kind: Mapping[str, Any]) -> Iterator[str]:
+        if reference := kind.get("$ref"):
+            kind = known[reference.rpartition("/")[2]]
+        if kind.get("type") == "array" and "$ref" in kind["items"]:
+            yield "A list, whose items are:\n"
+            yield from rows(kind["items"])
+        elif properties := kind.get("properties"):
+            if told := kind.get("description"):
+                yield f"{told}\n"
+            yield "| key | |\n|---|---|"
+            for key, each in properties.items():
+                absent = "" if key in kind["required"] else ", or absent"
+                yield f"| `{key}` | {in_words(each)}{absent} |"
+            yield ""
+        else:
+            yield f"{in_words(kind).capitalize()}.\n"
+
+    kinds = document.get("anyOf", [document])
+    return "\n".join([f"## [{name}](schemas/{name}.json)\n", *(row for kind in kinds for row in rows(kind))])
+
+
+def in_words(kind: Mapping[str, Any]) -> str:
+    """What a value is."""
+    if reference := kind.get("$ref"):
+        return str(reference).rpartition("/")[2]
+    if several := kind.get("anyOf"):
+        return " or ".join(map(in_words, several))
+    if fixed := kind.get("enum", [kind["const"]] if "const" in kind else None):
+        return " or ".join(f"`{json.dumps(each)}`" for each in fixed)
+    if kind.get("type") == "array":
+        each = dict.fromkeys(map(in_words, kind.get("prefixItems", [kind.get("items")])))
+        return f"list of {' or '.join(each)}"
+    if kind.get("type") == "object" and (values := kind.get("additionalProperties")):
+        return f"object of {in_words(values)}"
+    return str(kind.get("type", "any"))
+
+
+def commands() -> str:
+    """The page of commands."""
     (commands,) = (each for each in parser()._actions if isinstance(each, argparse._SubParsersAction))
     return "\n".join([HEAD, *(section(name, sub) for name, sub in commands.choices.items())])
 

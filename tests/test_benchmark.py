@@ -47,6 +47,7 @@ from fope_export.model.checkpoint import load_checkpoint, source_of
 from fope_export.parity.run import validate
 from fope_export.report import write_parity
 from fope_export.validated import require_green
+from tests.printed import held
 
 SMALL = BenchConfig(lengths=(8, 16), batch=(1, 2), rounds=2, decoded=2, threads=1, backends=("onnxruntime",))
 Capture = pytest.CaptureFixture[str]
@@ -140,7 +141,7 @@ def test_ratios_are_medians_of_rounds(measured: BenchResult) -> None:
 
 
 def test_the_record_the_page_and_the_table(green: Bundle, measured: BenchResult, tmp_path: Path) -> None:
-    record = json.loads(msgspec.json.encode(bench_record(green, measured)))
+    record = held("bench", msgspec.json.encode(bench_record(green, measured)))
     assert record["model_sha256"] == green.manifest.files["model.onnx"] and record["machine"]["processor"]
     assert len(record["cells"]) == 12 and record["bandwidth_GB_per_s"]["read"] > 0
     page = bench_page(green, measured)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from fope_export import place
 from fope_export.answering import InOrder
 from fope_export.bundle import Bundle
 from fope_export.cli import main
+from tests.printed import held
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,23 +48,22 @@ def test_warnings_are_shown_by_the_command_line_alone(spoilable: Bundle, capsys:
 
 def test_json_everywhere(native: Path, spoilable: Bundle, tmp_path: Path, capsys: Capture) -> None:
     folder = str(spoilable.path)
-    results = {}
-    for command in (
-        ["doctor"],
-        ["export", str(native), str(tmp_path / "out")],
-        ["validate", folder, "--lengths", "64"],
-        ["run", folder, "--prompt", "x", "--max-new-tokens", "3"],
-        ["run", folder, "--prompt-ids", "1,2", "--max-new-tokens", "3"],
-        ["inspect", folder],
-        ["inspect", f"{folder}/model.onnx"],
-        ["inspect", str(native)],
-    ):
+
+    def told(name: str, *command: str) -> Any:
         assert main([*command, "--json"]) == 0
-        results[" ".join(command[:1] + command[2:3])] = json.loads(capsys.readouterr().out)
-    assert results["validate --lengths"]["passed"] is True
-    assert results["run --prompt"][0]["prompt"] == "x"
-    assert len(results["run --prompt-ids"]) == 3
-    assert results["doctor"]["abilities"]["export a checkpoint"] == ""
+        return held(name, capsys.readouterr().out)
+
+    assert told("doctor", "doctor")["abilities"]["export a checkpoint"] == ""
+    assert told("export", "export", str(native), str(tmp_path / "out"))["bundle"] == str(tmp_path / "out")
+    assert told("optimize", "optimize", folder)["file"] == "model.ort.onnx"
+    result = told("validate", "validate", folder, "--lengths", "64")
+    assert result["passed"] is True and result["seconds"] > sum(case["seconds"] for case in result["cases"]) > 0
+    assert told("check", "check", folder) == {folder: ""}
+    assert told("run", "run", folder, "--prompt", "x", "--max-new-tokens", "3")[0]["prompt"] == "x"
+    assert len(told("run-prompt-ids", "run", folder, "--prompt-ids", "1,2", "--max-new-tokens", "3")) == 3
+    assert told("inspect", "inspect", folder)["manifest"]["export"]["dtype"] == "fp32"
+    assert told("inspect", "inspect", f"{folder}/model.onnx")["nodes"]["fope::FopeRotary"] == 2
+    assert told("inspect", "inspect", str(native))["layout"] == "native"
 
 
 def test_a_failed_check_exits_with_1_and_names_the_layer(spoilable: Bundle, capsys: Capture) -> None:
@@ -143,7 +144,7 @@ def test_misspelt_commands_and_missing_arguments(arguments: list[str], hint: str
     told = capsys.readouterr()
     assert told.err.startswith("error: ") and hint in told.err and not told.out
     assert main([*arguments, "--json"]) == 2
-    error = json.loads(capsys.readouterr().err)["error"]
+    error = held("error", capsys.readouterr().err)["error"]
     assert error.keys() == {"type", "message", "hint", "exit_code"} and hint in error["hint"]
 
 

@@ -17,6 +17,7 @@ from fope_export.errors import ConfigError, ParityError
 from fope_export.evaluation import DEPTHS, EvaluationConfig, evaluate, finds, loss_by_length
 from fope_export.passkey import AFTER, BEFORE, DIGITS, QUESTION, passkey
 from tests.conftest import small_decoder
+from tests.printed import held
 from tests.support import Forgetful
 
 
@@ -106,7 +107,7 @@ def test_the_command_measures_a_bundle_beside_its_twin(
     folder = str(bundle.path)
     small = ["--lengths", "100,200", "--trials", "2", "--data", str(data), "--out", str(tmp_path / "out")]
     assert main(["evaluate", folder, "--against", folder, *small, "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    record = held("evaluate", capsys.readouterr().out)
     assert record == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     first, twin = record["models"]
     assert [first.pop("name"), twin.pop("name")] == [f"{bundle.path.name} 1", f"{bundle.path.name} 2"]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reference import PAGE, written
+from reference import files
 
 from fope_export.benchmark.contenders import COMPILED, CONTENDERS
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.demo import shipped
 from fope_export.parity.run import validate
+from fope_export.records import RECORDS
 from fope_export.report import write_parity
 from tests.pages import PAGES, ROOT, SHOWN, Block, blocks, like
 
@@ -157,8 +158,14 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(f"docs/{page}" for page in listed(read["nav"])) == sorted(PAGES.keys() - {"README.md"})
 
 
-def test_the_reference_of_commands_is_current() -> None:
-    assert PAGE.read_text() == written(), "run scripts/reference.py"
+def test_the_reference_is_current() -> None:
+    for path, text in files().items():
+        assert path.read_text() == text, f"{path}: run scripts/reference.py"
+
+
+def test_every_document_is_held_to_its_schema_somewhere() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert set(re.findall(r"(?:held|told)\(\"([\w-]+)\"", sources)) >= RECORDS.keys()
 
 
 def test_the_reference_of_python_has_every_public_name() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import onnx
 import pytest
 from rich.console import Console
 
 from fope_export.bundle import Bundle
+from fope_export.demo import DemoResult, Shown, demo_record
 from fope_export.parity.judge import LIMITS
 from fope_export.parity.results import RATIOS, ParityResult
 from fope_export.parity.run import validate
@@ -25,6 +27,7 @@ from fope_export.report import (
     write_parity,
     write_reports,
 )
+from tests.printed import held
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def test_reports_go_elsewhere_and_what_cannot_be_written_is_told(
 
 def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) -> None:
     write_parity(spoilable, passed)
-    record = json.loads((spoilable.path / "reports/parity.json").read_text())
+    record = held("validate", (spoilable.path / "reports/parity.json").read_text())
     assert record["passed"] is True and record["rule"]["limits"] == LIMITS
     assert record["model_sha256"] == spoilable.manifest.files["model.onnx"]
     hashes = {name: spoilable.manifest.files[name] for name in ("model.onnx", "model.onnx.data")}
@@ -77,12 +80,21 @@ def test_the_json_holds_every_number(spoilable: Bundle, passed: ParityResult) ->
 def test_junit_counts_failures_and_says_where(failed: tuple[Bundle, ParityResult]) -> None:
     bundle, result = failed
     write_parity(bundle, result)
+    assert held("validate", (bundle.path / "reports/parity.json").read_text())["place"]
     suite = ElementTree.parse(bundle.path / "reports/parity.xml").getroot()
+    took = [float(case.attrib["time"]) for case in suite.findall("testcase")]
+    assert took[0] > 0 and 0 < sum(took) < float(suite.attrib["time"])
     failures = suite.findall("testcase/failure")
     assert int(suite.attrib["failures"]) == len(failures) >= 2
     assert int(suite.attrib["tests"]) == len(suite.findall("testcase"))
     assert "times rounding" in failures[0].attrib["message"]
     assert "layers.0.attention.rotary" in (failures[0].text or "")
+
+
+def test_what_the_demo_prints(bundle: Bundle, passed: ParityResult) -> None:
+    shown = Shown("FoPE", bundle, passed, {"torch": {64: 1.5}, "onnxruntime": {64: 1.5}})
+    record = demo_record(DemoResult((shown,), "text", Path("report.html")))
+    assert held("demo", msgspec.json.encode(record))["models"]["FoPE"]["nats_per_byte"]["torch"] == {"64": 1.5}
 
 
 NOT_XML = "\x00\x1b[31m \x0b \ud800 \udcff \ufffe"

@@ -231,6 +231,9 @@ def _page(model: Any) -> None:
     from openvino._offline_transformations import paged_attention_transformation
 
     paged_attention_transformation(model)
+    for node in model.get_ordered_ops():  # attention over nothing is 0 and not NaN; in pages nobody attends to nothing
+        if node.get_type_name() == "Select" and node.input_value(0).get_node().get_type_name() == "IsNaN":
+            node.output(0).replace(node.input_value(2))
     head = model.output("logits").get_node().input_value(0).get_node()
     while head.get_type_name() != "MatMul":
         head = head.input_value(0).get_node()

@@ -18,6 +18,7 @@ from fope_export.dtypes import DTYPES, FP32
 from fope_export.errors import ConfigError, ExportError, cut, require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
+from fope_export.graph.parting import PartProducts
 from fope_export.graph.passes import CastBFloat16ToFloat32
 from fope_export.graph.series import ShareSeries
 from fope_export.graph.steps import SCOPE, decoder_inputs
@@ -134,7 +135,7 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
                 "weights of 8 or 4 bits",
                 hint="Export the checkpoint to another folder without that option.",
             )
-    edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), RepeatHeads(), InlinePass()]
+    edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), PartProducts(), RepeatHeads(), InlinePass()]
     narrow = DTYPES[export.dtype]
     wide = [] if narrow is FP32 else [CastBFloat16ToFloat32(narrow, FP32)]  # who loads it says what it computes in
     return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *wide]
@@ -144,9 +145,23 @@ def convert(portable: Path, folder: Path) -> None:
     """Write the IR of an ONNX file that went through `passes_for` to `folder`. Raises BackendError without OpenVINO."""
     openvino = require("openvino", "openvino")
     model = openvino.Core().read_model(portable)
+    _drop_empty_parts(model)
     _make_stateful(model)
     _save(model, path := folder / Path(OPENVINO).name)
     _keep_angles(path)
+
+
+def _drop_empty_parts(model: Any) -> None:
+    """RotaryEmbedding comes apart into channels that turn and those that do not; where there are none of these, they
+    are split off and joined again all the same, which is a copy.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "VariadicSplit" and list(node.outputs()[-1].get_partial_shape())[-1] == 0:
+            turning, resting = node.outputs()
+            for port in resting.get_target_inputs():
+                joined = port.get_node()
+                joined.output(0).replace(joined.input_value(0))
+            turning.replace(node.input_value(0))
 
 
 def _make_stateful(model: Any) -> None:

@@ -40,6 +40,8 @@ FUSIONS: tuple[InPlacePass, ...] = (
 )  # fmt: skip
 
 ROUNDED = (ROUNDED_CACHE, CALIBRATED_ON)
+MADE = "made.data"
+"""Constants of a graph for another program that the portable file lacks; gone with it."""
 
 
 def _save(model: ir.Model, path: Path) -> None:
@@ -145,7 +147,8 @@ def _for_openvino(bundle: Bundle, row: CacheRounding | None) -> Bundle:
     from fope_export.graph import openvino
 
     bundle.manifest.decoder()
-    with _edited(bundle, openvino.passes_for(bundle)) as partial, scratch(bundle.path.parent) as folder:
+    passes = openvino.passes_for(bundle)
+    with _edited(bundle, passes, apart=True) as partial, scratch(bundle.path.parent) as folder:
         openvino.convert(partial, folder)
         openvino.write_tokenizer(bundle, folder)
         for name in openvino.files_beside(bundle):
@@ -156,20 +159,36 @@ def _for_openvino(bundle: Bundle, row: CacheRounding | None) -> Bundle:
 
 
 @contextmanager
-def _edited(bundle: Bundle, passes: Sequence[InPlacePass]) -> Iterator[Path]:
-    """A file of what passes make of the portable one, beside its weights, until the block ends. Raises ExportError
-    where they do not take it.
+def _edited(bundle: Bundle, passes: Sequence[InPlacePass], *, apart: bool = False) -> Iterator[Path]:
+    """A file of what passes make of the portable one, beside its weights, until the block ends; `apart` from it are
+    constants that it has not. Raises ExportError where the passes do not take it.
     """
     portable = bundle.model
     again = [CallRotary()] if bundle.manifest.export.inline else []
+    made, partial = (portable.with_name(f"{OURS}{name}") for name in (MADE, OPTIMIZED))
     try:
         model = Sequential(*again, *passes)(load_onnx(portable)).model
     except PassError as cause:
         raise ExportError(f"{bundle.model} cannot be optimized: {cause.__cause__}", hint="Export it again.") from cause
     model.metadata_props["fope.optimized"] = bundle.manifest.files[MODEL]
-    partial = portable.with_name(f"{OURS}{OPTIMIZED}")
     try:
+        if apart:
+            _write_made(model, made)
         _save(model, partial)
         yield partial
     finally:
-        partial.unlink(missing_ok=True)
+        for path in (made, partial):
+            path.unlink(missing_ok=True)
+
+
+def _write_made(model: ir.Model, path: Path) -> None:
+    """Write the constants that are made only now to a file, so that no more than one of them is in memory."""
+    with path.open("wb") as file:
+        for value in model.graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.LazyTensor):
+                start = file.tell()
+                tensor.tofile(file)
+                value.const_value = ir.ExternalTensor(
+                    path.name, start, file.tell() - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()),
+                    name=tensor.name or "", base_dir=path.parent,
+                )  # fmt: skip

@@ -23,6 +23,7 @@ from fope_export.model.decoder import Decoder, Step
 from fope_export.model.tensors import read_array
 from fope_export.parity.cases import Case
 from fope_export.parity.copies import exact
+from fope_export.parity.disk import Given, given
 from fope_export.parity.judge import Floats
 from fope_export.parity.quantized import Cost, change
 from fope_export.parity.results import CaseResult, ControlResult
@@ -104,13 +105,14 @@ def caches_of(bundle: Bundle, chosen: str, yardstick: SparingYardstick, case: Ca
     with _reading(yardstick.single.model, held.numbers), _reading(yardstick.double.model, held.numbers):
         (look,) = yardstick.looks([case])
     result = CaseResult(
-        f"{case.name}, {tested.name}", case.length, case.positions, len(case.steps), len(got), look.judge(got), look.own
-    )
+        f"{case.name}, {tested.name}", case.length, case.positions, len(case.steps), len(got.logits),
+        look.judge(got.logits), look.own, got.seconds,
+    )  # fmt: skip
     mistakes = tuple(_refusals(yardstick.single, case, look, held))
     return Caches((result,), mistakes, (CacheCost(row.name, *costs, tuple(strays), chosen),))
 
 
-def _run(bundle: Bundle, row: CacheRounding, chosen: str, case: Case) -> tuple[Floats, Held]:
+def _run(bundle: Bundle, row: CacheRounding, chosen: str, case: Case) -> tuple[Given, Held]:
     """Logits of the case, and what the cache holds after it; linear layers read their inputs as they are."""
     made: OpenVinoBackend | OptimizedOrtBackend
     if chosen == OpenVinoBackend.name:
@@ -121,7 +123,7 @@ def _run(bundle: Bundle, row: CacheRounding, chosen: str, case: Case) -> tuple[F
     with closing(made):
         cache = made.empty_cache(len(case.feeds.input_ids))  # one memory, which every step writes
         fed: Any = SimpleNamespace(empty_cache=lambda batch: cache, step=made.step)
-        got, slots = case.run(fed), cache.slots
+        got, slots = given(case, fed), cache.slots
         if isinstance(slots, PagedSlots):
             return got, _of_pages(slots, case.length)
         return got, _of_rows(slots, bundle, row, case.length)

@@ -4,13 +4,17 @@ disk's when nobody has them any more.
 
 import math
 import os
+import time
 from mmap import mmap
 from tempfile import TemporaryFile
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fope_export.backends.base import Backend
+from fope_export.parity.cases import Case
 from fope_export.parity.judge import Floats
 
 
@@ -30,3 +34,18 @@ def moved_to_disk(tensor: Tensor) -> Tensor:
 def kept(logits: Floats) -> Floats:
     """A copy. Raises OSError where the disk is full."""
     return np.asarray(moved_to_disk(torch.from_numpy(logits)).numpy())
+
+
+class Given(NamedTuple):
+    """The logits that a file gave in one case, on the disk, and the seconds that it took."""
+
+    logits: Floats
+    seconds: float
+
+
+def given(case: Case, backend: Backend) -> Given:
+    """Run a case. Raises OSError where the disk is full."""
+    started = time.perf_counter()
+    logits = case.run(backend)
+    seconds = time.perf_counter() - started
+    return Given(kept(logits), seconds)

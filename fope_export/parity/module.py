@@ -1,6 +1,7 @@
 """Validation of a module's bundle: the decoder's rule and deliberate mistakes, on sizes that the graph never saw."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -155,7 +156,7 @@ def validate_module(
         graph = OrtGraph(bundle)
         for done, case in enumerate(cases):
             report(case.name, done, total)
-            judged.append((case, _compare(case, yardstick, graph.run(_feeds(bundle, case)))))
+            judged.append((case, _compare(case, yardstick, graph, bundle)))
         columns = tuple(_columns(judged, yardstick))
         itself = _itself(bundle, yardstick, cases[0])
     except BackendError as error:
@@ -252,12 +253,15 @@ def _feeds(bundle: Bundle, case: ModuleCase) -> dict[str, NDArray[Any]]:
     return {port.name: array for port, array in zip(bundle.manifest.inputs, arrays, strict=True)}
 
 
-def _compare(case: ModuleCase, yardstick: ModuleYardstick, got: Arrays) -> list[CaseResult]:
-    """A comparison for each output."""
+def _compare(case: ModuleCase, yardstick: ModuleYardstick, graph: OrtGraph, bundle: Bundle) -> list[CaseResult]:
+    """Run the graph: a comparison for each output."""
+    feeds, started = _feeds(bundle, case), time.perf_counter()
+    got = graph.run(feeds)
+    seconds = time.perf_counter() - started
     several = len(yardstick.outputs) > 1
     names = [f"{case.name}: {output}" if several else case.name for output in yardstick.outputs]
     return [
-        CaseResult(name, case.length, None, 1, len(rows(array)), look.judge(rows(array)), look.own)
+        CaseResult(name, case.length, None, 1, len(rows(array)), look.judge(rows(array)), look.own, seconds)
         for name, array, look in zip(names, got, yardstick.looks(case), strict=True)
     ]
 
@@ -268,7 +272,7 @@ def _itself(bundle: Bundle, yardstick: ModuleYardstick, case: ModuleCase) -> lis
         return []
     with portable(bundle) as copied:
         graph = OrtGraph(copied)
-    return _compare(replace(case, name=f"{case.name}, {MODEL} itself"), yardstick, graph.run(_feeds(bundle, case)))
+    return _compare(replace(case, name=f"{case.name}, {MODEL} itself"), yardstick, graph, bundle)
 
 
 def _columns(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fope_export.dtypes import FP32
 from fope_export.parity.extended import Reach
@@ -41,6 +41,8 @@ class CaseResult:
     verdict: Verdict
     own: Measure
     """PyTorch's errors: those of one member."""
+    seconds: float
+    """That the bundle took to run it."""
     rounded: bool = False
     """Whether linear layers rounded their inputs here, other than in the other cases."""
 
@@ -77,6 +79,15 @@ class Place:
     """Modules whose rotation has other settings."""
 
 
+class Check(NamedTuple):
+    """Something that was checked, and why it failed, or nothing; two may have one name."""
+
+    name: str
+    reason: str
+    seconds: float = 0.0
+    """That the bundle ran for it."""
+
+
 @dataclass(frozen=True)
 class ParityResult:
     """What validation found. `passed` is everything together."""
@@ -111,22 +122,25 @@ class ParityResult:
         return MODULE_RATIOS if any(case.positions is None for case in self.cases) else RATIOS
 
     @property
-    def checks(self) -> list[tuple[str, str]]:
-        """Everything that was checked, and why it failed, or nothing; two may have one name."""
+    def checks(self) -> list[Check]:
+        """Everything that was checked."""
         labels = self.ratio_labels
-        checks = [(f"case: {each.name}", why(each.verdict, labels)) for each in self.cases]
-        checks += [(f"every column: {each.name}", why(each.verdict, labels)) for each in self.columns]
-        checks += [(f"control: {each.name}", "" if each.passed else "a wrong model passed") for each in self.controls]
+        checks = [Check(f"case: {each.name}", why(each.verdict, labels), each.seconds) for each in self.cases]
+        checks += [Check(f"every column: {each.name}", why(each.verdict, labels)) for each in self.columns]
+        checks += [
+            Check(f"control: {each.name}", "" if each.passed else "a wrong model passed") for each in self.controls
+        ]
         if self.cost:
-            checks += [(f"quantization: {self.cost.kind}", "; ".join(self.cost.failed))]
-        checks += [(f"cache: {each.kind}", "; ".join(each.failed)) for each in self.caches]
+            checks += [Check(f"quantization: {self.cost.kind}", "; ".join(self.cost.failed))]
+        checks += [Check(f"cache: {each.kind}", "; ".join(each.failed)) for each in self.caches]
         files = "; ".join(f"{name} {reason}" for name, reason in self.damaged.items())
-        return [*checks, ("backend", self.broken or ("" if self.cases else "it ran no case")), ("files", files)]
+        ran = self.broken or ("" if self.cases else "it ran no case")
+        return [*checks, Check("backend", ran), Check("files", files)]
 
     @property
     def failures(self) -> list[str]:
         """What failed, and why."""
-        return [f"{name}: {reason}" for name, reason in self.checks if reason]
+        return [f"{each.name}: {each.reason}" for each in self.checks if each.reason]
 
     @property
     def passed(self) -> bool:

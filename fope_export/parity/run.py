@@ -31,9 +31,9 @@ from fope_export.parity.cached import Caches, caches_of
 from fope_export.parity.cases import Case, load_inputs, prefill, save_inputs, standard_cases
 from fope_export.parity.controls import AXES, CONTROLS, FOLDED, PHASES, Control
 from fope_export.parity.copies import exact, portable
-from fope_export.parity.disk import kept, moved_to_disk, on_disk
+from fope_export.parity.disk import Given, given, moved_to_disk, on_disk
 from fope_export.parity.extended import Reach, reach_of
-from fope_export.parity.judge import MEMBERS, Floats, Noise, judge_columns
+from fope_export.parity.judge import MEMBERS, Noise, judge_columns
 from fope_export.parity.localize import different_rotations, different_tensors, first_divergence
 from fope_export.parity.quantized import Cost, allowance_of, cost_of, place_weights, round_inputs
 from fope_export.parity.results import CaseResult, ColumnResult, ControlResult, ParityResult, Place, joined
@@ -146,7 +146,7 @@ def _compared(
     reference = with_image(reference, axes) if axes else reference
     files = _files(bundle, chosen)
     tell = _counted(report, len(files) * len(cases) + (1 + MEMBERS) * (len(cases) + 1) + len(mistakes))
-    rounded, itself, got = list[CaseResult](), list[Floats](), dict[str, list[Floats]]()
+    rounded, itself, got = list[CaseResult](), list[Given](), dict[str, list[Given]]()
     cost, reach, caches, broken = None, None, Caches(), ""
     try:
         if exported.quantize or exported.extend:
@@ -164,9 +164,9 @@ def _compared(
         broken = str(error)
     compared = cases[: min(map(len, got.values()), default=0)]
     *looks, own = judging.looks([*compared, reference], tell)
-    by_file = {which: _judged(which, compared, looks, logits) for which, logits in got.items()}
+    by_file = {which: _judged(which, compared, looks, given) for which, given in got.items()}
     columns = [] if broken else [_columns(which, judged, looks) for which, judged in by_file.items()]
-    rounded += [_judge(reference, own, logits, f"{reference.name}, {MODEL} itself") for logits in itself]
+    rounded += [_judge(reference, own, given, f"{reference.name}, {MODEL} itself") for given in itself]
     judged = [each for of_case in zip(*by_file.values(), strict=True) for each in of_case]
     folding = [_folding(source, exported, seed)] if exported.fold_padding else []
     controls = _refusals(
@@ -192,12 +192,12 @@ def _counted(report: Callable[[str, int, int], None], total: int) -> Callable[[s
 
 def _given(
     load: Loading, cases: Sequence[Case], which: str = "", tell: Callable[[str], None] = lambda what: None
-) -> Iterator[Floats]:
-    """What a file gives in each case, on the disk; its backend is closed after the last."""
+) -> Iterator[Given]:
+    """What a file gives in each case; its backend is closed after the last."""
     with closing(load()) as tested:
         for case in cases:
             tell(case.name + which)
-            yield kept(case.run(tested))
+            yield given(case, tested)
 
 
 def _effects(bundle: Bundle, source: Checkpoint, chosen: str, yardstick: Yardstick) -> tuple[Cost | None, Reach | None]:
@@ -263,7 +263,7 @@ def _files(bundle: Bundle, chosen: str, settings: Settings = USUALLY) -> dict[st
     return loading | {f", {each.name}": partial(load, each, each.files(bundle)[0]) for each in others}
 
 
-def _itself(bundle: Bundle, chosen: str, case: Case) -> list[Floats]:
+def _itself(bundle: Bundle, chosen: str, case: Case) -> list[Given]:
     """What the portable file itself gives, where the other cases run a copy of it in another dtype; else nothing."""
     row = BACKENDS[chosen]
     if not row.widens or plain_file(bundle.manifest.export) == MODEL:
@@ -276,16 +276,15 @@ def _itself(bundle: Bundle, chosen: str, case: Case) -> list[Floats]:
     return [*_given(load, [case])]
 
 
-def _judge(case: Case, look: Look, got: Floats, name: str) -> CaseResult:
+def _judge(case: Case, look: Look, got: Given, name: str) -> CaseResult:
     """Hold what a backend gave in one case against the case's `look`."""
-    return CaseResult(name, case.length, case.positions, len(case.steps), len(got), look.judge(got), look.own)
+    verdict, steps = look.judge(got.logits), len(case.steps)
+    return CaseResult(name, case.length, case.positions, steps, len(got.logits), verdict, look.own, got.seconds)
 
 
-def _judged(which: str, cases: Sequence[Case], looks: Sequence[Look], got: Sequence[Floats]) -> list[CaseResult]:
+def _judged(which: str, cases: Sequence[Case], looks: Sequence[Look], got: Sequence[Given]) -> list[CaseResult]:
     """The same of all cases that one file ran, whose names end with `which`."""
-    return [
-        _judge(case, look, logits, case.name + which) for case, look, logits in zip(cases, looks, got, strict=False)
-    ]
+    return [_judge(case, look, each, case.name + which) for case, look, each in zip(cases, looks, got, strict=False)]
 
 
 def _columns(which: str, judged: Sequence[CaseResult], looks: Sequence[Look]) -> ColumnResult:
@@ -305,7 +304,7 @@ def _folding(source: Checkpoint, exported: ExportConfig, seed: int) -> CaseResul
     )
     case = prefill(model.config, max(model.config.training_length, SHORTEST_CONTROL), seed)
     (look,) = SparingYardstick(EagerBackend(model), EagerBackend.in_float64(model)).looks([case])
-    return _judge(case, look, case.run(EagerBackend(folded)), "folded against unfolded")
+    return _judge(case, look, given(case, EagerBackend(folded)), "folded against unfolded")
 
 
 def _quantize(yardstick: Yardstick, bundle: Bundle) -> None:

@@ -18,6 +18,7 @@ from fope_export.manifest import REPORTS
 from fope_export.place import COMMITTED
 from fope_export.validated import REPORT
 from tests.deploy.lone import Lone
+from tests.printed import held
 from tests.serving.served import served
 
 Capture = pytest.CaptureFixture[str]
@@ -36,7 +37,7 @@ def test_a_folder_has_what_starts_and_checks_it(target: str, bundle: Bundle, tmp
     made = tmp_path / "new"
     command = ["deploy", str(bundle.path), "--target", target, str(made), "--unvalidated", "--json"]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = held("deploy", capsys.readouterr().out)
     assert told["expected"] == json.loads((made / CHECK).read_text()) and told["folder"] == str(made)
     for name in ("start", "check"):
         assert os.access(made / name, os.X_OK) and (made / name).read_text().startswith("#!")

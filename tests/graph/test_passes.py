@@ -31,6 +31,7 @@ from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.nvfp4 import WidenNumbers
 from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
+from fope_export.graph.parting import PartProducts
 from fope_export.graph.passes import (
     SCOPES,
     AttachRotary,
@@ -47,7 +48,7 @@ from fope_export.graph.series import ShareSeries
 from fope_export.graph.ways import array_of
 from fope_export.quantizations import CACHES
 from tests.conftest import mixture, small_decoder
-from tests.support import same_function, truth_of
+from tests.support import close, same_function, truth_of
 
 WIDEN = CastBFloat16ToFloat32(BF16, FP32)
 PROJECTION = "layers.0.attention.att_proj"
@@ -252,6 +253,12 @@ class Row(NamedTuple):
     promises: str
 
 
+def computed(model: ir.Model) -> None:
+    """Weights that a node makes."""
+    node = next(each for each in model.graph if each.name == "layers.0.feed_forward.ff_proj/MatMul")
+    node.replace_input_with(1, GraphBuilder(model, before=node).op("Identity", node.inputs[1]))
+
+
 ROWS = [
     Row(TransposeWeights(), transposing, no_numbers, "w has no numbers", "w is still transposed"),
     Row(AttachRotary(), without_function, no_dispatch, "no plugin would be found", "a function that the model lacks"),
@@ -297,6 +304,7 @@ ROWS = [
     Row(ExactExperts(), experts(ROUND, FuseExperts(), QMOE), no_integers, "that are no numbers", "rounds its inputs"),
     Row(TakeSizesFromTokens(), decoder, no_position_ids, "no input position_ids", "takes a size from the cache"),
     Row(RepeatHeads(), grouped, no_queries, "reads what has no shape", "fewer heads of keys or values"),
+    Row(PartProducts(), decoder, computed, "reads weights that are no init", "ff_proj/MatMul is split after"),
     Row(CACHED, lambda: fused(), no_kind("GroupQueryAttention"), "disagree in past_key", "does not round its cache"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
 ]
@@ -351,12 +359,21 @@ def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
     return np.array(logits)
 
 
-@pytest.mark.parametrize("chosen", [(edit,) for edit in FUSIONS[:1] + FUSIONS[2:]] + [FUSIONS[:2], FUSIONS])
+ALONE = (*FUSIONS[:1], *FUSIONS[2:], PartProducts())
+
+
+@pytest.mark.parametrize("chosen", [*((edit,) for edit in ALONE), FUSIONS[:2], FUSIONS])
 def test_it_changes_no_number(chosen: tuple[Pass, ...]) -> None:
     """Each alone, but FuseAttention, which needs ShareSeries before it."""
     ids = np.arange(8)[None]
     got = run(Sequential(*chosen, TopologicalSortPass(), ShapeInferencePass())(decoder()).model, ids)
     same_function(got, run(decoder(), ids), truth_of(small_decoder(), ids)[0, [4, 7]])
+
+
+def test_products_of_quantized_weights_are_parted_too() -> None:
+    ids, parted = np.arange(8)[None], PartProducts()(product(decoder())).model
+    assert [node.op_type for node in parted.graph].count("MatMulNBits") == 2 * 5 + 1
+    close(run(parted, ids), run(product(decoder()), ids))
 
 
 def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fope_export.parity.run import validate
 from fope_export.parity.stages import StagesResult, validate_stages
 from tests.conftest import small_decoder, write_native
 from tests.model.hugging_face import config_of, tensors_of, write
+from tests.printed import held
 from tests.spoiling import attributes, weights
 
 NAMES = ["embed", "layers.0", "layers.1", "logits"]
@@ -95,7 +96,7 @@ def test_a_mistake_is_found_in_its_stage_and_in_all_that_follow(name: str, spoil
 
 def test_the_command_prints_and_writes(spoilable: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(spoilable.path), "--stages", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = held("validate-stages", capsys.readouterr().out)
     written = json.loads((spoilable.path / "reports/stages.json").read_text())
     assert printed == written and printed["passed"] and [stage["name"] for stage in printed["stages"]] == NAMES
     assert "reports/stages.json" in Bundle.open(spoilable.path).manifest.files

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import openai
 
+from tests.printed import held
+
 SECONDS = 60
 
 
@@ -69,7 +71,7 @@ def served(bundles: Sequence[Path], *options: str, key: str = "none") -> Iterato
     ) as process:
         try:
             assert process.stdout is not None
-            running = Served(process, json.loads(process.stdout.readline())["url"], key)
+            running = Served(process, held("serve", process.stdout.readline())["url"], key)
             with running.http, running.client:
                 yield running
         finally:

@@ -24,6 +24,7 @@ from fope_export.tensorrt.build import build
 from fope_export.tensorrt.record import plan_name
 from tests.conftest import small_decoder, write_native
 from tests.extensions import extended_decoder
+from tests.printed import held
 from tests.support import tokens
 
 
@@ -118,6 +119,10 @@ def test_the_command_line_says_what_was_built(spoilable: Bundle, capsys: pytest.
     assert "2 decoder layers, no plugin, up to 4 rows and 64 tokens, for sm86, sm89, sm120" in capsys.readouterr().out
     assert main(["inspect", str(spoilable.path)]) == 0
     assert "tensorrt-rtx  2 decoder layers, no plugin" in capsys.readouterr().out
+    assert main(["inspect", str(spoilable.path), "--json"]) == 0
+    assert held("inspect", capsys.readouterr().out)["engines"][0]["plugin_layers"] == 0
+    assert main(["build", str(spoilable.path), "--no-plugin", "--max-length", "64", "--json"]) == 0
+    assert held("build", capsys.readouterr().out)["decoder_layers"] == 2
 
 
 def test_a_quantized_bundle_is_refused_before_anything_starts(
