@@ -132,9 +132,11 @@ def write_checkpoint(config: dict[str, Any], folder: Path) -> tuple[int, int]:
 def processes(root: int) -> Iterator[int]:
     """A process and all that it has started."""
     parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    for path in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended
+            if path.name.isdigit():
+                parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                parents.setdefault(int(parent), []).append(int(path.name))
     found = [root]
     for process in found:
         found += parents.get(process, [])

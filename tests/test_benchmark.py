@@ -277,12 +277,14 @@ def test_peers_run_the_twin_by_their_own_exporters(green: Bundle, tmp_path: Path
     peers = {entry.name: entry for entry in result.entries if CONTENDERS[entry.name].peer}
     theirs = {"genai": ("", " fp32", " int4"), "optimum": (" fp32",), "llama.cpp": (" fp32", " int8", " int4")}
     theirs["openvino genai"] = ("", " fp32", " default", " int4")
+    theirs["optimum-intel"] = (" fp32", " default", " int4")
     named = {f"{name}{kind}" for name, kinds in theirs.items() for kind in kinds}
     assert peers.keys() == named | {TWIN, f"{OURS}, RoPE twin", f"{IN_OPENVINO}, RoPE twin"}
     refused = {name: entry.refused for name, entry in peers.items() if entry.refused}
-    if not find_spec("llama_cpp"):
-        assert refused.keys() == {name for name in named if name.startswith("llama")}
-        assert all("pip install llama-cpp-python" in reason for reason in refused.values())
+    absent = {"llama.cpp": "llama_cpp", "optimum-intel": "optimum.intel"}
+    missing = tuple(name for name, package in absent.items() if not find_spec(package))
+    assert refused.keys() == {name for name in named if missing and name.startswith(missing)}
+    assert all(re.search("pip install llama-cpp-python|scripts/venv intel", reason) for reason in refused.values())
     exact = [entry for name, entry in peers.items() if name.endswith(" fp32") and not entry.refused]
     assert all(away_of(entry) <= ALLOWED["fp32"] for entry in exact)
     assert peers["genai int4"].weight_bytes < peers["genai fp32"].weight_bytes

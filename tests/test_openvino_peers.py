@@ -1,5 +1,6 @@
 """The folder for OpenVINO as it is in OpenVINO GenAI and in optimum-intel: our tokens, alone and in ragged batches."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -12,11 +13,15 @@ import torch
 
 from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import load_backend
+from fope_export.benchmark.contenders import ALLOWED, CONTENDERS
+from fope_export.benchmark.run import BenchConfig, bench
 from fope_export.bundle import Bundle
 from fope_export.corpus import python_source
 from fope_export.demo import shipped
 from fope_export.graph.export import export
 from fope_export.graph.optimize import optimize
+from fope_export.parity.run import validate
+from fope_export.report import write_parity
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
 from tests.support import answers
@@ -110,3 +115,15 @@ def test_optimum_intel_gives_our_tokens(bundle: Bundle, folder: Path, texts: lis
 
     assert [answer([prompt])[0] for prompt in prompts] == ours
     assert answer(prompts) == ours
+
+
+@pytest.mark.skipif(not (find_spec("optimum") and find_spec("optimum.intel")), reason="needs scripts/venv intel")
+def test_optimum_intels_own_export_of_a_twin_is_timed(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Bundle.open(shutil.copytree(bundle.path, tmp_path / "out"))
+    copy = write_parity(copy, validate(copy, backend="openvino", lengths=(7,)))
+    names = [name for name in CONTENDERS if name.startswith("optimum-intel")]
+    config = BenchConfig(lengths=(8,), rounds=1, decoded=2, threads=2, peers=("openvino",), only=("openvino", *names))
+    entries = {entry.name: entry for entry in bench(copy, config).entries if entry.name in names}
+    assert entries.keys() == set(names) and not any(entry.refused for entry in entries.values())
+    exact, _, four = (entries[name] for name in names)
+    assert exact.away is not None and exact.away <= ALLOWED["fp32"] and four.weight_bytes < exact.weight_bytes / 3

@@ -24,6 +24,8 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-genai",
     "optimum-onnx",
+    "optimum-intel",
+    "nncf",
     "openvino",
     "openvino-genai",
     "openvino-tokenizers",

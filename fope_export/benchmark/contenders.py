@@ -185,6 +185,10 @@ def _openvino_genai_twin(settings: dict[str, str], job: Job) -> Loaded:
     return _openvino_genai(job.product / "openvino", settings, _of_bundle(Bundle.open(job.product, verify=False)), job)
 
 
+def _optimum_intel(settings: dict[str, str], job: Job) -> Loaded:
+    return _openvino_genai(job.product, settings, _of_product(job), job)
+
+
 def _llama(job: Job) -> Loaded:
     from fope_export.benchmark.peers import LlamaCpp
 
@@ -194,7 +198,7 @@ def _llama(job: Job) -> Loaded:
 
 def _of_product(job: Job) -> int:
     config = Bundle.open(job.bundle, verify=False).manifest.decoder()
-    return _read_by_a_token(config, _bytes(job.product.glob("*.onnx*")), 4)
+    return _read_by_a_token(config, _bytes(each for name in ("*.onnx*", "*.bin") for each in job.product.glob(name)), 4)
 
 
 def _bytes(paths: Iterable[Path]) -> int:
@@ -234,6 +238,15 @@ def _export_optimum(job: Job) -> None:
     from fope_export.benchmark.peers import export_optimum
 
     export_optimum(job.twin, job.product)
+
+
+def _export_optimum_intel(quantized: bool, job: Job) -> None:
+    from fope_export.benchmark.peers import export_optimum_intel
+
+    config = Bundle.open(job.bundle, verify=False).manifest.decoder()
+    widths = config.hidden_size, config.intermediate_size
+    group = next(size for size in GROUPS if not any(width % size for width in widths)) if quantized else None
+    export_optimum_intel(job.twin, job.product, group)
 
 
 def _without(package: str, hint: str = "") -> Callable[[Machine], str]:
@@ -287,6 +300,14 @@ OURS = [name for name, row in OF_BACKENDS.items() if row.backend == USUAL and no
 IN_OPENVINO = next(name for name, row in OF_BACKENDS.items() if row.backend == "openvino")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 """OpenVINO's settings for float32."""
+IN_GENAI: dict[str, tuple[str, dict[str, str], ExportConfig, str]] = {
+    FP32.name: ("all in float32", EXACT, ExportConfig(), FP32.name),
+    "default": ("in its own choice of precision", {}, ExportConfig(), BF16.name),
+    INT4.name: (f"the same with {INT4.name} weights", {}, ExportConfig(quantize=INT4.name), INT4.name),
+}
+"""The twin in OpenVINO GenAI: in words, its settings, how the twin is exported, and what that rounds to."""
+GROUPS = (128, 64, 32, -1)
+"""Inputs that share a step in optimum-intel's weights of 4 bits, the first that divides all; -1 are all of a row's."""
 
 CONTENDERS: dict[str, Row] = {
     EAGER: Row("the checkpoint in PyTorch, eager; logits of the last position", _eager),
@@ -325,11 +346,15 @@ CONTENDERS: dict[str, Row] = {
             f"the twin, exported as bundles are, in OpenVINO GenAI, {what}", partial(_openvino_genai_twin, settings),
             _without("openvino-genai"), "openvino", True, partial(_export_twin, "openvino", config), rounds,
         )
-        for name, what, settings, config, rounds in (
-            (FP32.name, "all in float32", EXACT, ExportConfig(), FP32.name),
-            ("default", "in its own choice of precision", {}, ExportConfig(), BF16.name),
-            (INT4.name, f"the same with {INT4.name} weights", {}, ExportConfig(quantize=INT4.name), INT4.name),
+        for name, (what, settings, config, rounds) in IN_GENAI.items()
+    },
+    **{
+        f"optimum-intel {name}": Row(
+            f"the twin, exported by optimum-intel, in OpenVINO GenAI, {what}", partial(_optimum_intel, settings),
+            _without("nncf" if config.quantize else "optimum-intel", "scripts/venv intel"), "openvino", True,
+            partial(_export_optimum_intel, bool(config.quantize)), rounds,
         )
+        for name, (what, settings, config, rounds) in IN_GENAI.items()
     },
     **{
         f"llama.cpp {kind}": Row(

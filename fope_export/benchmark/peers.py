@@ -35,6 +35,15 @@ def export_optimum(twin: Path, out: Path) -> None:
     optimum.ORTModelForCausalLM.from_pretrained(twin, export=True).save_pretrained(out)
 
 
+def export_optimum_intel(twin: Path, out: Path, group: int | None) -> None:
+    """Optimum's own exporter for OpenVINO; with a `group`, weights have 4 bits, and so many inputs share a step."""
+    optimum = require("optimum.intel", "peers")
+    four = group and optimum.OVWeightQuantizationConfig(bits=4, group_size=group, sym=False, ratio=1.0)
+    options = {"quantization_config": four} if four else {"load_in_8bit": False}
+    made = optimum.OVModelForCausalLM.from_pretrained(twin, export=True, compile=False, **options)
+    made.save_pretrained(out)
+
+
 class GenAI:
     """ONNX Runtime GenAI: its generator, its buffers, its choice of the next token."""
 
