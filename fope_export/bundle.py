@@ -18,7 +18,7 @@ from fope_export import place
 from fope_export.errors import BundleError, cut
 from fope_export.links import loadable
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest
+from fope_export.manifest import MANIFEST, MODEL, REPORTS, Manifest, read_manifest, weights_file
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ WEIGHTS = re.compile(r"\.(safetensors|pt|bin|index\.json)$")
 """Files by which a checkpoint is told."""
 MADE = re.compile(
     r"model(\.cpu|\.ort|\.float32)?\.onnx(\.data)?|genai_config\.json|reports/(parity|bench|stages|evaluation)\.(json|html|xml)"
-    r"|engines/[^/]+\.(plan|json)|openvino/\w+\.(xml|bin|json|jinja)"
+    r"|onnx/model\.onnx(_data)?|engines/[^/]+\.(plan|json)|openvino/\w+\.(xml|bin|json|jinja)"
 )
 """Files that only this program makes, and that it makes again."""
 COPIED = re.compile(
@@ -100,7 +100,7 @@ class Bundle:
 
     def loadable(self, name: str) -> Path:
         """The path of the ONNX file `name`, to load it from; as for `model`."""
-        return loadable(self.path / name, f"{MODEL}.data")
+        return loadable(self.path / name, weights_file(self.manifest.export))
 
     def damaged(self) -> dict[str, str]:
         """Names of files that are gone, or no longer have the hash in the manifest, each with the reason. Reports are
@@ -185,7 +185,9 @@ def _damaged(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 def _identity(manifest: Manifest) -> Manifest:
     """What is no longer the same when another model was exported to the same place."""
-    portable = {name: digest for name, digest in manifest.files.items() if name in (MODEL, f"{MODEL}.data")}
+    portable = {
+        name: digest for name, digest in manifest.files.items() if name in (MODEL, weights_file(manifest.export))
+    }
     return msgspec.structs.replace(manifest, files=portable, cache=msgspec.UNSET)
 
 

@@ -127,7 +127,7 @@ def optimize(args: argparse.Namespace) -> int:
     """Add what `args.target` is fastest with to the bundle `args.bundle`. Raises as `optimize` does."""
     from fope_export.bundle import Bundle
     from fope_export.graph.optimize import ONNXRUNTIME, optimize
-    from fope_export.manifest import OPENVINO, OPTIMIZED
+    from fope_export.manifest import OPENVINO, OPTIMIZED, weights_file
     from fope_export.terminal import RESULTS, waiting
 
     with waiting(f"optimizing for {args.target}"):
@@ -136,7 +136,9 @@ def optimize(args: argparse.Namespace) -> int:
             calibration=args.calibration, lock_timeout=args.lock_timeout,
         )  # fmt: skip
     file, weights = (
-        (OPTIMIZED, "stay in model.onnx.data") if args.target == ONNXRUNTIME else (OPENVINO, "lie beside it")
+        (OPTIMIZED, f"stay in {weights_file(bundle.manifest.export)}")
+        if args.target == ONNXRUNTIME
+        else (OPENVINO, "lie beside it")
     )
     if args.json:
         made: OptimizeRecord = {"bundle": str(bundle.path), "file": file}

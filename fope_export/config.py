@@ -1,16 +1,15 @@
 """Configuration: frozen, closed (an unknown key is an error: a dropped flag is a wrong model), checked at birth."""
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
 
+from fope_export.closed import convert as convert
 from fope_export.dtypes import DTYPES, FP32, either
-from fope_export.errors import ConfigError, cut
+from fope_export.errors import ConfigError
 from fope_export.quantizations import QUANTIZATIONS, BlockSize, Quantization, RoundingName, in_blocks
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -23,11 +22,7 @@ Axes = Annotated[int, msgspec.Meta(ge=1, le=1 << 6)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 EXPERTS = 1 << 20
 """Experts of all layers together, at most."""
-T = TypeVar("T")
-LISTED, NAMED = 8, 60
-"""Unknown fields that a message lists, and characters of the name of one."""
 CONTRADICTION = "Compare with the configuration that the model was trained with."
-INCOMPLETE = "Is the file complete, and of the version this program reads?"
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -182,6 +177,7 @@ def as_written(tokens: Iterable[int]) -> int | tuple[int, ...] | None:
 
 
 CacheName: TypeAlias = Literal["dynamic", "static"]
+LayoutName: TypeAlias = Literal["transformers.js"]
 if TYPE_CHECKING:
     DtypeName: TypeAlias = str
     QuantizationName: TypeAlias = str
@@ -199,7 +195,9 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     "compensated": up or down, so that outputs on sample text change little.
     `extend` changes the frequencies for contexts of `extend_to` tokens, longer than in training. `fold_padding` leaves
     padded channel pairs unrotated, with their constant factor in the q and k projections. `position_axes` has the graph
-    take a token's positions on all axes that the model has, as images need it; text alone needs one.
+    take a token's positions on all axes that the model has, as images need it; text alone needs one. With `inline` the
+    rotation is written out where the graph calls it, for readers that know no functions. A `layout` has the files lie
+    as another program looks for them: of a growing cache, and of tokens with one position, as transformers.js does.
 
     An `opset`, `capacity`, `extend_to` or `block` of None is chosen by `resolved`, which `export` calls: the lowest
     opset, the row's block, and room for 16 times the training length or 8192 tokens, whichever is less, but never less
@@ -224,6 +222,8 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
     position_axes: bool = False
     block: BlockSize | None = None
     rounding: RoundingName | None = None
+    inline: bool = False
+    layout: LayoutName | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,6 +243,12 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
             )
         if static and self.opset == 23:
             raise ConfigError("a static cache needs opset 24, not 23", hint="Leave the opset out.")
+        if self.layout and (static or self.position_axes):
+            raise ConfigError(
+                f"{self.layout} feeds a growing cache and one position a token, and this is to have "
+                f"{'a static cache' if static else 'positions on all axes'}",
+                hint="Leave the layout out.",
+            )
         if self.extend_to and not self.extend:
             raise ConfigError("extend_to says how far, and not how", hint="Choose pi or yarn for extend.")
         if self.capacity and not static:
@@ -273,7 +279,11 @@ class ExportConfig(Checked, frozen=True, kw_only=True):
         longer = f", {self.extend} to {self.extend_to} tokens" if self.extend else ""
         folded = ", padding folded" if self.fold_padding else ""
         axes = ", positions on all axes" if self.position_axes else ""
-        return f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}"
+        inline = ", inlined" if self.inline else ""
+        layout = f", for {self.layout}" if self.layout else ""
+        return (
+            f"opset {self.opset}, {self.dtype}{weights}, {self.cache} cache{room}{longer}{folded}{axes}{inline}{layout}"
+        )
 
     def resolved(self, training_length: int) -> "ExportConfig":
         """The same with an opset, and a capacity, `extend_to` or block where they apply, in the place of None; for a
@@ -346,54 +356,3 @@ def usual_length(training_length: int) -> int:
     was not longer.
     """
     return max(training_length, min(16 * training_length, 8192))
-
-
-def convert(
-    data: Mapping[str, Any],
-    to: type[T],
-    *,
-    where: str,
-    strict: bool = True,
-    hint: str = INCOMPLETE,
-    meanings: Mapping[str, str] = MappingProxyType({}),
-) -> T:
-    """`data` as the configuration class `to`; `strict=False` also takes numbers written as text. `meanings` says of
-    fields that the class does not have what they do elsewhere.
-
-    Raises ConfigError naming `where`, the field, what was expected and what came; all unknown fields at once.
-    """
-    if unknown := _unknown(data, to):
-        listed = ", ".join(f"`{cut(name, NAMED)}`" for name in unknown[:LISTED])
-        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
-        raise ConfigError(
-            f"{where}: unknown field{'s' * (len(unknown) > 1)} {listed}{more}", hint=_meant(unknown, to, meanings)
-        )
-    try:
-        return msgspec.convert(data, to, strict=strict)
-    except msgspec.ValidationError as cause:
-        message, _, path = str(cause).partition(" - at `$")
-        field = path.strip(".`")
-        raise ConfigError(f"{where}: {cut(field) + ': ' if field else ''}{cut(message)}", hint=hint) from cause
-    except ConfigError as cause:
-        raise ConfigError(f"{where}: {cause}", hint=cause.hint) from cause
-
-
-def _unknown(data: Mapping[str, Any], to: type) -> list[str]:
-    """The fields of `data` that a closed class does not have."""
-    form = getattr(to, "__struct_config__", None)
-    if form is None or not form.forbid_unknown_fields or not isinstance(data, Mapping):
-        return []
-    known = {field.name for field in msgspec.structs.fields(to)}
-    return sorted(str(name) for name in data if name not in known and name != form.tag_field)
-
-
-def _meant(unknown: Sequence[str], to: type, meanings: Mapping[str, str]) -> str:
-    """What each of the fields could mean, and the next step."""
-    known = [field.name for field in msgspec.structs.fields(to)]
-    said = []
-    for name in unknown[:LISTED]:
-        if name in meanings:
-            said.append(f"{cut(name, NAMED)} {meanings[name]}.")
-        elif similar := difflib.get_close_matches(name, known, n=1):
-            said.append(f"Did you mean {similar[0]}{f' by {cut(name, NAMED)}' * (len(unknown) > 1)}?")
-    return " ".join((*said, "An unknown field is refused, because ignoring it could mean another model."))

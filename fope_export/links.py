@@ -24,5 +24,6 @@ def loadable(path: Path, *data: str) -> Path:
 def _gathered(files: tuple[tuple[str, Path, int], ...]) -> Path:
     folder = KEPT.folder()
     for name, file, _ in files:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     return folder

@@ -23,6 +23,8 @@ CALIBRATED_ON = "model.ort.cache.npy"
 """in steps that these token ids were measured for, int64 [N, S]."""
 OPENVINO = "openvino/openvino_model.xml"
 """The same model for OpenVINO; all that it needs lies in the same folder, its weights too."""
+TRANSFORMERS_JS = "onnx/model.onnx"
+"""The portable file once more, where transformers.js looks for it, and with the name of a size that it wants."""
 KEPT = "logits_to_keep"
 """Its input, int64 [kept]: the new tokens whose logits are wanted, counted from each row's end. Who does not give it
 gets those of the last, -1.
@@ -268,6 +270,11 @@ def plain_file(export: ExportConfig) -> str:
     """
     dtype, row = DTYPES[export.dtype], export.quantization
     return f"model.{(dtype.widened or dtype).precision}.onnx" if dtype.widened or (row and row.widened) else MODEL
+
+
+def weights_file(export: ExportConfig) -> str:
+    """Where the large tensors of a bundle that was exported so lie, for all its graphs."""
+    return f"{TRANSFORMERS_JS}_data" if export.layout else f"{MODEL}.data"
 
 
 def judged_files(manifest: Manifest) -> dict[str, str]:

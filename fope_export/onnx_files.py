@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from fope_export.bundle import Bundle
 from fope_export.documents import check_file
 from fope_export.errors import BundleError, cut
-from fope_export.manifest import MODEL, ROUNDED_CACHE, plain_file
+from fope_export.manifest import MODEL, ROUNDED_CACHE, TRANSFORMERS_JS, plain_file
 
 LARGEST = (1 << 31) - 1
 """Bytes that protobuf allows a message."""
@@ -104,8 +104,8 @@ def check_onnx(path: Path) -> Message:
 
 
 def check_graphs(bundle: Bundle) -> None:
-    """Raises BundleError as `check_onnx` does, for any of a bundle's ONNX files, and where the first has other inputs
-    and outputs than the manifest says.
+    """Raises BundleError as `check_onnx` does, for any of a bundle's ONNX files, where the first has other inputs and
+    outputs than the manifest says, and where the one for transformers.js is another graph.
     """
     graph = check_onnx(bundle.model).graph
     shapes = {value.name: _extents(value) for value in (*graph.input, *graph.output)}
@@ -119,6 +119,20 @@ def check_graphs(bundle: Bundle) -> None:
     for name in {plain_file(bundle.manifest.export), bundle.manifest.optimized, ROUNDED_CACHE} - {MODEL}:
         if name in bundle.manifest.files:
             check_onnx(bundle.path / name)
+    if TRANSFORMERS_JS in bundle.manifest.files:
+        copy, plain = bundle.path / TRANSFORMERS_JS, bundle.path / plain_file(bundle.manifest.export)
+        if _computed(check_onnx(copy)) != _computed(check_onnx(plain)):
+            raise BundleError(f"{copy} does not compute what {plain.name} does", hint=AGAIN)
+
+
+def _computed(model: Message) -> list[bytes]:
+    """What a file from `check_onnx` computes: its nodes, functions and weights, wherever the file with these lies."""
+    for tensor in model.graph.initializer:
+        for place in tensor.external_data:
+            if place.key == "location":
+                place.value = ""
+    parts = (*model.graph.node, *model.functions, *model.graph.initializer)
+    return [part.SerializeToString(deterministic=True) for part in parts]
 
 
 def _extents(value: Message) -> list[int | None]:

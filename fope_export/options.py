@@ -55,6 +55,8 @@ def export(sub: argparse.ArgumentParser) -> None:
         "--fold-padding", action="store_true", help="leave padded channels unrotated, their scale in the projections"
     )
     sub.add_argument("--position-axes", action="store_true", help="position_ids on all of the model's axes, for images")
+    sub.add_argument("--inline", action="store_true", help="write the rotation out, for readers without functions")
+    sub.add_argument("--layout", choices=("transformers.js",), help="have files lie where that program looks for them")
     sub.add_argument(
         "--quantize", choices=(*QUANTIZATIONS,),
         help=f"linear layers: {'; '.join(map(_quantization, QUANTIZATIONS.values()))} (default: not)",

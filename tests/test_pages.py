@@ -25,6 +25,7 @@ ELSEWHERE = {
     "needs Triton": 1,  # these and the next: tests/deploy
     "needs Dynamo": 1,
     "needs Ray": 1,
+    "needs transformers.js": 1,  # tests/test_web.py
     "needs optimum-intel": 1,  # tests/test_openvino_peers.py
     "takes minutes": 1,
 }
@@ -97,7 +98,7 @@ def test_what_does_not_work_as_printed_is_found(block: Block, capsys: pytest.Cap
 def test_nothing_that_is_shown_is_left_out() -> None:
     shown = [block for page in PAGES for block in blocks(page)]
     assert Counter(block.needs for block in shown if block.needs) == ELSEWHERE
-    assert {block.language for block in shown} == {"console", "python", "sh", *SHOWN}
+    assert {block.language for block in shown} == {"console", "js", "python", "sh", *SHOWN}
     for page, path in PAGES.items():
         text = path.read_text()
         assert text.count("```") == 2 * len(blocks(page)), f"{page}: a fence of another form"

@@ -32,6 +32,8 @@ KINDS = {
     "fp16": ExportConfig(dtype="fp16"),
     "int4": ExportConfig(quantize="int4"),
     "folded": ExportConfig(fold_padding=True),
+    "inlined": ExportConfig(inline=True),
+    "transformers.js": ExportConfig(layout="transformers.js"),
     "optimized": ExportConfig(),
     "optimized int4": ExportConfig(quantize="int4"),
 }

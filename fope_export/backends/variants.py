@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fope_export.bundle import Bundle
 from fope_export.dtypes import DTYPES, either
 from fope_export.errors import BackendError
-from fope_export.manifest import MODEL, OPENVINO, ROUNDED_CACHE, plain_file
+from fope_export.manifest import OPENVINO, ROUNDED_CACHE, plain_file, weights_file
 from fope_export.quantizations import CACHES, in_blocks
 
 if TYPE_CHECKING:  # the doctor has no NumPy
@@ -29,7 +29,9 @@ def load_ort_optimized(bundle: Bundle, settings: "Settings") -> "Backend":
 
 def graph(name: str, bundle: Bundle) -> tuple[str, ...]:
     """An ONNX file, and those with its weights."""
-    return name, *(each for each in bundle.manifest.files if each in {f"{name}.data", f"{MODEL}.data"})
+    return name, *(
+        each for each in bundle.manifest.files if each in {f"{name}.data", weights_file(bundle.manifest.export)}
+    )
 
 
 def portable(bundle: Bundle) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import msgspec
 
 from fope_export.config import ExportConfig, ModelConfig, as_written, usual_length
 from fope_export.documents import LISTING, as_record, read_object
+from fope_export.dtypes import FP32
 from fope_export.errors import CheckpointError
 from fope_export.manifest import MODEL, OPTIMIZED
 from fope_export.tokens import GENERATION
@@ -26,12 +27,20 @@ CONTEXT_LENGTH = 131_072
 """What runtimes that insist on a maximum are told. A graph with a dynamic cache has none."""
 
 
+TRANSFORMERS_JS = {"transformers.js_config": {"dtype": FP32.name, "use_external_data_format": True}}
+"""For transformers.js: the file is model.onnx, whatever its dtype (where nobody says so, a browser takes one of 8-bit
+weights, by another name), and its weights are in another.
+"""
+
+
 def companions(config: ModelConfig, export: ExportConfig, tokenizer_files: Sequence[Path] = ()) -> dict[str, bytes]:
     """File name -> contents. `tokenizer_files` are the checkpoint's, which go into the bundle as they are."""
     files = {path.name: path for path in tokenizer_files}
     described = "tokenizer.json" not in files or "tokenizer_config.json" in files
     made = {
-        "config.json": _encoded(hugging_face(config, export.capacity or CONTEXT_LENGTH)),
+        "config.json": _encoded(
+            hugging_face(config, export.capacity or CONTEXT_LENGTH) | (TRANSFORMERS_JS if export.layout else {})
+        ),
         GENERATION: _encoded(_tokens(config)),
         **for_genai(config, export),
     }

@@ -26,14 +26,16 @@ from fope_export.dtypes import FP16
 from fope_export.errors import ExportError
 from fope_export.graph import passes
 from fope_export.graph.companions import companions
+from fope_export.graph.inlining import inlined
 from fope_export.graph.measuring import measured_on, sampled
 from fope_export.graph.repetition import first_layers, repeat, repeats
 from fope_export.graph.streaming import Numbers, give_numbers, one_ahead, without_numbers
+from fope_export.graph.transformers_js import for_transformers_js
 from fope_export.graph.translation import TRANSLATIONS
 from fope_export.graph.ways import Measured, way_of
 from fope_export.hashing import HashedFile, Hashing
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file
+from fope_export.manifest import FORMAT_VERSION, MODEL, Manifest, ModuleRecord, Port, Source, plain_file, weights_file
 from fope_export.model.checkpoint import Checkpoint, open_checkpoint
 from fope_export.model.conversion import ConvertedWeights
 from fope_export.model.decoder import Decoder
@@ -91,7 +93,7 @@ def export(
             hashes.follow(done, total)
             progress(done, total)
 
-        digests = save(model, folder / MODEL, written)
+        digests = save(model, folder / MODEL, weights_file(config), written)
         for name, content in companions(source.config, config, source.tokenizer_files).items():
             (folder / name).write_bytes(content)
         for path in source.tokenizer_files:
@@ -99,6 +101,8 @@ def export(
         report("checking and hashing")
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
+        if config.layout:
+            check(for_transformers_js(folder, config))
         manifest = finish_manifest(folder, _manifest(source, config, model, outline, hashes()), digests)
     return Bundle(out, manifest)
 
@@ -119,21 +123,22 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def save(
-    model: ir.Model, path: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    model: ir.Model, path: Path, weights: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, str]:
-    """Write `model` to `path`, and its large tensors, one at a time, to a file beside it whose name ends with ".data";
+    """Write `model` to `path`, and its large tensors, one at a time, to the file `weights` in the same folder or below;
     the SHA-256 of that file, by its name. `progress` is told how many bytes of tensors are written, and how many there
     are.
 
     Raises ExportError where the disk refuses.
     """
     values = {value: value.const_value for value in model.graph.initializers.values() if value.const_value is not None}
-    total, data = weight_bytes(model), path.with_name(f"{path.name}.data")
+    total, data = weight_bytes(model), path.parent / weights
     try:
+        data.parent.mkdir(exist_ok=True)
         with data.open("wb") as stream:
             file = HashedFile(stream)
             for (value, tensor), numbers in zip(values.items(), one_ahead(values.values()), strict=True):
-                value.const_value = _written(tensor, numbers, file, data)
+                value.const_value = _written(tensor, numbers, file, weights, path.parent)
                 progress(min(file.size, total), total)
         ir.save(model, path)
     except OSError as cause:
@@ -141,19 +146,21 @@ def save(
     finally:
         for value, tensor in values.items():
             value.const_value = tensor
-    return {data.name: file.hexdigest()}
+    return {weights: file.hexdigest()}
 
 
-def _written(tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: HashedFile, data: Path) -> ir.TensorProtocol:
-    """Where in `file`, whose path is `data`, a tensor's numbers now are; itself where it is small."""
+def _written(
+    tensor: ir.TensorProtocol, numbers: ir.TensorProtocol, file: HashedFile, name: str, folder: Path
+) -> ir.TensorProtocol:
+    """Where in `file`, which is called `name` in a folder, a tensor's numbers now are; itself where it is small."""
     if tensor.nbytes <= INLINE_BYTES:
         return tensor
     assert isinstance(numbers, ir.Tensor | ir.PackedTensor | ir.LazyTensor)
     start = file.size
     numbers.tofile(file)
     return ir.ExternalTensor(
-        data.name, start, file.size - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
-        base_dir=data.parent,
+        name, start, file.size - start, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
+        base_dir=folder,
     )  # fmt: skip
 
 
@@ -232,6 +239,8 @@ def to_onnx(
     if row := config.quantization:
         for edit in way_of(row).write(config, measured):
             edit(finished)
+    if config.inline:
+        finished = inlined(finished)
     finished.graph.name = "fope_decoder"
     spectrum = msgspec.json.encode(model.config.spectrum).decode()
     finished.metadata_props.update(

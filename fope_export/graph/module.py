@@ -27,10 +27,11 @@ from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
 from fope_export.fope.rotary import FopeRotary, normalized
 from fope_export.graph.export import add_plain_file, check, lower, manifest_of, quiet, save
+from fope_export.graph.inlining import inlined
 from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.sizes import Axes, axes_of, dimensions, extents, symbols_of
 from fope_export.lock import TIMEOUT
-from fope_export.manifest import MODEL, ModuleRecord, Source
+from fope_export.manifest import MODEL, ModuleRecord, Source, weights_file
 from fope_export.model.decoder import DTYPES
 
 Inputs = Sequence[Tensor] | Mapping[str, Tensor]
@@ -58,7 +59,8 @@ def export_module(
     `example_inputs` and `dynamic_shapes` are what torch.export takes; the names of its `Dim`s become the graph's.
     Without `input_names`, inputs are called as the forward's parameters are; without `output_names`, outputs as the
     keys of a dictionary. The smallest and largest value of each example is recorded: `validate_module` draws its inputs
-    between them. Of `config` only the opset counts. Another writer of `out` is waited for, for `lock_timeout` seconds.
+    between them. Of `config` only `opset` and `inline` count. Another writer of `out` is waited for, for `lock_timeout`
+    seconds.
 
     Raises ExportError where the module cannot be traced or written, ConfigError for names or settings that it cannot
     have, and BundleError where `out` holds something else; then `out` is as it was.
@@ -82,16 +84,18 @@ def export_module(
         _check_names([*inputs, *outputs], module)
         symbols = symbols_of(program, inputs, axes)
         model = _lower(program, config, inputs, outputs, symbols)
+    calls = sum(node.domain == contract.DOMAIN for node in model.graph)
+    model = inlined(model) if config.inline else model
     record = ModuleRecord(
         arguments=list(example),
         sizes=extents(program, example.values(), symbols),
         values={name: _range(tensor) for name, tensor in zip(inputs, example.values(), strict=True)},
         rotations={name: rotary.config for name, rotary in rotations.items()},
-        calls=sum(node.domain == contract.DOMAIN for node in model.graph),
+        calls=calls,
     )
     source = Source(path=class_name(module), layout="module", files={"state_dict": state_hash(module)})
     with creating(out, lock_timeout=lock_timeout) as folder:
-        digests = save(model, folder / MODEL)
+        digests = save(model, folder / MODEL, weights_file(config))
         check(folder / MODEL)
         add_plain_file(folder / MODEL, config)
         spectra = [rotary.spectrum.describe() for rotary in rotations.values()]
@@ -161,7 +165,7 @@ def _checked(module: nn.Module) -> dict[str, FopeRotary]:
 
 def _resolved(config: ExportConfig, module: nn.Module) -> ExportConfig:
     """With the module's dtype, of several the last in the table."""
-    plain = ExportConfig(opset=config.opset)
+    plain = ExportConfig(opset=config.opset, inline=config.inline)
     if others := [name for name in config.__struct_fields__ if getattr(config, name) != getattr(plain, name)]:
         raise ConfigError(
             f"a module is exported as it is, without {', '.join(others)}",

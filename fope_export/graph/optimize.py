@@ -23,6 +23,7 @@ from fope_export.graph.companions import for_genai
 from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import check
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.inlining import CallRotary
 from fope_export.graph.passes import rewritten, widening
 from fope_export.graph.reading import load_onnx
 from fope_export.graph.series import ShareSeries
@@ -163,9 +164,10 @@ def _edited(bundle: Bundle, passes: Sequence[InPlacePass], *, apart: bool = Fals
     constants that it has not. Raises ExportError where the passes do not take it.
     """
     portable = bundle.model
+    again = [CallRotary()] if bundle.manifest.export.inline else []
     made, partial = (portable.with_name(f"{OURS}{name}") for name in (MADE, OPTIMIZED))
     try:
-        model = Sequential(*passes)(load_onnx(portable)).model
+        model = Sequential(*again, *passes)(load_onnx(portable)).model
     except PassError as cause:
         raise ExportError(f"{bundle.model} cannot be optimized: {cause.__cause__}", hint="Export it again.") from cause
     model.metadata_props["fope.optimized"] = bundle.manifest.files[MODEL]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from polygraphy.backend.onnx import modify_outputs
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -22,6 +23,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import SpectrumConfig
 from fope_export.fope import contract
 from fope_export.fope.replace import rotaries
+from fope_export.graph.inlining import WRITTEN_OUT, called
 from fope_export.graph.passes import AXIS, POSITIONS
 from fope_export.graph.reading import load_onnx, read_onnx
 from fope_export.model.decoder import Attention, Block
@@ -118,7 +120,7 @@ def different_rotations(bundle: Bundle, model: nn.Module) -> list[str]:
     """Names of the modules whose FopeRotary call carries other settings than the checkpoint's spectrum, or has another
     axis. A call may turn tokens by one position, whatever their spectrum.
     """
-    graph = read_onnx(bundle.model).graph
+    graph = _with_calls(bundle.model)
     values = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
     calls = [node for node in graph.node if node.domain == contract.DOMAIN]
     different = []
@@ -162,11 +164,18 @@ def _attributes(config: SpectrumConfig, owner: nn.Module, dtype: int) -> dict[st
 def module_outputs(path: Path) -> dict[str, list[str]]:
     """Module -> names of the outputs of its own last node in the graph, in order of execution."""
     last: dict[str, list[str]] = {}
-    for node in read_onnx(path).graph.node:
+    for node in _with_calls(path).node:
         module = node.name.rpartition("/")[0]
         last.pop(module, None)
         last[module] = list(node.output)
     return {module: names for module, names in last.items() if module}
+
+
+def _with_calls(path: Path) -> onnx.GraphProto:
+    """The graph of an ONNX file, in which rotations are calls also where they were written out (`--inline`)."""
+    graph = read_onnx(path).graph
+    inside = any(WRITTEN_OUT.fullmatch(node.name) for node in graph.node)
+    return ir.to_proto(called(load_onnx(path))).graph if inside else graph
 
 
 def _modules_that_end_themselves(model: nn.Module) -> set[str]:

@@ -52,6 +52,11 @@ def build(
 
 def _built(bundle: Bundle, config: BuildConfig, report: Callable[[str, int, int], None]) -> tuple[Bundle, EngineRecord]:
     manifest = bundle.manifest
+    if manifest.export.inline and config.plugin:
+        raise ConfigError(
+            f"{bundle.path} is exported with --inline: no node of it is a {contract.NAME} that the plugin could take",
+            hint="Build with --no-plugin, or export without --inline.",
+        )
     ranges = profiles.make_profiles(config, manifest)
     _check_numbers(bundle, config)
     api.check_installed(config.library)

@@ -26,6 +26,7 @@ from fope_export.graph.expert_weights import ExactExperts, QuantizeExperts, Roun
 from fope_export.graph.experts import FuseExperts
 from fope_export.graph.export import to_onnx
 from fope_export.graph.fusion import FuseAttention, FuseSkipNorm, KeepLastLogits
+from fope_export.graph.inlining import CallRotary, InlineRotary
 from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.nvfp4 import WidenNumbers
 from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
@@ -261,6 +262,20 @@ def computed(model: ir.Model) -> None:
 ROWS = [
     Row(TransposeWeights(), transposing, no_numbers, "w has no numbers", "w is still transposed"),
     Row(AttachRotary(), without_function, no_dispatch, "no plugin would be found", "a function that the model lacks"),
+    Row(
+        InlineRotary(),
+        decoder,
+        lambda model: model.functions.clear(),
+        "a function that the model lacks",
+        "a rotation is still a call",
+    ),
+    Row(
+        CallRotary(),
+        lambda: InlineRotary()(decoder()).model,
+        no_kind("Sin"),
+        "sines is not as in FopeRotary",
+        "rotary/FopeRotary is still written out",
+    ),
     Row(WIDEN, lambda: decoder(dtype="bf16"), WIDEN, "nothing in bfloat16", "is in bfloat16"),
     Row(ShareSpectra(), unshared, no_spectrum, "numbers that are no initializers", "a copy of another layer's numbers"),
     Row(ExpandMasks(), spread, no_queries, "no queries", "one row of its mask for all queries"),
