@@ -236,7 +236,7 @@ class DemoModel(TypedDict):
 
 
 class DemoRecord(TypedDict):
-    """`demo`."""
+    """`demo`: whether both models passed, their losses, what the first of them wrote, and where the page is."""
 
     passed: bool
     models: dict[str, DemoModel]
