@@ -143,7 +143,7 @@ def parts(query: str) -> list[Any]:
 
 def test_the_dashboard_asks_for_what_the_server_has(folder: Path, server: Served) -> None:
     """Every metric of every query, with every label that it filters and groups by."""
-    server.ask({"model": "small", "prompt": "a", "max_tokens": 20, "stream": True})
+    server.ask({"model": "small", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True})
     page = server.http.get("/metrics").text
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(page):
