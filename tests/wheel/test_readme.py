@@ -101,6 +101,7 @@ def test_readmes_other_ways_install_and_are_remembered(built: Built, reader: Use
     folder, git, _ = installs()
     reader.done(*folder, place=built.tree)
     assert reader.told_to("fope-export", "build", "out")[-1] == f"{built.tree}[tensorrt-rtx]"
+    reader.done("pip", "uninstall", "--yes", "fope-export")  # pip is content with the version that is there
     clone = ROOT.as_uri().replace("//", "//localhost", 1)  # a URL with a host, as a requirement wants
     reader.done(*(word.replace("URL", clone) for word in git))
     assert f"[tensorrt-rtx] @ git+{clone}@" in reader.told_to("fope-export", "build", "out")[-1]
