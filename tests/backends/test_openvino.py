@@ -12,7 +12,7 @@ from fope_export.backends.base import feeds_for
 from fope_export.backends.choose import BACKENDS, Settings, fastest, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.machine import read_machine
-from fope_export.backends.openvino import LONG, OpenVinoBackend, PagedSlots
+from fope_export.backends.openvino import LONG, OpenVinoBackend, PagedSlots, _page
 from fope_export.bundle import Bundle
 from fope_export.cli import main
 from fope_export.config import ExportConfig
@@ -152,6 +152,18 @@ def test_the_same_bundle_gives_the_same_bytes_and_one_folder(small: Bundle, tmp_
     names = {path.name for path in (small.path / "openvino").iterdir()}
     assert names == {Path(name).name for name in small.manifest.files if name.startswith("openvino/")}
     assert {"config.json", "generation_config.json", "openvino_tokenizer.xml", "openvino_detokenizer.bin"} <= names
+
+
+def test_nothing_is_split_apart_that_can_be_computed_apart(small: Bundle) -> None:
+    """Nor is an empty part split off, nor a number that is there taken for NaN: all are copies."""
+    model = openvino.Core().read_model(small.path / OPENVINO)
+    for node in model.get_ordered_ops():
+        if "Split" in node.get_type_name():
+            assert node.input_value(0).get_node().get_type_name() != "MatMul"
+            assert all(list(port.get_partial_shape())[-1] != 0 for port in node.outputs())
+    assert "IsNaN" in {node.get_type_name() for node in model.get_ops()}  # rows of padding, which others feed
+    _page(model)
+    assert "IsNaN" not in {node.get_type_name() for node in model.get_ops()}
 
 
 def test_it_is_the_default_where_a_bundle_has_it(small: Bundle, bundle: Bundle) -> None:
