@@ -8,7 +8,7 @@ import pytest
 
 from fope_export.graph.builder import MICROSOFT, GraphBuilder
 from fope_export.graph.ways import array_of
-from tests.graph.test_passes import torchs
+from tests.graph.as_torch import torchs
 
 
 def maker_of(value: ir.Value) -> ir.Node:

@@ -33,7 +33,6 @@ from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
 from fope_export.graph.parting import PartProducts
 from fope_export.graph.passes import (
-    SCOPES,
     AttachRotary,
     CastBFloat16ToFloat32,
     NameDimensions,
@@ -47,6 +46,7 @@ from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracy
 from fope_export.graph.series import ShareSeries
 from fope_export.quantizations import CACHES
 from tests.conftest import mixture, small_decoder
+from tests.graph.as_torch import torchs
 from tests.support import close, same_function, truth_of
 
 WIDEN = CastBFloat16ToFloat32(BF16, FP32)
@@ -83,16 +83,6 @@ def fused() -> ir.Model:
     """With its caches in place."""
     model = before(KeepLastLogits)
     TopologicalSortPass()(model)
-    return model
-
-
-def torchs() -> ir.Model:
-    """As torch.onnx leaves a model: nodes numbered, and with the modules that they came from."""
-    model = ir.from_onnx_text(
-        '<ir_version: 11, opset_import: ["": 23]> g (float[s1] x) => (float[s1] y) { y = Neg (x) }'
-    )
-    node = model.graph.node(0)
-    node.name, node.metadata_props[SCOPES] = "node_Neg_0", "['', 'layers.0', 'neg']"
     return model
 
 
