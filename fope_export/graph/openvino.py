@@ -20,8 +20,8 @@ from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
 from fope_export.graph.parting import PartProducts
 from fope_export.graph.passes import CastBFloat16ToFloat32
-from fope_export.graph.series import ShareSeries
 from fope_export.graph.steps import SCOPE, decoder_inputs
+from fope_export.graph.turning import TurnApart
 from fope_export.manifest import OPENVINO
 from fope_export.tokens import Tokenizer
 
@@ -86,11 +86,13 @@ class RepeatHeads(Pass):
             builder = GraphBuilder(model).within(node.name or "", before=node)
             times = _heads(node, 0) // _heads(node, 1)
             for port, name in ((1, "keys"), (2, "values")):
-                apart = builder.op("Unsqueeze", node.inputs[port], builder.integers(2), name=name)
+                value = node.inputs[port]
+                assert value is not None
+                apart = builder.op("Unsqueeze", value, builder.integers(2), name=name)
                 repeated = builder.op("Expand", apart, builder.integers(1, 1, times, 1, 1), name=name)
                 shape = builder.integers(0, _heads(node, 0), -1, _extent(node, port, 3))
                 together = builder.op("Reshape", repeated, shape, name=name)
-                together.shape = ir.Shape([None, _heads(node, 0), None, None])
+                together.shape, together.type = ir.Shape([None, _heads(node, 0), None, None]), value.type
                 node.replace_input_with(port, together)
         return PassResult(model, modified=bool(grouped))
 
@@ -135,7 +137,7 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
                 "weights of 8 or 4 bits",
                 hint="Export the checkpoint to another folder without that option.",
             )
-    edits: list[InPlacePass] = [TakeSizesFromTokens(), ShareSeries(), PartProducts(), RepeatHeads(), InlinePass()]
+    edits: list[InPlacePass] = [TakeSizesFromTokens(), TurnApart(), PartProducts(), RepeatHeads(), InlinePass()]
     narrow = DTYPES[export.dtype]
     wide = [] if narrow is FP32 else [CastBFloat16ToFloat32(narrow, FP32)]  # who loads it says what it computes in
     return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *wide]

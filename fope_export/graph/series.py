@@ -4,7 +4,7 @@ D kept frequencies, J rows of coefficients, F rotated pairs, G coefficient group
 pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder, maker, reader, source
 from fope_export.graph.passes import AXIS, NUMBERS, POSITIONS
 from fope_export.graph.steps import SCOPE, Steps, decoder_inputs, steps
+
+WAVES = ("Sin", "Cos")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ class Rotation:
         if value is None or value.const_value is None:
             raise PreconditionError(f"{self.node.name} reads numbers that are no initializers")
         return value.const_value.numpy()
+
+    @property
+    def spectrum(self) -> object:
+        """Equal where series are of the same waves, alike in shape and dtype."""
+        freq, coef, _ = self.numbers()
+        settings = (self.setting(name) for name in ("rotary_dim", "compute_dtype"))
+        return freq.tobytes(), None if self.axis is None else self.axis.tobytes(), coef.shape, *settings
 
     def weights(self) -> list[NDArray[np.float32]]:
         """What J sines or cosines and a 1 are multiplied by, [J + 1, G * R / 2] each: coefficients, then pads."""
@@ -129,12 +138,9 @@ class ShareSeries(Pass):
 
 def _tables(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> list[Table]:
     """What each layer rotates by; one product for all that share frequencies."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    alike: dict[object, list[int]] = {}
     for i, layer in enumerate(layers):
-        freq, coef, _ = layer.numbers()
-        settings = (layer.setting(name) for name in ("rotary_dim", "compute_dtype"))
-        axis = None if layer.axis is None else layer.axis.tobytes()
-        alike.setdefault((freq.tobytes(), axis, coef.shape, *settings), []).append(i)
+        alike.setdefault(layer.spectrum, []).append(i)
     tables: dict[int, Table] = {}
     for turn, members in enumerate(alike.values()):
         made = _series(builder.within(f"series.{turn}" if turn else "series"), [layers[i] for i in members], step)
@@ -146,8 +152,7 @@ def _series(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> l
     """A token has one row for each group of every distinct layer, then rows that turn nothing: ONNX Runtime wants as
     many as there are heads, and values need one.
     """
-    freq, coef, _ = layers[0].numbers()
-    groups, half = len(coef), layers[0].setting("rotary_dim") // 2
+    groups, half = len(layers[0].numbers()[1]), layers[0].setting("rotary_dim") // 2
     weights = [layer.weights() for layer in layers]
     keys = [sin.tobytes() + cos.tobytes() for sin, cos in weights]
     distinct = dict(zip(keys, weights, strict=True))
@@ -157,16 +162,37 @@ def _series(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> l
     start = {key: i * groups for i, key in enumerate(distinct)}
     reads = [np.where(group < 0, still, group + start[key]) for key, group in zip(keys, heads, strict=True)]
 
-    angles = builder.op("Cast", _positions(builder, layers[0]), to=int(ir.DataType.FLOAT))
-    angles = builder.op("Mul", angles, builder.constant(f"{builder.scope}.freq", freq))
     tables = []
-    for turn, wave in enumerate(("Sin", "Cos")):
+    for turn, wave in enumerate(waves(builder, layers[0])):
         rest = np.zeros((len(weights[0][0]), (width - still) * half), np.float32)
         rest[-1] = turn  # the sine is 0, the cosine 1
         weight = np.concatenate([*(pair[turn] for pair in distinct.values()), rest], axis=1)
-        basis = [builder.op(each, angles) for each in ((wave,) if coef.shape[1] == len(freq) else ("Sin", "Cos"))]
-        tables.append(_table(builder, wave, basis, weight, half, layers[0].setting("compute_dtype")))
+        table = mixed(builder, WAVES[turn], wave, weight)
+        table = builder.op("Reshape", table, builder.integers(-1, half), name=WAVES[turn])
+        tables.append(computed_in(builder, table, layers[0].setting("compute_dtype"), WAVES[turn]))
     return [Table(tables[0], tables[1], rows) for rows in _read(builder, step.tokens, width, reads)]
+
+
+def waves(builder: GraphBuilder, layer: Rotation) -> Iterator[ir.Value]:
+    """The sines and cosines of N tokens that a layer's two series mix, and a 1: [N, J + 1] each."""
+    freq, coef, _ = layer.numbers()
+    angles = builder.op("Cast", _positions(builder, layer), to=int(ir.DataType.FLOAT))
+    angles = builder.op("Mul", angles, builder.constant(f"{builder.scope}.freq", freq))
+    one = builder.constant("numbers.one", np.array(1, np.float32))
+    for wave in WAVES:
+        basis = [builder.op(each, angles) for each in ((wave,) if coef.shape[1] == len(freq) else WAVES)]
+        joined = basis[0] if len(basis) == 1 else builder.op("Concat", *basis, axis=1)
+        yield builder.op("Pad", joined, builder.integers(0, 1), one, builder.integers(-1), name=wave)
+
+
+def mixed(builder: GraphBuilder, name: str, wave: ir.Value, weight: NDArray[np.float32]) -> ir.Value:
+    """Series of waves [N, J + 1]."""
+    return builder.op("MatMul", wave, builder.constant(f"{builder.scope}.{name}", weight), name=name)
+
+
+def computed_in(builder: GraphBuilder, value: ir.Value, dtype: int, name: str) -> ir.Value:
+    """A float32 value in the dtype that rotations are computed in."""
+    return value if dtype == ir.DataType.FLOAT else builder.op("Cast", value, name=name, to=dtype)
 
 
 def _positions(builder: GraphBuilder, layer: Rotation) -> ir.Value:
@@ -178,18 +204,6 @@ def _positions(builder: GraphBuilder, layer: Rotation) -> ir.Value:
     by_axis = builder.op("Reshape", asked, builder.integers(0, -1))
     chosen = builder.op("Gather", by_axis, builder.constant(f"{builder.scope}.axis", axis), axis=0)
     return builder.op("Transpose", chosen, perm=[1, 0])
-
-
-def _table(
-    builder: GraphBuilder, wave: str, basis: Sequence[ir.Value], weight: NDArray[np.float32], half: int, dtype: int
-) -> ir.Value:
-    """All tokens' rows [N, R / 2] of sines or cosines, whose series over one basis or both have these coefficients."""
-    one = builder.constant("numbers.one", np.array(1, np.float32))
-    mixed = basis[0] if len(basis) == 1 else builder.op("Concat", *basis, axis=1)
-    padded = builder.op("Pad", mixed, builder.integers(0, 1), one, builder.integers(-1), name=wave)
-    table = builder.op("MatMul", padded, builder.constant(f"{builder.scope}.{wave}", weight), name=wave)
-    table = builder.op("Reshape", table, builder.integers(-1, half), name=wave)
-    return table if dtype == ir.DataType.FLOAT else builder.op("Cast", table, name=wave, to=dtype)
 
 
 def _read(
@@ -222,7 +236,7 @@ def _turn(builder: GraphBuilder, layer: Rotation, table: Table, step: Steps) -> 
     if dtype != to:
         assert dtype is not None
         packed = builder.op("Cast", packed, name="back", to=int(dtype))
-    packed = builder.op("Reshape", packed, _rows_of(builder, step, count * size))
+    packed = builder.op("Reshape", packed, rows_of(builder, step, count * size))
     apart = builder.op("Reshape", packed, builder.integers(0, 0, count, size), name="apart")
     sizes = builder.integers(heads, kv_heads, kv_heads)
     q, k, v = builder.ops("Split", apart, sizes, outputs=3, axis=2)
@@ -241,7 +255,7 @@ def _packed(builder: GraphBuilder, layer: Rotation) -> ir.Value:
     return builder.op("Concat", q, k, layer.v, axis=2)
 
 
-def _rows_of(builder: GraphBuilder, step: Steps, width: int) -> ir.Value:
-    """The shape [B, S, width]."""
-    sizes = step.rows, step.new, builder.integers(width)
-    return builder.within(SCOPE).op("Concat", *sizes, name=str(width), axis=0)
+def rows_of(builder: GraphBuilder, step: Steps, *extents: int) -> ir.Value:
+    """The shape [B, S, extents]."""
+    sizes, name = (step.rows, step.new, builder.integers(*extents)), "_".join(map(str, extents))
+    return builder.within(SCOPE).op("Concat", *sizes, name=name, axis=0)

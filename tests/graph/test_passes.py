@@ -44,6 +44,7 @@ from fope_export.graph.passes import (
 from fope_export.graph.qdq import ExactInputs, InsertQdq
 from fope_export.graph.quantize import EXACT, INT8, QuantizeWeights, SetAccuracyLevel, nearest
 from fope_export.graph.series import ShareSeries
+from fope_export.graph.turning import TurnApart
 from fope_export.quantizations import CACHES
 from tests.conftest import mixture, small_decoder
 from tests.graph.as_torch import torchs
@@ -283,6 +284,7 @@ ROWS = [
     ),
     Row(FuseAttention(), lambda: before(FuseAttention), no_kind("Split"), "not made by Split", "Attention is left"),
     Row(ShareSeries(), decoder, ShareSeries(), "the model has no rotation", "a rotation is still a call"),
+    Row(TurnApart(), decoder, no_position_ids, "no input position_ids", "a rotation is still a call"),
     Row(FuseAttention(), lambda: before(FuseAttention), FuseAttention(), "the model has no attention", "is left"),
     Row(KeepLastLogits(), decoder, KeepLastLogits(), "the input logits_to_keep already", "the last norm sees all"),
     Row(KeepLastLogits(), decoder, no_kind("MatMul"), "logits is not made by MatMul", "the last norm sees all"),
@@ -348,7 +350,7 @@ def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
     return np.array(logits)
 
 
-ALONE = (*FUSIONS[:1], *FUSIONS[2:], PartProducts())
+ALONE = (*FUSIONS[:1], *FUSIONS[2:], PartProducts(), TurnApart())
 
 
 @pytest.mark.parametrize("chosen", [*((edit,) for edit in ALONE), FUSIONS[:2], FUSIONS])
