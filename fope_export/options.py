@@ -223,7 +223,9 @@ def serve(sub: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="keys and values kept of what was asked, as 512M or 2G",
     )
-    sub.add_argument("--chunk", type=natural, help="prompt tokens fed between steps (default: the backend's best)")
+    sub.add_argument(
+        "--chunk", type=natural, help="prompt tokens fed between steps (default: the backend's best, 512 at most)"
+    )
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="the key that every request but health must send"
     )

@@ -111,7 +111,7 @@ class OpenVinoBackend:
     """The IR of `fope-export optimize --for openvino`. Rows are never padded."""
 
     name = "openvino"
-    chunk = 512
+    chunk = 2048  # each reads all pages before it, and those in 8 bits are unpacked for it
 
     def __init__(
         self, bundle: Bundle, *, threads: int = 0, int8_activations: bool = False, cache: bool = False

@@ -18,7 +18,7 @@ from fope_export.dtypes import DTYPES, FP32
 from fope_export.errors import ConfigError, ExportError, cut, require
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.parting import PartProducts
+from fope_export.graph.parting import PartProducts, StoreByResult
 from fope_export.graph.passes import CastBFloat16ToFloat32
 from fope_export.graph.steps import SCOPE, decoder_inputs
 from fope_export.graph.turning import TurnApart
@@ -137,7 +137,14 @@ def passes_for(bundle: Bundle) -> list[InPlacePass]:
                 "weights of 8 or 4 bits",
                 hint="Export the checkpoint to another folder without that option.",
             )
-    edits: list[InPlacePass] = [TakeSizesFromTokens(), TurnApart(), PartProducts(), RepeatHeads(), InlinePass()]
+    edits: list[InPlacePass] = [
+        TakeSizesFromTokens(),
+        TurnApart(),
+        PartProducts(),
+        StoreByResult(),
+        RepeatHeads(),
+        InlinePass(),
+    ]
     narrow = DTYPES[export.dtype]
     wide = [] if narrow is FP32 else [CastBFloat16ToFloat32(narrow, FP32)]  # who loads it says what it computes in
     return [*edits, TopologicalSortPass(), RemoveUnusedNodesPass(), *wide]

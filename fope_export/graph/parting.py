@@ -1,4 +1,4 @@
-"""Products that are split afterwards, each part a product of its own, for runtimes that would copy the parts."""
+"""Linear layers as OpenVINO wants them: none is split after it was computed, and weights lie by result."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from onnx_ir.passes import PassResult, PostconditionError, PreconditionError
 
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.passes import drop_unused
+from fope_export.graph.passes import drop_unused, transposed
 from fope_export.graph.quantize import OPERATOR
 
 RESULTS = {"MatMul": -1, OPERATOR: 0}
@@ -73,3 +73,36 @@ def _part(builder: GraphBuilder, value: ir.Value | None, axis: int, number: int,
         return ir.Tensor(np.ascontiguousarray(share), name=name)
 
     return builder.initializer(ir.LazyTensor(read, dtype=whole.dtype, shape=ir.Shape(extents), name=name))
+
+
+class StoreByResult(Pass):
+    """Weights of linear layers lie as OpenVINO multiplies by them, a row for each result, and are transposed in the
+    graph: so it keeps no copy, and where it computes in bfloat16 a feed-forward layer becomes one operator.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        if not list(_linear(model.graph)):
+            raise PreconditionError("the model has no linear layer")
+
+    def call(self, model: ir.Model) -> PassResult:
+        turned = dict[ir.Value, ir.Value]()
+        for node, weight in list(_linear(model.graph)):
+            assert weight.const_value is not None
+            builder = GraphBuilder(model).within(node.name or "", before=node)
+            if weight not in turned:
+                turned[weight] = builder.initializer(transposed(weight.const_value, f"{weight.name}.T"))
+            node.replace_input_with(1, builder.op("Transpose", turned[weight], perm=[1, 0]))
+        drop_unused(model.graph)
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        if left := next(_linear(model.graph), None):
+            raise PostconditionError(f"{left[0].name} has a column of weights for each result")
+
+
+def _linear(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Products by a matrix of constants, and the matrix."""
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None and weight.is_initializer() and weight.shape is not None and weight.shape.rank() == 2:
+            yield node, weight

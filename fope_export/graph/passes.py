@@ -44,7 +44,7 @@ class TransposeWeights(Pass):
         for node, tensor in transposes:
             name = f"{tensor.name}.T"
             known = graph.initializers.get(name)
-            weight = known if known is not None else builder.initializer(_transposed(tensor, name))
+            weight = known if known is not None else builder.initializer(transposed(tensor, name))
             node.outputs[0].replace_all_uses_with(weight)
             graph.remove(node, safe=True)
         drop_unused(graph)
@@ -64,7 +64,8 @@ def _transposes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
             yield node, tensor
 
 
-def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+def transposed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """A matrix whose numbers are turned when they are written."""
     if isinstance(tensor, Streamed):
         return tensor.transposed(name)
     rows, columns = tensor.shape.numpy()

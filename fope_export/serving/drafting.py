@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fope_export.backends.base import Backend, Logits
+from fope_export.backends.base import CHUNK, Backend, Logits
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
 from fope_export.serving.pace import Recent
@@ -37,7 +37,7 @@ class Draft:
 
     def __init__(self, backend: Backend, slots: int, room: int) -> None:
         """Raises BackendError for more slots than it has."""
-        self._slots, self._chunk = backend.slots(slots, room), backend.chunk
+        self._slots, self._chunk = backend.slots(slots, room), min(backend.chunk, CHUNK)
         self._read: list[list[int]] = [[] for _ in range(slots)]
         """The tokens in each slot, guesses included."""
         self._works: list[Work | None] = [None] * slots

@@ -11,7 +11,7 @@ from time import monotonic, perf_counter
 
 import numpy as np
 
-from fope_export.backends.base import Backend, no_room
+from fope_export.backends.base import CHUNK, Backend, no_room
 from fope_export.errors import BackendError, BusyError, ConfigError
 from fope_export.serving.requests import Event, Failed, Finished, Handle, Request, Token, logprobs
 from fope_export.serving.sampling import sample
@@ -64,11 +64,11 @@ class Engine:
     ) -> None:  # fmt: skip
         """`slots` requests are answered at once, and as many more rows as `spare` says keep what ended ones held.
         `room` is as for `Backend.slots`. `chunk` tokens of a prompt are fed at a time: 0 is all, None what suits the
-        backend. A step feeds no more than `budget` tokens of prompts, or one chunk: None is a chunk's, 0 no bound.
-        `queue` requests may wait, with `queued_tokens` in their prompts together; None is no bound. With `invariant` a
-        request is answered bit for bit alike whatever runs beside it and was asked before: every step runs all rows,
-        and of a prompt that was there only whole chunks are taken. `speculation` is how it guesses ahead, None not at
-        all.
+        backend, but CHUNK at most where a step is bounded, as others wait for it. A step feeds no more than `budget`
+        tokens of prompts, or one chunk: None is a chunk's, 0 no bound. `queue` requests may wait, with `queued_tokens`
+        in their prompts together; None is no bound. With `invariant` a request is answered bit for bit alike whatever
+        runs beside it and was asked before: every step runs all rows, and of a prompt that was there only whole chunks
+        are taken. `speculation` is how it guesses ahead, None not at all.
 
         Raises ConfigError for guesses with `invariant`: several tokens of a row are rounded otherwise than one.
         """
@@ -82,7 +82,7 @@ class Engine:
         slots += spare
         self._slots, self._invariant = backend.slots(slots, room, whole=invariant), invariant
         self._ahead = Ahead(speculation, backend, self._slots, room) if speculation else None
-        size = backend.chunk if chunk is None else chunk
+        size = (backend.chunk if budget == 0 else min(backend.chunk, CHUNK)) if chunk is None else chunk
         self._chunk, self._budget = size or sys.maxsize, (size if budget is None else budget) or math.inf
         self._lock, self._closed = Lock(), False
         """Of `_waiting`, which other threads add to, and of `_closed`."""

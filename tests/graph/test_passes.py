@@ -31,7 +31,7 @@ from fope_export.graph.masks import ExpandMasks
 from fope_export.graph.nvfp4 import WidenNumbers
 from fope_export.graph.openvino import RepeatHeads, TakeSizesFromTokens
 from fope_export.graph.optimize import FUSIONS
-from fope_export.graph.parting import PartProducts
+from fope_export.graph.parting import PartProducts, StoreByResult
 from fope_export.graph.passes import (
     AttachRotary,
     CastBFloat16ToFloat32,
@@ -296,6 +296,7 @@ ROWS = [
     Row(TakeSizesFromTokens(), decoder, no_position_ids, "no input position_ids", "takes a size from the cache"),
     Row(RepeatHeads(), grouped, no_queries, "reads what has no shape", "fewer heads of keys or values"),
     Row(PartProducts(), decoder, computed, "reads weights that are no init", "ff_proj/MatMul is split after"),
+    Row(StoreByResult(), decoder, no_kind("MatMul"), "no linear layer", "has a column of weights for each result"),
     Row(CACHED, lambda: fused(), no_kind("GroupQueryAttention"), "disagree in past_key", "does not round its cache"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
 ]
@@ -350,7 +351,7 @@ def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
     return np.array(logits)
 
 
-ALONE = (*FUSIONS[:1], *FUSIONS[2:], PartProducts(), TurnApart())
+ALONE = (*FUSIONS[:1], *FUSIONS[2:], PartProducts(), StoreByResult(), TurnApart())
 
 
 @pytest.mark.parametrize("chosen", [*((edit,) for edit in ALONE), FUSIONS[:2], FUSIONS])

@@ -78,6 +78,18 @@ def test_short_prompts_share_the_budget_of_a_step() -> None:
     assert [shown(handle.take()) for handle in handles] == [[3], [4], [5]]
 
 
+@pytest.mark.parametrize(("budget", "steps"), [(None, 3), (0, 1)])
+def test_others_wait_for_no_more_than_512_tokens_whatever_the_backend_takes_fastest(
+    budget: int | None, steps: int
+) -> None:
+    backend = Scripted(ENDLESS)
+    backend.chunk = 2048
+    engine = Engine(backend, 1, budget=budget)
+    engine.submit(asked([9] * 1500, 1))
+    to_the_end(engine)
+    assert len(backend.log) == steps
+
+
 def test_a_request_is_cancelled_wherever_it_is() -> None:
     backend = Scripted(ENDLESS)
     engine = Engine(backend, 2, chunk=2)
