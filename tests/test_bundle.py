@@ -337,23 +337,21 @@ def test_a_kill_at_the_worst_moments_of_replacing_a_bundle(
 
 def test_kill_9_at_20_random_moments(server: Any, native: Path, bundle: Bundle, tmp_path: Path) -> None:
     """Whatever the moment: no half-written OUT, and the next export succeeds."""
-    out = tmp_path / "out"
-    started = time.perf_counter()
-    whole = server.Process(target=_export, args=(native, out, ""))
-    whole.start()
-    whole.join(120)
-    seconds = time.perf_counter() - started
-    assert whole.exitcode == 0
-    kills = 0
-    for moment in random.Random(0).sample(range(100), 20):
+    out, seconds, kills = tmp_path / "out", 120.0, 0
+    for moment in (100, *random.Random(0).sample(range(100), 20)):
         shutil.rmtree(out, ignore_errors=True)
-        process = server.Process(target=_export, args=(native, out, ""))
+        started, process = time.perf_counter(), server.Process(target=_export, args=(native, out, ""))
         process.start()
         process.join(seconds * moment / 100)
         process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # the fastest whole export says what the moments are parts of
+            seconds = min(seconds, time.perf_counter() - started)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
         assert not out.exists() or Bundle.open(out).damaged() == {}
+    assert seconds < 120
     assert kills > 10
     export(native, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
