@@ -127,13 +127,23 @@ class ShareSeries(Pass):
         builder = GraphBuilder(model)
         for layer, table in zip(layers, _tables(builder, layers, step), strict=True):
             _turn(builder, layer, table, step)
-        del model.opset_imports[contract.DOMAIN]
-        model.functions.clear()
-        return PassResult(model, modified=True)
+        return without_function(model)
 
     def ensures(self, model: ir.Model) -> None:
-        if contract.DOMAIN in model.opset_imports or any(node.domain == contract.DOMAIN for node in model.graph):
-            raise PostconditionError("a rotation is still a call")
+        ensure_no_call(model)
+
+
+def without_function(model: ir.Model) -> PassResult:
+    """A model that calls the rotations' function no more."""
+    del model.opset_imports[contract.DOMAIN]
+    model.functions.clear()
+    return PassResult(model, modified=True)
+
+
+def ensure_no_call(model: ir.Model) -> None:
+    """Raises PostconditionError where a rotation is still a call."""
+    if contract.DOMAIN in model.opset_imports or any(node.domain == contract.DOMAIN for node in model.graph):
+        raise PostconditionError("a rotation is still a call")
 
 
 def _tables(builder: GraphBuilder, layers: Sequence[Rotation], step: Steps) -> list[Table]:

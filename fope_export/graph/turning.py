@@ -7,12 +7,21 @@ Letters as in `series`.
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes import PassResult, PostconditionError
+from onnx_ir.passes import PassResult
 
-from fope_export.fope import contract
 from fope_export.graph.base import Pass
 from fope_export.graph.builder import GraphBuilder
-from fope_export.graph.series import WAVES, Rotation, computed_in, mixed, rotations, rows_of, waves
+from fope_export.graph.series import (
+    WAVES,
+    Rotation,
+    computed_in,
+    ensure_no_call,
+    mixed,
+    rotations,
+    rows_of,
+    waves,
+    without_function,
+)
 from fope_export.graph.steps import Steps, decoder_inputs, steps
 
 
@@ -31,13 +40,10 @@ class TurnApart(Pass):
             basis = list(waves(builder.within(scope), layer))
             key = scope, *(weight.tobytes() for weight in layer.weights())
             _turn(builder, layer, step, basis, f"{scope}.{series.setdefault(key, len(series))}")
-        del model.opset_imports[contract.DOMAIN]
-        model.functions.clear()
-        return PassResult(model, modified=True)
+        return without_function(model)
 
     def ensures(self, model: ir.Model) -> None:
-        if contract.DOMAIN in model.opset_imports or any(node.domain == contract.DOMAIN for node in model.graph):
-            raise PostconditionError("a rotation is still a call")
+        ensure_no_call(model)
 
 
 def _turn(builder: GraphBuilder, layer: Rotation, step: Steps, basis: Sequence[ir.Value], series: str) -> None:
