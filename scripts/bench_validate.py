@@ -2,7 +2,7 @@
 """Measure `validate`: time, and peak memory of all its processes against the bytes of the weights that are compared.
 
     scripts/bench_validate.py --size 180M --lengths 1,64 --folder /tmp             the paper's shapes, in float32
-    scripts/bench_validate.py --size 6GB --dtype bf16 --lengths 1,64,512 --folder DISK
+    scripts/bench_validate.py --size 6GB --dtype bf16 --lengths 1,64,512 --training-length 512 --folder DISK
     scripts/bench_validate.py --size 180M --lengths 1,64 --folder /tmp --before CHECKOUT
 
 The second is of 3 billion parameters, drawn in bfloat16 and in a shard for each layer, as `bench_stream.py` has them.
@@ -30,20 +30,21 @@ from fope_export.scratch import scratch
 RESULTS = Path(__file__).parent / "results" / "bench_validate.jsonl"
 
 
-def parameters_of(size: str, folder: Path) -> int:
+def parameters_of(size: str, length: int, folder: Path) -> int:
     """How many numbers the checkpoint has that is written to the folder."""
     if size in shapes.SHAPES:
         return shapes.write_checkpoint(size, "fope", folder) // torch.float32.itemsize
-    return write_checkpoint(config_of(size), folder)[0]
+    return write_checkpoint(config_of(size, max_position_embeddings=length), folder)[0]
 
 
-def measure(size: str, dtype: str, lengths: str, folder: Path, before: Path | None) -> dict[str, Any]:
+def measure(size: str, length: int, dtype: str, lengths: str, folder: Path, before: Path | None) -> dict[str, Any]:
     """Everything, in one run; the folder is another's to empty."""
-    parameters, out = parameters_of(size, folder / "checkpoint"), str(folder / "out")
+    parameters, out = parameters_of(size, length, folder / "checkpoint"), str(folder / "out")
     measured("export", str(folder / "checkpoint"), out, "--dtype", dtype)
     row = DTYPES[dtype]
     weights = parameters * ((row.widened or row).itemsize)
     record: dict[str, Any] = {"size": size, "dtype": dtype, "lengths": lengths, "weights_MiB": weights >> 20}
+    record |= {"training_length": length} if size in SIZES else {}
     for name, checkout in {"before": before, "validate": None}.items():
         if name == "validate" or checkout:
             found = measured("validate", out, "--lengths", lengths, checkout=checkout)
@@ -56,6 +57,7 @@ def measure(size: str, dtype: str, lengths: str, folder: Path, before: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*shapes.SHAPES, *SIZES], default="180M", help="of the checkpoint")
+    parser.add_argument("--training-length", type=int, default=4096, help="of a size in bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the export")
     parser.add_argument("--lengths", default="1,64", help="of the prefills")
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for all")
@@ -66,7 +68,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     with scratch(args.folder) as folder:
         os.environ["TMPDIR"] = str(folder)
-        record = measure(args.size, args.dtype, args.lengths, folder, args.before)
+        record = measure(args.size, args.training_length, args.dtype, args.lengths, folder, args.before)
     machine = msgspec.to_builtins(read_machine()) | {"processor": processor()}
     with args.out.open("a") as file:
         file.write(json.dumps(record | {"machine": machine}) + "\n")

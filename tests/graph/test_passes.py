@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from onnx_ir.passes import PassResult, PostconditionError, PreconditionError, Sequential
 from onnx_ir.passes.common import ShapeInferencePass, TopologicalSortPass
 
@@ -295,7 +296,7 @@ ROWS = [
     Row(ExactExperts(), experts(ROUND, FuseExperts(), QMOE), no_integers, "that are no numbers", "rounds its inputs"),
     Row(TakeSizesFromTokens(), decoder, no_position_ids, "no input position_ids", "takes a size from the cache"),
     Row(RepeatHeads(), grouped, no_queries, "reads what has no shape", "fewer heads of keys or values"),
-    Row(PartProducts(), decoder, computed, "reads weights that are no init", "ff_proj/MatMul is split after"),
+    Row(PartProducts(), decoder, computed, "reads weights that are no init", "att_proj/MatMul is split after"),
     Row(StoreByResult(), decoder, no_kind("MatMul"), "no linear layer", "has a column of weights for each result"),
     Row(CACHED, lambda: fused(), no_kind("GroupQueryAttention"), "disagree in past_key", "does not round its cache"),
     Row(FuseSkipNorm(), decoder, norm_of_two_axes, "more than the last axis", "ff_norm/RMSNormalization reads a sum"),
@@ -340,13 +341,13 @@ def test_half_a_work_is_caught() -> None:
 def run(model: ir.Model, ids: np.ndarray) -> np.ndarray:
     """Logits of the fifth token and the last, from a step of five and one of the others on what it left."""
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs() if value.name.startswith("past")]
-    cache, logits = [np.zeros((1, 4, 0, 16), np.float32) for _ in names], []
+    past = {value.name: value.shape[1] for value in session.get_inputs() if value.name.startswith("past")}
+    cache, logits = [np.zeros((1, heads, 0, 16), np.float32) for heads in past.values()], []
     for new in (slice(0, 5), slice(5, None)):
         positions = np.arange(ids.shape[1])[None, new]
         mask = np.ones((1, positions[0, -1] + 1), np.int64)
         feeds = {"input_ids": ids[:, new], "attention_mask": mask, "position_ids": positions}
-        step, *cache = session.run(None, feeds | dict(zip(names, cache, strict=True)))
+        step, *cache = session.run(None, feeds | dict(zip(past, cache, strict=True)))
         logits.append(step[0, -1])
     return np.array(logits)
 
@@ -362,10 +363,23 @@ def test_it_changes_no_number(chosen: tuple[Pass, ...]) -> None:
     same_function(got, run(decoder(), ids), truth_of(small_decoder(), ids)[0, [4, 7]])
 
 
-def test_products_of_quantized_weights_are_parted_too() -> None:
-    ids, parted = np.arange(8)[None], PartProducts()(product(decoder())).model
-    assert [node.op_type for node in parted.graph].count("MatMulNBits") == 2 * 5 + 1
-    close(run(parted, ids), run(product(decoder()), ids))
+@cache
+def biased() -> ir.Model:
+    """Queries, keys and values have a bias, and queries twice the heads."""
+    model = small_decoder(kv_heads=2, qkv_bias=True)
+    for attention in model.attentions():
+        torch.nn.init.normal_(attention.att_proj.bias)
+    return to_onnx(model, ExportConfig().resolved(64))
+
+
+@pytest.mark.parametrize(("quantized", "kind"), [(lambda model: model, "MatMul"), (product, "MatMulNBits")])
+def test_products_are_parted_whatever_their_parts_and_biases(
+    quantized: Callable[[ir.Model], ir.Model], kind: str
+) -> None:
+    ids, parted = np.arange(8)[None], PartProducts()(quantized(biased().clone())).model
+    kinds = [node.op_type for node in parted.graph]
+    assert "Split" not in kinds and kinds.count(kind) == 2 * 7 + 1
+    close(run(parted, ids), run(quantized(biased().clone()), ids))
 
 
 def test_a_bundle_that_is_not_what_its_manifest_says_is_refused(bundle: Bundle, tmp_path: Path) -> None:
