@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.backends.base import Backend, Ids, Logits, Slots
+from fope_export.backends.base import Backend, Ids, Logits, Piece, Slots, Together
 from fope_export.config import Tokens, tokens_of
 from fope_export.errors import ConfigError
 from fope_export.serving.engine import Engine
@@ -90,6 +90,16 @@ def prefill(slots: Slots, slot: int, ids: Ids, chunk: int) -> Logits:
     for start in range(0, len(ids), size):
         logits = slots.prefill(slot, ids[start : start + size], start)
     return logits.reshape(-1)
+
+
+def prefill_rows(slots: Slots, prompts: Ids, chunk: int) -> Logits:
+    """Put prompts [B, S] into the first rows, up to `chunk` tokens at a time, and give each one's logits [B, V]."""
+    count, length = prompts.shape
+    size = chunk // length
+    if size < 2 or not isinstance(slots, Together):
+        return np.stack([prefill(slots, row, ids, chunk) for row, ids in enumerate(prompts)])
+    pieces = [Piece(row, ids, 0) for row, ids in enumerate(prompts)]
+    return np.concatenate([slots.prefill_together(pieces[i : i + size]) for i in range(0, count, size)])
 
 
 def logits(backend: Backend, ids: Sequence[int], *, chunk: int | None = None) -> Logits:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fope_export.backends.base import Feeds, Ids, Logits, Slots
+from fope_export.backends.base import Feeds, Ids, Logits, Piece, Slots
 
 
 class Scripted:
@@ -73,3 +73,16 @@ class ScriptedSlots:
 
     def close(self) -> None:
         self._note("close")
+
+
+class Companionable(Scripted):
+    """One that takes prompts together."""
+
+    def slots(self, count: int, room: int = 0, *, whole: bool = False) -> Slots:
+        return CompanionableSlots(self, count)
+
+
+class CompanionableSlots(ScriptedSlots):
+    def prefill_together(self, pieces: Sequence[Piece]) -> Logits:
+        self._note("together")
+        return np.concatenate([self.prefill(*piece) for piece in pieces])

@@ -109,6 +109,7 @@ def test_what_is_recorded_in_a_graph_is_timed_on_a_gpu_only() -> None:
     assert {*run._chosen(BenchConfig(device="cuda", backends=(CUDA,)))} == {EAGER, COMPILED, CUDA, *recorded}
 
 
+@pytest.mark.whole
 def test_sittings_begin_in_new_processes(
     green: Bundle, measured: BenchResult, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +252,7 @@ def test_the_compiled_contender_computes_what_eager_does(length: int, bundle: Bu
         torch.compiler.set_stance("default")
 
 
+@pytest.mark.whole
 def test_torch_compile_takes_the_whole_step(green: Bundle) -> None:
     checked = {"lengths": (run.CHECKED,), "batch": (2,), "decoded": run.ANSWERED - 1}  # no more shapes to compile
     result = bench(green, msgspec.structs.replace(SMALL, rounds=1, **checked))

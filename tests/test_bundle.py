@@ -335,6 +335,7 @@ def test_a_kill_at_the_worst_moments_of_replacing_a_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and Bundle.open(out)
 
 
+@pytest.mark.whole
 def test_kill_9_at_20_random_moments(server: Any, native: Path, bundle: Bundle, tmp_path: Path) -> None:
     """Whatever the moment: no half-written OUT, and the next export succeeds."""
     out, seconds, kills = tmp_path / "out", 120.0, 0

@@ -38,6 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.whole
 def test_it_goes_on_where_it_stopped(
     tiny: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_the_action_exports_validates_and_tells(tmp_path: Path) -> None:
     assert codes == {"Export": 2, "Summary": 0} and not page
 
 
+@pytest.mark.whole
 def test_a_tampered_bundle_turns_it_red(tmp_path: Path) -> None:
     assert main(["export", str(shipped("fope")), str(tmp_path / "bundle")]) == 0
     tamper(tmp_path / "bundle")
@@ -95,6 +96,7 @@ def test_the_action_installs_from_its_own_folder() -> None:
     assert all("${{" not in step["run"] for step in steps if "run" in step)  # inputs are no code
 
 
+@pytest.mark.whole
 def test_gitlabs_job_does_the_same(tmp_path: Path) -> None:
     job = read("templates/gitlab.yml")[".fope-export"]
     variables = job["variables"] | {"CHECKPOINT": str(shipped("fope")), "VALIDATE_OPTIONS": SHORT}

@@ -65,6 +65,7 @@ def test_a_seed_says_what_is_tried(tmp_path: Path) -> None:
     assert tried[0] == tried[1]
 
 
+@pytest.mark.whole
 def test_one_input_of_every_kind_is_clean() -> None:
     count = len(fuzz_kinds.KINDS)
     command: list[str | Path] = [sys.executable, SCRIPTS / "fuzz.py", "--seed", "7", "--jobs", "1"]

@@ -44,6 +44,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.whole
 def test_the_dry_run(toolchain: compiling.Toolchain) -> None:
     done = suite("--dry-run", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -69,7 +69,14 @@ def follow(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
             assert re.fullmatch(like(printed), told if told.endswith("\n") else f"{told}\n"), told
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(not each.needs for each in blocks(page))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page == "README.md" else [pytest.mark.whole])
+        for page in PAGES
+        if any(not each.needs for each in blocks(page))
+    ],
+)
 def test_a_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     for block in blocks(page):

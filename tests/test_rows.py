@@ -53,6 +53,7 @@ def test_a_home_has_what_every_way_has(name: str) -> None:
     assert all(callable(getattr(home, part)) for part in ("write", "read", "exact", "fast", "plain"))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["quantization", "dtype", "backend"])
 def test_a_new_row_goes_through_every_stage(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.toys", kind, str(tmp_path)]

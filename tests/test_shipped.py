@@ -38,6 +38,7 @@ def test_the_twins_saw_the_same(pair: dict[str, str]) -> None:
     assert fope | {"spectrum": ""} == rope | {"spectrum": ""}
 
 
+@pytest.mark.whole
 def test_fope_finds_passkeys_where_rope_finds_none(tmp_path: Path) -> None:
     """At four times the training length, from the exported files."""
     found = []

@@ -1,7 +1,7 @@
 """What a backend is, which there are, and the choice between them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,25 @@ class Slots(Protocol):
 
     def close(self) -> None:
         """Give back what they took. They are not used again."""
+        ...
+
+
+class Piece(NamedTuple):
+    """Tokens [S] of a row, after its first `start` ones."""
+
+    slot: int
+    ids: Ids
+    start: int
+
+
+@runtime_checkable
+class Together(Protocol):
+    """Slots that take tokens of several rows in one call, in less time than one row's after the other."""
+
+    def prefill_together(self, pieces: Sequence[Piece]) -> Logits:
+        """`prefill` of different rows; logits [N, V] of each row's last token. After a failure it may be called again,
+        with any of these.
+        """
         ...
 
 

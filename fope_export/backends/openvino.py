@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fope_export.backends.base import Feeds, Ids, Logits, counts_of
+from fope_export.backends.base import Feeds, Ids, Logits, Piece, counts_of
 from fope_export.bundle import Bundle
 from fope_export.dtypes import BF16, DTYPES, FP32
 from fope_export.errors import BackendError, cut, require
@@ -53,16 +53,27 @@ class PagedSlots:
         self.lengths[slot] = start + len(ids)
         return logits
 
+    def prefill_together(self, pieces: Sequence[Piece]) -> Logits:
+        fed = [Fed(slot, ids, np.arange(start, start + len(ids)), start) for slot, ids, start in pieces]
+        logits = self._run(fed)
+        for each in fed:
+            self.lengths[each.row] = each.past + len(each.ids)
+        return logits
+
     def decode(self, slots: Sequence[int], tokens: Sequence[int] | Ids) -> Logits:
         fed = [
             Fed(slot, np.array([token]), np.array([past]), past)
             for slot, token in zip(slots, tokens, strict=True)
             for past in [int(self.lengths[slot])]
         ]
-        calls = [[each] for each in fed] if self._whole else [fed]
-        logits = np.concatenate([self.run(each, last=True) for each in calls])
+        logits = self._run(fed)
         self.lengths[list(slots)] += 1
         return logits
+
+    def _run(self, fed: Sequence[Fed]) -> Logits:
+        """Logits [N, V] of each row's last token."""
+        calls = [[each] for each in fed] if self._whole else [fed]
+        return np.concatenate([self.run(each, last=True) for each in calls])
 
     def run(self, fed: Sequence[Fed], *, last: bool) -> Logits:
         """Logits [N, V] of all new tokens, one row's after the other's, or of each row's last."""

@@ -20,7 +20,7 @@ from fope_export.bundle import Bundle
 from fope_export.config import ExportConfig, ModelConfig
 from fope_export.dtypes import BF16, DTYPES, FP32
 from fope_export.errors import BackendError, install
-from fope_export.generation import prefill
+from fope_export.generation import prefill_rows
 from fope_export.manifest import OPENVINO
 from fope_export.quantizations import INT4, INT8, QUANTIZATIONS
 
@@ -61,7 +61,7 @@ class Loaded(NamedTuple):
 
 
 class Slotted(Greedy):
-    """A backend as a contender, as `run` uses it: prompts one after the other, answers together."""
+    """A backend as a contender, as `run` uses it: prompts one after the other or together, answers together."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -72,7 +72,7 @@ class Slotted(Greedy):
             self._slots.close()
         batch, length = prompts.shape
         self._slots = slots = self._backend.slots(batch, length + new)
-        return np.stack([prefill(slots, row, ids, self._backend.chunk) for row, ids in enumerate(prompts)])
+        return prefill_rows(slots, prompts, self._backend.chunk)
 
     def feed(self, tokens: Ids) -> Logits:
         assert self._slots

@@ -3,23 +3,21 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from threading import Lock
 from time import monotonic, perf_counter
+from typing import cast
 
 import numpy as np
 
-from fope_export.backends.base import CHUNK, Backend, no_room
+from fope_export.backends.base import CHUNK, Backend, Logits, Piece, Together, no_room
 from fope_export.errors import BackendError, BusyError, ConfigError
+from fope_export.serving.held import SHARED, Held
 from fope_export.serving.requests import Event, Failed, Finished, Handle, Request, Token, logprobs
 from fope_export.serving.sampling import sample
 from fope_export.serving.speculation import Ahead, Speculation
 from fope_export.serving.work import Work
-
-SHARED = 16
-"""Tokens that a prompt must begin as a slot does for these to be taken from there."""
 
 
 @dataclass
@@ -80,7 +78,7 @@ class Engine:
         self.counts = Counts()
         self._backend, self._limit, self._queue = backend, slots, (queue, queued_tokens)
         slots += spare
-        self._slots, self._invariant = backend.slots(slots, room, whole=invariant), invariant
+        self._slots = backend.slots(slots, room, whole=invariant)
         self._ahead = Ahead(speculation, backend, self._slots, room) if speculation else None
         size = (backend.chunk if budget == 0 else min(backend.chunk, CHUNK)) if chunk is None else chunk
         self._chunk, self._budget = size or sys.maxsize, (size if budget is None else budget) or math.inf
@@ -88,14 +86,9 @@ class Engine:
         """Of `_waiting`, which other threads add to, and of `_closed`."""
         self._waiting: deque[Handle] = deque()
         self._working: list[Work] = []
-        self._held: list[list[int]] = [[] for _ in range(slots)]
-        """The tokens in each slot."""
-        self._fed = [0] * slots
-        """How many of these came in whole chunks from the first on."""
+        self._held = Held(self._slots, self._chunk, whole=invariant)
         self._told: list[Handle] = []
         """Those that something happened to since the last step."""
-        self._left, self._leaving = [0] * slots, count(1)
-        """When each slot was left: larger is later."""
 
     @property
     def running(self) -> int:
@@ -194,11 +187,12 @@ class Engine:
 
     def _end(self, work: Work, event: Finished | Failed) -> None:
         self._working.remove(work)
-        self._left[work.slot] = next(self._leaving)
-        if isinstance(event, Failed):  # nobody knows what it holds
-            self._slots.free(work.slot)
-            self._held[work.slot], self._fed[work.slot] = [], 0
+        self._held.leave(work.slot, spoilt=isinstance(event, Failed))
         self._tell(work.handle, event)
+
+    def _fail(self, work: Work, cause: Exception) -> None:
+        self.counts.failures += 1
+        self._end(work, Failed(cause))
 
     def _admit(self) -> None:
         """Give free slots to those that wait longest."""
@@ -206,37 +200,19 @@ class Engine:
         while len(self._working) < self._limit and self._waiting:
             with self._lock:  # others count those that wait
                 handle = self._waiting.popleft()
-            slot = self._slot_for(handle, free)
+            slot = self._held.choose(handle.request.prompt, free)
             free.remove(slot)
             self._working.append(Work(handle, slot))
-
-    def _slot_for(self, handle: Handle, free: Set[int]) -> int:
-        """One whose tokens are all the prompt's, else an empty one, else the one that was left first."""
-
-        def worth(slot: int) -> tuple[bool, bool, int, int]:
-            held = len(self._held[slot])
-            return held > 0 and self._alike(handle, slot) == held, not held, -self._left[slot], -slot
-
-        return max(free, key=worth)
-
-    def _alike(self, handle: Handle, slot: int) -> int:
-        """Tokens in a slot that the prompt begins with, but for its last, and may be taken; few count as none."""
-        prompt, held = handle.request.prompt, self._held[slot]
-        longest = min(len(prompt) - 1, len(held))
-        same = next((i for i in range(longest) if prompt[i] != held[i]), longest)
-        if self._invariant:
-            same = min(same, self._fed[slot]) // self._chunk * self._chunk
-        return same if same >= SHARED else 0
 
     def _decode(self) -> list[Work]:
         """Feed every answer its newest token, alone or with guesses of what follows; whose logits are to be drawn."""
         ready = []
         for work in [work for work in self._working if work.logits is not None]:
-            if (held := len(self._held[work.slot])) == self._slots.capacity:
+            if (held := len(self._held.tokens[work.slot])) == self._slots.capacity:
                 self._end(work, Failed(no_room("tokens", held + 1, held)))
             else:
                 ready.append(work)
-        guesses = self._ahead.guess(ready, self._held) if self._ahead else [[] for _ in ready]
+        guesses = self._ahead.guess(ready, self._held.tokens) if self._ahead else [[] for _ in ready]
         stepped = self._step([work for work, guess in zip(ready, guesses, strict=True) if not guess])
         for work, guess in zip(ready, guesses, strict=True):
             if guess:
@@ -260,19 +236,18 @@ class Engine:
         for work, row in zip(works, logits, strict=True):
             work.logits = row
             work.handle.steps += 1
-            self._held[work.slot].append(work.last)
+            self._held.tokens[work.slot].append(work.last)
         return works
 
     def _look(self, work: Work, guess: Sequence[int]) -> None:
         """Feed one its newest token and guesses, and draw after each as long as the next is what was drawn."""
         assert self._ahead
-        held, started = self._held[work.slot], perf_counter()
+        held, started = self._held.tokens[work.slot], perf_counter()
         try:
             fed = np.array([work.last, *guess], np.int64)
             logits = self._slots.prefill(work.slot, fed, len(held), last=False)
         except Exception as cause:
-            self.counts.failures += 1
-            self._end(work, Failed(cause))
+            self._fail(work, cause)
             return
         seconds, before = perf_counter() - started, len(held)
         work.handle.steps += 1
@@ -293,58 +268,78 @@ class Engine:
     def _feed(self) -> list[Work]:
         """Feed prompts, first come first served; those that are whole now."""
         fed, whole = 0, list[Work]()
-        for work in [work for work in self._working if work.logits is None]:
-            try:
-                while work.logits is None:
-                    chunk = self._next_chunk(work)
-                    if fed and fed + len(chunk) > self._budget:
-                        return whole
-                    self._prefill(work, chunk)
-                    fed += len(chunk)
-            except Exception as cause:
-                self.counts.failures += 1
-                self._end(work, Failed(cause))
-            else:
-                if work.handle.request.sampling.max_new_tokens:
-                    whole.append(work)
-                else:
-                    self._end(work, Finished("length"))
+        while parts := self._next_parts(fed):
+            fed += sum(map(len, parts.values()))
+            whole += self._prefill(parts)
         return whole
 
+    def _next_parts(self, fed: int) -> dict[Work, Sequence[int]]:
+        """What is fed next, after so many tokens in this step: a chunk of a prompt, with more where the backend takes
+        them together in as many tokens. One that may begin as another does waits for it.
+        """
+        parts = dict[Work, Sequence[int]]()
+        for work in [work for work in self._working if work.logits is None]:
+            try:
+                if any(work.handle.request.prompt[:SHARED] == each.handle.request.prompt[:SHARED] for each in parts):
+                    break
+                chunk = self._next_chunk(work)
+            except Exception as cause:
+                self._fail(work, cause)
+                continue
+            size = sum(map(len, parts.values())) + len(chunk)
+            alone = work.handle.request.prompt_logprobs is not None or not isinstance(self._slots, Together)
+            if ((fed or parts) and fed + size > self._budget) or (parts and (alone or size > self._chunk)):
+                break
+            parts[work] = chunk
+            if alone:
+                break
+        return parts
+
     def _next_chunk(self, work: Work) -> Sequence[int]:
-        if not work.fed and work.handle.request.prompt_logprobs is None:
-            work.fed = work.handle.cached = self._reuse(work)
+        request = work.handle.request
+        if not work.fed:
+            work.fed = self._held.begin(request.prompt if request.prompt_logprobs is None else (), work.slot)
+            work.handle.cached = work.fed
             self.counts.cached_tokens += work.fed
             self.counts.prompt_tokens += work.fed
-        return work.handle.request.prompt[work.fed : work.fed + self._chunk]
+        return request.prompt[work.fed : work.fed + self._chunk]
 
-    def _prefill(self, work: Work, chunk: Sequence[int]) -> None:
-        request, ids = work.handle.request, np.array(chunk, np.int64)
-        if not work.fed:
-            self._held[work.slot], self._fed[work.slot] = [], 0
-        told = request.prompt_logprobs
-        logits = self._slots.prefill(work.slot, ids, work.fed, last=told is None)
+    def _prefill(self, parts: Mapping[Work, Sequence[int]]) -> list[Work]:
+        """Feed these; whose prompts are whole then. If that fails, each by itself."""
+        pieces = [Piece(work.slot, np.array(chunk, np.int64), work.fed) for work, chunk in parts.items()]
+        try:
+            if len(pieces) > 1:
+                logits = cast("Together", self._slots).prefill_together(pieces)[:, None]
+            else:
+                last = all(work.handle.request.prompt_logprobs is None for work in parts)
+                logits = self._slots.prefill(*pieces[0], last=last)[None]
+        except Exception as cause:
+            if len(parts) > 1:
+                return [whole for part in parts.items() for whole in self._prefill(dict([part]))]
+            for work in parts:
+                self._fail(work, cause)
+            return []
+        return [
+            work for (work, chunk), rows in zip(parts.items(), logits, strict=True) if self._take(work, chunk, rows)
+        ]
+
+    def _take(self, work: Work, chunk: Sequence[int], logits: Logits) -> bool:
+        """A chunk was fed, with logits [S, V] of its tokens or of the last one; whether an answer is to be drawn."""
+        request, told = work.handle.request, work.handle.request.prompt_logprobs
+        self._held.put(work.slot, chunk)
         work.fed += len(chunk)
         self.counts.prompt_tokens += len(chunk)
-        if len(chunk) == self._chunk and self._fed[work.slot] == work.fed - len(chunk):
-            self._fed[work.slot] = work.fed
-        self._held[work.slot].extend(chunk)
         if told is not None:
             follow = request.prompt[work.fed - len(chunk) + 1 : work.fed + 1]
             work.handle.prompt_logprobs += [
                 logprobs(row, token, told) for row, token in zip(logits, follow, strict=False)
             ]
-        if work.fed == len(request.prompt):
-            work.logits = logits[-1]
-
-    def _reuse(self, work: Work) -> int:
-        """Have the slot hold what it, or another, has of the prompt: how many tokens."""
-        alike = [self._alike(work.handle, slot) for slot in range(self._slots.count)]
-        source, slot = alike.index(max(alike)), work.slot
-        if alike[source] > alike[slot]:
-            self._slots.copy(source, slot, alike[source])
-        self._held[slot], self._fed[slot] = self._held[source][: alike[source]], min(self._fed[source], alike[source])
-        return alike[source]
+        if work.fed < len(request.prompt):
+            return False
+        work.logits = logits[-1]
+        if not request.sampling.max_new_tokens:
+            self._end(work, Finished("length"))
+        return request.sampling.max_new_tokens > 0
 
     def _draw(self, ready: Sequence[Work]) -> None:
         """The next token of all whose logits are new; if that fails, of each by itself."""

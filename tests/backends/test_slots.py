@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fope_export.backends.base import Backend, Logits, Slots, feeds_for
+from fope_export.backends.base import Backend, Logits, Piece, Slots, Together, feeds_for
 from fope_export.backends.choose import Settings, load_backend
 from fope_export.backends.eager import EagerBackend
 from fope_export.backends.ort import OrtBackend
@@ -48,6 +48,13 @@ class Watched:
     def prefill(self, slot: int, ids: Sequence[int], start: int) -> None:
         self.held[slot] = [*self.held[slot][:start], *ids]
         self._same(self.slots.prefill(slot, np.array(ids), start), [slot])
+
+    def prefill_together(self, *pieces: tuple[int, Sequence[int], int]) -> None:
+        for slot, ids, start in pieces:
+            self.held[slot] = [*self.held[slot][:start], *ids]
+        assert isinstance(self.slots, Together)
+        logits = self.slots.prefill_together([Piece(slot, np.array(ids), start) for slot, ids, start in pieces])
+        self._same(logits, [slot for slot, *_ in pieces])
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         for slot, token in zip(slots, tokens, strict=True):
@@ -96,6 +103,16 @@ def test_a_row_is_cut_and_copied(backend: Backend, decoder: Decoder) -> None:
     rows.prefill(0, [1, 1], 4)
     rows.decode([1], [6])
     rows.decode([1, 0], [5, 5])
+
+
+@pytest.mark.parametrize("backend", ["openvino"], indirect=True)
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_are_fed_together(backend: Backend, decoder: Decoder, whole: bool) -> None:
+    slots = Watched(backend.slots(4, whole=whole), decoder)
+    slots.prefill_together((2, [1, 2, 3], 0), (0, [*range(40)], 0))
+    slots.prefill(1, [9, 8], 0)
+    slots.prefill_together((0, [7], 33), (3, [5, 6], 0), (2, [4, 4], 3))
+    slots.decode([0, 1, 2, 3], [1, 2, 3, 4])
 
 
 def test_a_row_that_rests_while_others_go_on_is_as_it_was(backend: Backend, decoder: Decoder) -> None:

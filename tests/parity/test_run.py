@@ -320,6 +320,7 @@ def test_what_another_command_writes_meanwhile_is_no_damage(spoilable: Bundle) -
     assert list(validate(spoilable, lengths=(7,)).damaged) == ["genai_config.json"]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["pi", "yarn"])
 def test_what_extending_did_is_in_the_reports(
     kind: Literal["pi", "yarn"], tmp_path: Path, capsys: pytest.CaptureFixture[str]

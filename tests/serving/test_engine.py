@@ -14,14 +14,14 @@ from fope_export.errors import BackendError, ConfigError
 from fope_export.serving.engine import Engine
 from fope_export.serving.requests import Handle, Request
 from fope_export.serving.sampling import SamplingParams
-from tests.scripted import Scripted, ScriptedSlots
+from tests.scripted import Companionable, Scripted, ScriptedSlots
 from tests.serving.stepping import ENDLESS, asked, shown, to_the_end
 from tests.support import answers
 
 
 def rows_of(engine: Engine) -> list[list[int]]:
     """What the slots hold, as the backend sees it."""
-    assert isinstance(engine._slots, ScriptedSlots) and engine._held == engine._slots.rows
+    assert isinstance(engine._slots, ScriptedSlots) and engine._held.tokens == engine._slots.rows
     return engine._slots.rows
 
 
@@ -76,6 +76,40 @@ def test_short_prompts_share_the_budget_of_a_step() -> None:
     handles = [engine.submit(asked([9] * 9 + [number])) for number in (1, 2, 3)]
     engine.step()
     assert [shown(handle.take()) for handle in handles] == [[3], [4], [5]]
+
+
+def test_prompts_are_fed_together_where_the_backend_takes_them_so() -> None:
+    backend, prefix = Companionable(ENDLESS), [7] * 20
+    engine = Engine(backend, 6, chunk=32)
+    prompts = [[9, 1], [*prefix, 2], [8, 3], [*prefix, 8, 1]]
+    handles = [engine.submit(asked(prompt, 1)) for prompt in prompts]
+    assert to_the_end(engine, *handles) == [[3, "length"], [4, "length"], [5, "length"], [3, "length"]]
+    assert backend.log == [
+        "together", "prefill 0 [9, 1] 0", f"prefill 1 {prompts[1]} 0", "prefill 2 [8, 3] 0",
+        "copy 1 3 20", "prefill 3 [8, 1] 20",  # which waited for what it begins with
+    ]  # fmt: skip
+    backend.log.clear()
+    to_the_end(engine, *(engine.submit(asked([number] * 15 + [1], 1)) for number in (4, 5, 6)))
+    assert [call[:9] for call in backend.log] == ["together", "prefill 4", "prefill 5", "prefill 0"]  # of 32 tokens
+    backend.log.clear()
+    told = Request(prompt=[6, 1], sampling=SamplingParams(max_new_tokens=1), prompt_logprobs=0)
+    to_the_end(engine, *map(engine.submit, (asked([5, 1], 1), told, asked([4, 1], 1), asked([3, 1], 1))))
+    assert [call.split()[0] for call in backend.log] == ["prefill", "prefill", "together", "prefill", "prefill"]
+
+
+def test_prompts_that_fail_together_are_fed_one_by_one() -> None:
+    backend = Companionable(ENDLESS, fails="together")
+    engine = Engine(backend, 3)
+    handles = [engine.submit(asked([number], 2)) for number in (1, 2, 3)]
+    assert to_the_end(engine, *handles) == [[3, 3, "length"], [4, 4, "length"], [5, 5, "length"]]
+    assert backend.log.count("together") == 1 and engine.counts.failures == 0
+
+
+def test_one_of_several_prompts_fails_alone() -> None:
+    engine = Engine(Companionable(ENDLESS, fails="prefill 1"), 3)
+    handles = [engine.submit(asked([number], 2)) for number in (1, 2, 3)]
+    assert to_the_end(engine, *handles) == [[3, 3, "length"], ["failed: prefill 1 [2] 0"], [5, 5, "length"]]
+    assert engine.counts.failures == 1
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(None, 3), (0, 1)])

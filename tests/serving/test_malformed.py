@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import pytest
+
 from tests.serving.served import SECONDS, Served
 
 RIGHT: dict[str, Any] = {"model": "model", "prompt": "a", "max_tokens": 2, "temperature": 0}
@@ -103,6 +105,7 @@ def _whole(received: bytes) -> bool:
     return bool(found and lengths) and len(body) >= int(lengths[0])
 
 
+@pytest.mark.whole
 def test_a_hundred_malformed_requests(server: Served) -> None:
     wrong = [*cut_short(), *of_wrong_types(), *of_wrong_encodings(), *of_wrong_sizes()]
     slow = [request(b" " * 100)[:-number] for number in range(1, COUNT - len(wrong) + 1)]  # the rest never comes

@@ -267,6 +267,7 @@ def test_a_launch_that_fails_says_so(seen: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.whole
 def test_cmake_builds_the_plugin(toolchain: compiling.Toolchain, headers: Path, tmp_path: Path) -> None:
     cmake = shutil.which("cmake")
     if cmake is None:

@@ -83,6 +83,7 @@ RACES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("race", RACES)
 def test_threads_that_meet_are_noticed(
     threads: Path, toolchain: compiling.Toolchain, tmp_path: Path, race: str
