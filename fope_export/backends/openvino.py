@@ -4,6 +4,7 @@ rows, each with as many new tokens as it has.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +73,9 @@ class PagedSlots:
 
     def _run(self, fed: Sequence[Fed]) -> Logits:
         """Logits [N, V] of each row's last token."""
-        calls = [[each] for each in fed] if self._whole else [fed]
-        return np.concatenate([self.run(each, last=True) for each in calls])
+        if self._whole:
+            return np.concatenate([self.run([each], last=True) for each in fed])
+        return self.run(fed, last=True)
 
     def run(self, fed: Sequence[Fed], *, last: bool) -> Logits:
         """Logits [N, V] of all new tokens, one row's after the other's, or of each row's last."""
@@ -153,8 +155,13 @@ class OpenVinoBackend:
                 self._long = Compiled(model, settings | {"INFERENCE_PRECISION_HINT": SHORT[BF16.precision]})
         except RuntimeError as cause:
             raise _failure("load", self._path, cause) from cause
-        self._caches = self._short.caches
-        self.page = int(next(iter(self._caches.values())).partial_shape[2].get_length())
+        ports = self._short.caches.values()
+        self._sizes = [
+            ([size.get_length() for size in list(port.partial_shape)[1:]], WORDS[port.element_type.size])
+            for port in ports
+        ]
+        """Of a page of each layer's keys and values: its shape, and its numbers."""
+        self.page: int = self._sizes[0][0][1]
 
     def slots(self, count: int, room: int = 0, *, whole: bool = False) -> PagedSlots:
         return PagedSlots(self, count, room, whole=whole)
@@ -180,12 +187,7 @@ class OpenVinoBackend:
 
     def memory(self, pages: int) -> list[NDArray[Any]]:
         """Keys and values of every layer in as many pages of zeros."""
-        return [
-            np.zeros(
-                (pages, *(size.get_length() for size in list(port.partial_shape)[1:])), WORDS[port.element_type.size]
-            )
-            for port in self._caches.values()
-        ]
+        return [np.zeros((pages, *shape), dtype) for shape, dtype in self._sizes]
 
     def run(self, slots: PagedSlots, fed: Sequence[Fed], *, last: bool) -> Logits:
         """Logits [N, V]. Raises BackendError with what OpenVINO says."""
@@ -213,10 +215,13 @@ class Compiled:
         openvino = require("openvino", "openvino")
         self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
         self._tensor, self._shape = openvino.Tensor, openvino.Shape
-        ports = self._request.get_compiled_model().inputs
-        self.caches = {port.get_any_name(): port for port in ports if "_cache." in port.get_any_name()}
+        compiled = self._request.get_compiled_model()
+        self._logits = compiled.output("logits")
+        self.caches = {port.get_any_name(): port for port in compiled.inputs if "_cache." in port.get_any_name()}
         """Its inputs for keys and values by name."""
         self._placed: list[NDArray[Any]] = []
+        self._given: dict[str, NDArray[Any]] = {}
+        """The memory of other inputs, as they were last."""
 
     def place(self, tensors: list[NDArray[Any]]) -> None:
         """Have `run` read and write this memory, and no longer hold what it did before."""
@@ -228,9 +233,14 @@ class Compiled:
     def run(self, inputs: dict[str, NDArray[Any]]) -> Logits:
         """Its logits."""
         for name, array in inputs.items():
-            self._request.set_tensor(name, self._tensor(array))
-        self._request.infer()
-        logits: Logits = self._request.get_tensor("logits").data.astype(np.float32)
+            if (given := self._given.get(name)) is not None and given.shape == array.shape:
+                given[...] = array
+            else:
+                self._request.set_tensor(name, tensor := self._tensor(array))
+                self._given[name] = tensor.data
+        self._request.start_async()  # `infer` would make a dictionary of all outputs, which takes longer
+        self._request.wait()
+        logits: Logits = self._request.get_tensor(self._logits).data.astype(np.float32)
         return logits
 
 
@@ -258,18 +268,17 @@ def _page(model: Any) -> None:
 
 def _inputs(slots: PagedSlots, fed: Sequence[Fed], *, last: bool) -> dict[str, NDArray[Any]]:
     """What a call is given beside the pages: rows lie one after the other, and so do the numbers of their pages."""
-    ids, past = np.concatenate([each.ids for each in fed]), np.array([each.past for each in fed], np.int32)
-    ends = np.cumsum([0, *(len(each.ids) for each in fed)])
+    ends = [*accumulate((len(each.ids) for each in fed), initial=0)]
     pages = [slots.pages(each) for each in fed]
     return {
-        "input_ids": ids.astype(np.int64),
-        "position_ids": np.concatenate([each.positions for each in fed]).astype(np.int64),
-        "past_lens": past,
-        "subsequence_begins": ends.astype(np.int32),
-        "block_indices": np.concatenate([np.array(each, np.int32) for each in pages]),
-        "block_indices_begins": np.cumsum([0, *map(len, pages)], dtype=np.int32),
-        "max_context_len": np.array(max(past + np.diff(ends)), np.int32),
-        KEPT: ends[1:] - 1 if last else np.arange(len(ids)),
+        "input_ids": np.concatenate([each.ids for each in fed], dtype=np.int64),
+        "position_ids": np.concatenate([each.positions for each in fed], dtype=np.int64),
+        "past_lens": np.array([each.past for each in fed], np.int32),
+        "subsequence_begins": np.array(ends, np.int32),
+        "block_indices": np.concatenate([np.arange(each.start, each.stop, dtype=np.int32) for each in pages]),
+        "block_indices_begins": np.array([*accumulate(map(len, pages), initial=0)], np.int32),
+        "max_context_len": np.array(max(each.past + len(each.ids) for each in fed), np.int32),
+        KEPT: np.array(ends[1:]) - 1 if last else np.arange(ends[-1]),
     }
 
 

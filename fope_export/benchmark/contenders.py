@@ -61,18 +61,20 @@ class Loaded(NamedTuple):
 
 
 class Slotted(Greedy):
-    """A backend as a contender, as `run` uses it: prompts one after the other or together, answers together."""
+    """A backend as a contender, as `serve` uses it: slots stay, prompts come one by one or together, answers together."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend, self._size = backend, (0, 0)
         self._slots: Slots | None = None
 
     def begin(self, prompts: Ids, new: int) -> Logits:
-        if self._slots:
-            self._slots.close()
         batch, length = prompts.shape
-        self._slots = slots = self._backend.slots(batch, length + new)
-        return prefill_rows(slots, prompts, self._backend.chunk)
+        if self._slots is None or self._size != (batch, length + new):
+            if self._slots:
+                self._slots.close()
+            self._size = batch, length + new
+            self._slots = self._backend.slots(*self._size)
+        return prefill_rows(self._slots, prompts, self._backend.chunk)
 
     def feed(self, tokens: Ids) -> Logits:
         assert self._slots
