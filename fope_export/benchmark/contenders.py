@@ -61,7 +61,7 @@ class Loaded(NamedTuple):
 
 
 class Slotted(Greedy):
-    """A backend as a contender, as `serve` uses it: slots stay, prompts come one by one or together, answers together."""
+    """A backend as a contender, as `serve` uses it: slots stay, and prompts come together where they can."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend, self._size = backend, (0, 0)
