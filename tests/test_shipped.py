@@ -19,7 +19,9 @@ from fope_export.tokens import Tokenizer
 from tests.printed import held
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name == "fope" else [pytest.mark.whole]) for name in NAMES]
+)
 def shipped_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export(shipped(request.param), tmp_path_factory.mktemp("shipped") / request.param)
 

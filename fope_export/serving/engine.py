@@ -319,12 +319,15 @@ class Engine:
             for work in parts:
                 self._fail(work, cause)
             return []
-        return [
-            work for (work, chunk), rows in zip(parts.items(), logits, strict=True) if self._take(work, chunk, rows)
-        ]
+        for (work, chunk), rows in zip(parts.items(), logits, strict=True):
+            try:
+                self._take(work, chunk, rows)
+            except Exception as cause:
+                self._fail(work, cause)
+        return [work for work in parts if work.logits is not None and work in self._working]
 
-    def _take(self, work: Work, chunk: Sequence[int], logits: Logits) -> bool:
-        """A chunk was fed, with logits [S, V] of its tokens or of the last one; whether an answer is to be drawn."""
+    def _take(self, work: Work, chunk: Sequence[int], logits: Logits) -> None:
+        """A chunk was fed, with logits [S, V] of its tokens or of the last one."""
         request, told = work.handle.request, work.handle.request.prompt_logprobs
         self._held.put(work.slot, chunk)
         work.fed += len(chunk)
@@ -334,12 +337,10 @@ class Engine:
             work.handle.prompt_logprobs += [
                 logprobs(row, token, told) for row, token in zip(logits, follow, strict=False)
             ]
-        if work.fed < len(request.prompt):
-            return False
-        work.logits = logits[-1]
-        if not request.sampling.max_new_tokens:
-            self._end(work, Finished("length"))
-        return request.sampling.max_new_tokens > 0
+        if work.fed == len(request.prompt):
+            work.logits = logits[-1]
+            if not request.sampling.max_new_tokens:
+                self._end(work, Finished("length"))
 
     def _draw(self, ready: Sequence[Work]) -> None:
         """The next token of all whose logits are new; if that fails, of each by itself."""

@@ -193,6 +193,18 @@ def test_one_answer_that_cannot_be_drawn_ends_alone(monkeypatch: pytest.MonkeyPa
     assert backend.log.count("decode {0: 3}") == 2  # no token was fed twice
 
 
+def test_what_cannot_be_told_of_a_prompt_ends_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no numbers")
+
+    monkeypatch.setattr("fope_export.serving.engine.logprobs", broken)
+    engine = Engine(Scripted(ENDLESS), 2)
+    told = Request(prompt=[9, 1], sampling=SamplingParams(max_new_tokens=3), prompt_logprobs=0)
+    handles = [engine.submit(told), engine.submit(asked([2], 2))]
+    assert to_the_end(engine, *handles) == [["failed: no numbers"], [4, 4, "length"]]
+    assert engine.counts.failures == 1
+
+
 def test_a_failed_step_ends_what_was_in_it_and_no_more() -> None:
     backend = Scripted(ENDLESS, fails="decode")
     engine = Engine(backend, 2)
