@@ -56,6 +56,7 @@ def act(folder: Path, **given: str) -> tuple[dict[str, int], str]:
     return codes, page.read_text() if page.exists() else ""
 
 
+@pytest.mark.whole
 def test_the_action_exports_validates_and_tells(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").symlink_to(shipped("fope"))
     codes, page = act(tmp_path, checkpoint="checkpoint", validate_options=SHORT)

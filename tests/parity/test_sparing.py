@@ -152,6 +152,7 @@ def test_a_validation_judges_as_the_simple_way_does(bundle: Bundle) -> None:
     assert [each.verdict for each in result.cases] == wanted
 
 
+@pytest.mark.whole
 def test_no_model_outlives_its_turn(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, member = optimize(export(native, tmp_path / "out")), SparingYardstick.member
     made: list[weakref.ref[EagerBackend]] = []

@@ -164,6 +164,7 @@ def test_linear_layers_of_8_bits_build_with_and_without_the_plugin(
         assert record.layers["QUANTIZE"] == 8 and record.layers["DEQUANTIZE"] == 16
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("kind", "dtype", "target", "older", "message", "back"),
     [
