@@ -80,7 +80,7 @@ def test_short_prompts_share_the_budget_of_a_step() -> None:
 
 def test_prompts_are_fed_together_where_the_backend_takes_them_so() -> None:
     backend, prefix = Companionable(ENDLESS), [7] * 20
-    engine = Engine(backend, 6, chunk=32)
+    engine = Engine(backend, 6, chunk=32, budget=0)
     prompts = [[9, 1], [*prefix, 2], [8, 3], [*prefix, 8, 1]]
     handles = [engine.submit(asked(prompt, 1)) for prompt in prompts]
     assert to_the_end(engine, *handles) == [[3, "length"], [4, "length"], [5, "length"], [3, "length"]]
@@ -95,6 +95,13 @@ def test_prompts_are_fed_together_where_the_backend_takes_them_so() -> None:
     told = Request(prompt=[6, 1], sampling=SamplingParams(max_new_tokens=1), prompt_logprobs=0)
     to_the_end(engine, *map(engine.submit, (asked([5, 1], 1), told, asked([4, 1], 1), asked([3, 1], 1))))
     assert [call.split()[0] for call in backend.log] == ["prefill", "prefill", "together", "prefill", "prefill"]
+
+
+def test_prompts_that_are_fed_together_share_the_budget_of_a_step() -> None:
+    engine = Engine(Companionable(ENDLESS), 3, chunk=32)
+    handles = [engine.submit(asked([9 - number] * 15 + [number], 1)) for number in (1, 2, 3)]
+    engine.step()
+    assert [shown(handle.take()) for handle in handles] == [[3, "length"], [4, "length"], []]
 
 
 def test_prompts_that_fail_together_are_fed_one_by_one() -> None:
