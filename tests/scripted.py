@@ -84,5 +84,5 @@ class Companionable(Scripted):
 
 class CompanionableSlots(ScriptedSlots):
     def prefill_together(self, pieces: Sequence[Piece]) -> Logits:
-        self._note("together")
+        self._note(f"together {[piece.slot for piece in pieces]}")
         return np.concatenate([self.prefill(*piece) for piece in pieces])

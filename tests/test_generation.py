@@ -7,11 +7,11 @@ from fope_export.backends.base import Backend, feeds_for
 from fope_export.backends.choose import load_backend
 from fope_export.bundle import Bundle
 from fope_export.errors import ConfigError
-from fope_export.generation import generate, generate_text, log_probabilities, logits, pad_left, prefill
+from fope_export.generation import generate, generate_text, log_probabilities, logits, pad_left, prefill, prefill_rows
 from fope_export.model.decoder import Decoder
 from fope_export.serving.sampling import SamplingParams
 from fope_export.tokens import Tokenizer
-from tests.scripted import Scripted
+from tests.scripted import Companionable, Scripted
 from tests.support import EPS, answers, same_function, truth_of
 
 
@@ -164,3 +164,19 @@ def test_padding_and_no_prompts() -> None:
     for prompts in ([], [[1], []]):
         with pytest.raises(ConfigError, match="prompt"):
             next(generate(Scripted([[1]]), prompts, SamplingParams()))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "calls"),
+    [
+        (9, ["together [0, 1]", "together [2]"]),
+        (7, ["prefill 0 [9, 9, 9, 1] 0", "prefill 1 [9, 9, 9, 2] 0", "prefill 2 [9, 9, 9, 3] 0"]),
+        (3, ["prefill 0 [9, 9, 9] 0", "prefill 0 [1] 3", "prefill 1 [9, 9, 9] 0"]),
+    ],
+)
+def test_rows_are_filled_in_calls_of_no_more_than_a_chunk(chunk: int, calls: list[str]) -> None:
+    backend = Companionable([[3], [4], [5]])
+    prompts = np.array([[9, 9, 9, last] for last in (1, 2, 3)])
+    assert prefill_rows(backend.slots(3), prompts, chunk).argmax(-1).tolist() == [3, 4, 5]
+    own = [call for call in backend.log if call.startswith(calls[0].split()[0])]
+    assert own[: len(calls)] == calls

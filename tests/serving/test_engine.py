@@ -80,28 +80,30 @@ def test_short_prompts_share_the_budget_of_a_step() -> None:
 
 def test_prompts_are_fed_together_where_the_backend_takes_them_so() -> None:
     backend, prefix = Companionable(ENDLESS), [7] * 20
-    engine = Engine(backend, 6, chunk=32, budget=0)
+    engine = Engine(backend, 6, chunk=50, budget=0)
     prompts = [[9, 1], [*prefix, 2], [8, 3], [*prefix, 8, 1]]
     handles = [engine.submit(asked(prompt, 1)) for prompt in prompts]
     assert to_the_end(engine, *handles) == [[3, "length"], [4, "length"], [5, "length"], [3, "length"]]
     assert backend.log == [
-        "together", "prefill 0 [9, 1] 0", f"prefill 1 {prompts[1]} 0", "prefill 2 [8, 3] 0",
+        "together [0, 1, 2]", "prefill 0 [9, 1] 0", f"prefill 1 {prompts[1]} 0", "prefill 2 [8, 3] 0",
         "copy 1 3 20", "prefill 3 [8, 1] 20",  # which waited for what it begins with
     ]  # fmt: skip
     backend.log.clear()
-    to_the_end(engine, *(engine.submit(asked([number] * 15 + [1], 1)) for number in (4, 5, 6)))
-    assert [call[:9] for call in backend.log] == ["together", "prefill 4", "prefill 5", "prefill 0"]  # of 32 tokens
+    to_the_end(engine, *(engine.submit(asked([number] * 19 + [1], 1)) for number in (4, 5, 6)))
+    assert [call.split(" [")[0] for call in backend.log] == ["together", "prefill 4", "prefill 5", "prefill 0"]
+    assert backend.log[0] == "together [4, 5]"  # 50 tokens hold no more
     backend.log.clear()
     told = Request(prompt=[6, 1], sampling=SamplingParams(max_new_tokens=1), prompt_logprobs=0)
     to_the_end(engine, *map(engine.submit, (asked([5, 1], 1), told, asked([4, 1], 1), asked([3, 1], 1))))
     assert [call.split()[0] for call in backend.log] == ["prefill", "prefill", "together", "prefill", "prefill"]
 
 
-def test_prompts_that_are_fed_together_share_the_budget_of_a_step() -> None:
-    engine = Engine(Companionable(ENDLESS), 3, chunk=32)
+@pytest.mark.parametrize(("budget", "fed"), [(None, 2), (20, 1)])
+def test_prompts_that_are_fed_together_share_the_budget_of_a_step(budget: int | None, fed: int) -> None:
+    engine = Engine(Companionable(ENDLESS), 3, chunk=32, budget=budget)
     handles = [engine.submit(asked([9 - number] * 15 + [number], 1)) for number in (1, 2, 3)]
     engine.step()
-    assert [shown(handle.take()) for handle in handles] == [[3, "length"], [4, "length"], []]
+    assert [len(handle.take()) for handle in handles] == [2] * fed + [0] * (3 - fed)
 
 
 def test_prompts_that_fail_together_are_fed_one_by_one() -> None:
@@ -109,7 +111,7 @@ def test_prompts_that_fail_together_are_fed_one_by_one() -> None:
     engine = Engine(backend, 3)
     handles = [engine.submit(asked([number], 2)) for number in (1, 2, 3)]
     assert to_the_end(engine, *handles) == [[3, 3, "length"], [4, 4, "length"], [5, 5, "length"]]
-    assert backend.log.count("together") == 1 and engine.counts.failures == 0
+    assert backend.log.count("together [0, 1, 2]") == 1 and engine.counts.failures == 0
 
 
 def test_one_of_several_prompts_fails_alone() -> None:
